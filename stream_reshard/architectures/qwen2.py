@@ -1,0 +1,19 @@
+"""Qwen2: Llama with biases on the query, key and value projections, which only Nanotron's Qwen2Config has."""
+from stream_reshard.architectures.base import Family, Row
+from stream_reshard.architectures.llama import (
+    ATTENTION_IN, ATTENTION_NORM, ATTENTION_OUT, EMBEDDING, FINAL, MLP, MLP_NORM)
+
+
+def _bias_of(row: Row) -> Row:
+    """The bias beside a projection: its rows without the hidden dim."""
+    return Row(row.parameter + "_bias", row.dims.split(" | ")[0], row.split,
+               row.hugging_face.replace(".weight", ".bias"), row.nanotron.replace(".weight", ".bias"))
+
+
+QWEN2 = Family(
+    name="qwen2",
+    hugging_face_class="Qwen2ForCausalLM",
+    nanotron_configs=("Qwen2Config",),
+    rows=(EMBEDDING, ATTENTION_NORM, *ATTENTION_IN, *map(_bias_of, ATTENTION_IN), ATTENTION_OUT, MLP_NORM, *MLP,
+          *FINAL),
+)

@@ -1,0 +1,97 @@
+"""Box: a half-open n-d region, counted in elements. It does not know which array it cuts."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Box:
+    """The elements x with start[k] <= x[k] < stop[k] in every dim k. A box of rank 0 holds one element."""
+
+    start: tuple[int, ...]
+    """First index per dim, inclusive."""
+    stop: tuple[int, ...]
+    """Last index per dim, exclusive; never below `start`."""
+
+    def __post_init__(self) -> None:
+        if len(self.start) != len(self.stop) or any(a > b for a, b in zip(self.start, self.stop)):
+            raise ValueError(f"not a box: {self.start} to {self.stop}")
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """The box of all elements of an array of this shape."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extent per dim, in elements."""
+        return tuple(b - a for a, b in zip(self.start, self.stop))
+
+    @property
+    def num_elements(self) -> int:
+        """Product of the extents."""
+        return math.prod(self.shape)
+
+    def overlap(self, other: Box) -> Box | None:
+        """The common region, in the coordinates both boxes use; None where they share nothing.
+
+        A box overlapped with itself is itself (unless it is empty).
+        """
+        start = tuple(map(max, self.start, other.start))
+        stop = tuple(map(min, self.stop, other.stop))
+        return Box(start, stop) if all(a < b for a, b in zip(start, stop)) else None
+
+    def contains(self, other: Box) -> bool:
+        """Whether every element of `other` is in this box."""
+        return self.overlap(other) == other or not other.num_elements
+
+    def seen_from(self, origin: Box) -> Box:
+        """The same region in the coordinates of `origin`: a box seen from itself starts at zero."""
+        return Box(tuple(a - o for a, o in zip(self.start, origin.start)),
+                   tuple(b - o for b, o in zip(self.stop, origin.start)))
+
+    def with_extent(self, dim: int, start: int, stop: int) -> Box:
+        """The same box with another extent in one dim."""
+        return Box(self.start[:dim] + (start,) + self.start[dim + 1:], self.stop[:dim] + (stop,) + self.stop[dim + 1:])
+
+    def blocks(self, max_elements: int, order: Sequence[int] | None = None) -> Iterator[Box]:
+        """Cut into boxes of at most `max_elements`, each contiguous in an array of this box's shape.
+
+        `order` lists the dims from the outermost to the innermost one of that array (default: 0, 1, 2 ...).
+        The blocks come in that array's order, cover this box, and do not overlap.
+        """
+        if max_elements < 1:
+            raise ValueError(f"a block of {max_elements} elements")
+        if not self.num_elements:
+            return
+        dims = tuple(range(len(self.start))) if order is None else tuple(order)
+        if not dims or self.num_elements <= max_elements:
+            yield self
+            return
+        outer, inner = dims[0], dims[1:]
+        per_index = math.prod(self.shape[dim] for dim in inner)
+        step = max(1, max_elements // per_index)
+        for begin in range(self.start[outer], self.stop[outer], step):
+            band = self.with_extent(outer, begin, min(begin + step, self.stop[outer]))
+            yield from band.blocks(max_elements, inner) if per_index > max_elements else (band,)
+
+
+def tiling_fault(boxes: Sequence[Box], whole: Box) -> str | None:
+    """Why `boxes` do not cover every element of `whole` exactly once; None where they do.
+
+    Disjoint boxes inside `whole` whose volumes add up to its volume leave no element out.
+    """
+    for box in boxes:
+        if not whole.contains(box):
+            return f"{box.start}..{box.stop} reaches out of {whole.start}..{whole.stop}"
+    full = sorted((box for box in boxes if box.num_elements), key=lambda box: box.start)
+    for i, first in enumerate(full):
+        for second in full[i + 1:]:
+            if second.start[:1] >= first.stop[:1]:
+                break
+            if first.overlap(second):
+                return f"{first.start}..{first.stop} and {second.start}..{second.stop} overlap"
+    covered = sum(box.num_elements for box in full)
+    return None if covered == whole.num_elements else f"{covered} of {whole.num_elements} elements are covered"

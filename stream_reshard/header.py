@@ -1,0 +1,205 @@
+"""StoredTensor, TensorFile: a safetensors file as its header tells it; reading a header strictly, packing one.
+
+The format: 8 bytes with the header's length n (little endian), n bytes of JSON, then the tensors' bytes without gaps
+(https://github.com/huggingface/safetensors, section Format).
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stream_reshard.errors import SourceError, quoted
+
+ITEMSIZE: Mapping[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
+"""Bytes per element of every dtype with whole bytes, under its safetensors name."""
+
+MAX_HEADER_NBYTES = 25_000_000
+"""The cap that huggingface_hub sets; parsing takes some 14 times a header's size in memory."""
+
+_MAX_INTEGER = 1 << 48
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """An array stored in a file."""
+
+    file: str
+    """Path relative to the checkpoint's root, with forward slashes."""
+    key: str
+    """Its name in that file's header."""
+    dtype: str
+    """Under its safetensors name, such as BF16."""
+    shape: tuple[int, ...]
+    """Extent per dim, in elements."""
+    begin: int
+    """Offset of its first byte in the file, in bytes, the header included."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the file."""
+        return math.prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file, on disk or to be written."""
+
+    path: str
+    """Relative to the checkpoint's root, with forward slashes."""
+    tensors: tuple[StoredTensor, ...]
+    """In the order of their bytes."""
+    metadata: tuple[tuple[str, str], ...] = ()
+    """The header's `__metadata__`; absent and empty are the same to a reader."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole file, in bytes."""
+        return self.tensors[-1].begin + self.tensors[-1].nbytes
+
+
+def pack_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a file that holds these (key, dtype, shape), up to the first tensor's data.
+
+    Deterministic: keys in the given order, no spaces, padded with spaces to a multiple of 8 bytes.
+    """
+    table: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for key, dtype, shape in tensors:
+        end = begin + math.prod(shape) * ITEMSIZE[dtype]
+        table[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def planned_file(path: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+                 metadata: Mapping[str, str]) -> TensorFile:
+    """The file that `pack_header` begins, with every tensor's place in it."""
+    begin = len(pack_header(tensors, metadata))
+    stored = []
+    for key, dtype, shape in tensors:
+        stored.append(StoredTensor(path, key, dtype, tuple(shape), begin))
+        begin += stored[-1].nbytes
+    return TensorFile(path, tuple(stored), tuple(metadata.items()))
+
+
+def header_of(file: TensorFile) -> bytes:
+    """The first bytes of a planned file."""
+    return pack_header([(tensor.key, tensor.dtype, tensor.shape) for tensor in file.tensors], dict(file.metadata))
+
+
+def read_header(root: Path, path: str) -> TensorFile:
+    """Read and check the header of `root / path`; both our own strict reading and safetensors' must accept it.
+
+    Raises SourceError, with the file's name, for anything the format forbids, and for what it should: a key that
+    occurs twice, an unknown field, a header that does not start with `{`, bytes after the last tensor.
+    """
+    full = root / path
+    try:
+        with open(full, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            text = _header_text(stream.read(8), size, stream.read)
+    except OSError as error:
+        raise SourceError(f"{quoted(path)}: {error.strerror}") from error
+    except _Malformed as error:
+        raise SourceError(f"{quoted(path)}: {error}") from error
+    try:
+        file = _parsed(path, text, size)
+    except (_Malformed, ValueError, RecursionError) as error:
+        raise SourceError(f"{quoted(path)}: not a valid safetensors header: {error}") from error
+    _check_with_library(full, path)
+    return file
+
+
+class _Malformed(Exception):
+    """What is wrong with a header, in words."""
+
+
+def _header_text(prefix: bytes, size: int, read) -> bytes:
+    if len(prefix) < 8:
+        raise _Malformed(f"{size} bytes are too few for a safetensors file")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_NBYTES:
+        raise _Malformed(f"its header claims {length} bytes, the limit is {MAX_HEADER_NBYTES}")
+    if 8 + length > size:
+        raise _Malformed(f"cut off: the header needs {8 + length} bytes, the file has {size}")
+    return read(length)
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise _Malformed("a key occurs twice")
+    return table
+
+
+def _no_constant(name: str) -> None:
+    raise _Malformed(f"{name} is not a number that a header may hold")
+
+
+def strict_json(text: bytes) -> Any:
+    """JSON without the extensions of Python's reader: no NaN or Infinity, no key twice. Raises ValueError."""
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_no_twins, parse_constant=_no_constant)
+    except (_Malformed, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def _parsed(path: str, text: bytes, size: int) -> TensorFile:
+    if text[:1] != b"{":
+        raise _Malformed("it does not start with '{'")
+    table = strict_json(text)
+    metadata = table.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _Malformed("__metadata__ holds something else than strings")
+    if not table:
+        raise _Malformed("it names no tensor")
+    begin = 8 + len(text)
+    entries = sorted(((key, *_entry(key, value)) for key, value in table.items()), key=lambda entry: entry[3:])
+    tensors, end = [], 0
+    for key, dtype, shape, first, last in entries:
+        if first != end:
+            raise _Malformed(f"{quoted(key)} begins at byte {first} of the data, the one before it ends at {end}")
+        tensors.append(StoredTensor(path, key, dtype, shape, begin + first))
+        end = last
+    if begin + end != size:
+        raise _Malformed(f"the header describes {begin + end} bytes, the file has {size}")
+    return TensorFile(path, tuple(tensors), tuple(metadata.items()))
+
+
+def _entry(key: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """(dtype, shape, first byte, past the last byte) of one tensor, checked against each other."""
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise _Malformed(f"{quoted(key)} must have dtype, shape and data_offsets, and nothing else")
+    shape, offsets, dtype = value["shape"], value["data_offsets"], value["dtype"]
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < _MAX_INTEGER for n in numbers):
+            raise _Malformed(f"{quoted(key)} has a shape or offsets that are not plain sizes")
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise _Malformed(f"{quoted(key)} has the unsupported dtype {quoted(dtype)}")
+    nbytes = math.prod(shape) * ITEMSIZE[dtype]
+    if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
+        raise _Malformed(f"{quoted(key)} of {nbytes} bytes has the offsets {offsets}")
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _check_with_library(full: Path, path: str) -> None:
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(full, framework="np"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"{quoted(path)}: safetensors refuses it: {error}") from error

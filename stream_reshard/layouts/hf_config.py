@@ -1,0 +1,165 @@
+"""What a Hugging Face config.json says about the model, in one spelling for transformers 4 and 5."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stream_reshard.architectures import FAMILIES, UNSUPPORTED, Family
+from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.header import strict_json
+from stream_reshard.model import ModelConfig
+
+CONFIG_NAME = "config.json"
+MAX_JSON_NBYTES = 10 * 2**20
+"""Cap on config and index files, as huggingface_hub has for an index."""
+
+_CLASS_OF_MODEL_TYPE = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+"""For a config.json without `architectures`."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """A config.json: as it stands, and what it means."""
+
+    raw: Mapping[str, Any]
+    family: Family
+    model: ModelConfig
+    rope: Mapping[str, Any]
+    """`rope_parameters` of transformers 5 or `rope_scaling` of transformers 4; empty where neither says anything."""
+    notes: tuple[str, ...]
+    """What was understood in a way worth telling."""
+
+
+def read_json(root: Path, name: str) -> dict[str, Any]:
+    """The JSON object in `root / name`. Raises SourceError when it is absent, too large, or not an object."""
+    try:
+        with open(root / name, "rb") as stream:
+            text = stream.read(MAX_JSON_NBYTES + 1)
+    except OSError as error:
+        raise SourceError(f"{quoted(name)} in {quoted(root)}: {error.strerror}") from error
+    if len(text) > MAX_JSON_NBYTES:
+        raise SourceError(f"{name} has more than {MAX_JSON_NBYTES} bytes, the limit for such a file")
+    try:
+        value = strict_json(text)
+    except ValueError as error:
+        raise SourceError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{name} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def read_config(root: Path) -> SourceConfig:
+    """Read config.json. Raises SourceError or Refused with everything in it that makes no sense."""
+    raw = read_json(root, CONFIG_NAME)
+    family = _family(raw)
+    reader = _Reader(raw)
+    config = reader.model_config(family)
+    reader.problems.raise_if_any()
+    return SourceConfig(raw, family, config, reader.rope, tuple(reader.notes))
+
+
+def _family(raw: Mapping[str, Any]) -> Family:
+    names = raw.get("architectures") or [_CLASS_OF_MODEL_TYPE.get(str(raw.get("model_type")))]
+    name = names[0] if isinstance(names, list) and names else None
+    if isinstance(name, str) and name in FAMILIES:
+        return FAMILIES[name]
+    if not isinstance(name, str):
+        raise SourceError(f"config.json names no model class in architectures; known are {', '.join(FAMILIES)}")
+    reason = UNSUPPORTED.get(name, f"known are {', '.join(FAMILIES)}")
+    raise SourceError(f"config.json: {quoted(name)} cannot be converted: {reason}")
+
+
+class _Reader:
+    """Takes values out of a config, and collects what is wrong with them."""
+
+    def __init__(self, raw: Mapping[str, Any]):
+        self.raw = raw
+        self.problems = Problems()
+        self.notes: list[str] = []
+        self.rope = self._rope()
+
+    def complain(self, text: str) -> None:
+        self.problems.append(SourceError(f"config.json: {text}"))
+
+    def number(self, key: str, kind: type, default: Any = None) -> Any:
+        """A positive int or float; `default` where the key is absent or null."""
+        value = self.raw.get(key)
+        if value is None:
+            if default is None:
+                self.complain(f"{key} is missing")
+            return 1 if default is None else default
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
+            self.complain(f"{key} is {quoted(value)}, not a positive {kind.__name__}")
+            return 1
+        return kind(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.raw.get(key, default)
+        if not isinstance(value, bool):
+            self.complain(f"{key} is {quoted(value)}, not true or false")
+        return bool(value)
+
+    def token_id(self, key: str) -> int | None:
+        """A token id; of several, the first: Nanotron's configs hold one."""
+        value = self.raw.get(key)
+        if isinstance(value, list) and value:
+            self.notes.append(f"{key} {value} is a list; Nanotron's config holds one id, {value[0]} is taken")
+            value = value[0]
+        if value is not None and type(value) is not int:
+            self.complain(f"{key} is {quoted(value)}, not a token id")
+            return None
+        return value
+
+    def _rope(self) -> Mapping[str, Any]:
+        rope = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            self.complain(f"rope_parameters is {quoted(rope)}, not an object")
+            return {}
+        return rope
+
+    def rope_theta(self) -> float:
+        """`rope_theta` of transformers 4 or `rope_parameters.rope_theta` of transformers 5."""
+        inner, outer = self.rope.get("rope_theta"), self.raw.get("rope_theta")
+        if inner is not None and outer is not None and inner != outer:
+            self.complain(f"rope_theta is {quoted(outer)}, but {quoted(inner)} in rope_parameters")
+        value = outer if inner is None else inner
+        if value is None:
+            return 10000.0
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            self.complain(f"rope_theta is {quoted(value)}, not a positive number")
+            return 10000.0
+        return float(value)
+
+    def model_config(self, family: Family) -> ModelConfig:
+        heads = self.number("num_attention_heads", int)
+        config = ModelConfig(
+            family=family.name,
+            hidden_size=self.number("hidden_size", int),
+            intermediate_size=self.number("intermediate_size", int),
+            num_hidden_layers=self.number("num_hidden_layers", int),
+            num_attention_heads=heads,
+            num_key_value_heads=self.number("num_key_value_heads", int, heads),
+            vocab_size=self.number("vocab_size", int),
+            tie_word_embeddings=self.flag("tie_word_embeddings", family.tie_by_default),
+            max_position_embeddings=self.number("max_position_embeddings", int, 2048),
+            rms_norm_eps=self.number("rms_norm_eps", float, 1e-6),
+            rope_theta=self.rope_theta(),
+            initializer_range=self.number("initializer_range", float, 0.02),
+            hidden_act=str(self.raw.get("hidden_act", "silu")),
+            bos_token_id=self.token_id("bos_token_id"),
+            eos_token_id=self.token_id("eos_token_id"),
+            pad_token_id=self.token_id("pad_token_id"))
+        if not self.problems:
+            self._check_heads(config)
+        return config
+
+    def _check_heads(self, config: ModelConfig) -> None:
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        if config.hidden_size % heads:
+            self.complain(f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}")
+        elif config.head_dim % 2:
+            self.complain(f"a head of {config.head_dim} elements is odd; rotary embedding turns pairs")
+        if heads % kv_heads:
+            self.complain(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")

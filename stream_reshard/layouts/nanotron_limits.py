@@ -1,0 +1,127 @@
+"""What a Hugging Face config says and Nanotron cannot express, or would get wrong without a word.
+
+Each limit has a name. Where the weights fit all the same, `--allow NAME` converts them; where they do not (a bias that
+has no place, another head size) nothing does.
+"""
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from stream_reshard.errors import Problems, SourceError, UsageError, quoted
+from stream_reshard.layouts.hf_config import SourceConfig
+from stream_reshard.layouts.nanotron import NanotronFormat
+
+ALLOWABLE = {
+    "rope_scaling": "convert the weights although Nanotron will turn q and k with unscaled frequencies",
+    "rope_theta": "convert for release 0.4 although it only knows the base 10000",
+    "partial_rotary_factor": "convert although Nanotron turns whole heads",
+    "sliding_window": "convert although Nanotron will attend to everything",
+    "hidden_act": "pass an activation other than silu on to Nanotron by its name",
+}
+"""The names `--allow` takes, with what accepting means."""
+
+RELEASE_04_ROPE_THETA = 10000.0
+
+_UNDERSTOOD = frozenset("""
+    architectures model_type transformers_version torch_dtype dtype hidden_size intermediate_size num_hidden_layers
+    num_attention_heads num_key_value_heads head_dim vocab_size tie_word_embeddings max_position_embeddings rms_norm_eps
+    rope_theta rope_scaling rope_parameters partial_rotary_factor initializer_range hidden_act bos_token_id eos_token_id
+    pad_token_id attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types
+    attention_dropout quantization_config num_local_experts num_experts qk_norm use_qk_norm qk_layernorm""".split())
+
+_WITHOUT_EFFECT = frozenset("""
+    use_cache pretraining_tp _name_or_path name_or_path is_decoder return_dict output_attentions output_hidden_states
+    auto_map unsloth_version unsloth_fixed rope_interleaved transformers.js_config _attn_implementation
+    gradient_checkpointing is_llama_config bias task_specific_params id2label label2id""".split())
+"""Keys that say nothing about the weights or the forward pass."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One thing that Nanotron cannot express."""
+
+    name: str
+    """What `--allow` takes, where it may be allowed."""
+    text: str
+    """What the config says and what Nanotron would do."""
+
+
+def limits(config: SourceConfig, format: NanotronFormat) -> Iterator[Limit]:
+    """Everything in the config that Nanotron, at this format, cannot express."""
+    yield from _rope_limits(config, format)
+    yield from _attention_limits(config)
+    raw, hidden_act = config.raw, config.model.hidden_act
+    if raw.get("mlp_bias"):
+        yield Limit("mlp_bias", "mlp_bias is true; Nanotron's MLP has no biases")
+    if hidden_act not in ("silu", "swish"):
+        yield Limit("hidden_act", f"hidden_act is {quoted(hidden_act)}; Nanotron's Llama is known to agree with silu")
+    if raw.get("quantization_config"):
+        yield Limit("quantization", "quantization_config says the weights are quantised; dequantise them first")
+    for key in ("num_local_experts", "num_experts"):
+        if raw.get(key):
+            yield Limit("experts", f"{key} is {quoted(raw[key])}; a mixture of experts cannot be converted")
+
+
+def _rope_limits(config: SourceConfig, format: NanotronFormat) -> Iterator[Limit]:
+    rope, raw = config.rope, config.raw
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
+        yield Limit("rope_scaling", f"rope_type is {quoted(kind)}; Nanotron stores rope_scaling and ignores it, so q and "
+                                    f"k would be turned with unscaled frequencies")
+    factor = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if factor not in (None, 1, 1.0):
+        yield Limit("partial_rotary_factor", f"partial_rotary_factor is {quoted(factor)}; Nanotron turns whole heads")
+    if format.version == "1.2" and config.model.rope_theta != RELEASE_04_ROPE_THETA:
+        yield Limit("rope_theta", f"rope_theta is {config.model.rope_theta:g}; release 0.4, which reads format 1.2, only "
+                                  f"knows {RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5")
+
+
+def _attention_limits(config: SourceConfig) -> Iterator[Limit]:
+    raw, model = config.raw, config.model
+    head_dim = raw.get("head_dim")
+    if head_dim not in (None, model.head_dim):
+        yield Limit("head_dim", f"head_dim is {quoted(head_dim)}; Nanotron only knows hidden_size / num_attention_heads "
+                                f"= {model.head_dim}")
+    if raw.get("attention_bias") and not config.family.has_attention_bias:
+        yield Limit("attention_bias", "attention_bias is true; that adds a bias to o_proj, which Nanotron does not have "
+                                      "(and LlamaConfig has no biases at all)")
+    for key in ("qk_norm", "use_qk_norm", "qk_layernorm"):
+        if raw.get(key):
+            yield Limit("qk_norm", f"{key} is {quoted(raw[key])}; Nanotron has no norms on q and k")
+    if _has_sliding_window(config):
+        yield Limit("sliding_window", f"sliding_window is {quoted(raw.get('sliding_window'))}; Nanotron would attend to "
+                                      f"everything")
+
+
+def _has_sliding_window(config: SourceConfig) -> bool:
+    """Whether any layer attends to a window only, by the rules of transformers' configs."""
+    raw = config.raw
+    if raw.get("layer_types"):
+        return any(kind != "full_attention" for kind in raw["layer_types"])
+    if "use_sliding_window" in raw:
+        return bool(raw["use_sliding_window"]) and raw.get("max_window_layers", 0) < config.model.num_hidden_layers
+    return config.family.name != "qwen2" and raw.get("sliding_window") is not None
+
+
+def limit_problems(config: SourceConfig, format: NanotronFormat, allowed: Collection[str]) -> Problems:
+    """The limits that `--allow` does not accept, one SourceError each; unknown names are UsageErrors."""
+    problems = Problems()
+    for name in allowed:
+        if name not in ALLOWABLE:
+            problems.append(UsageError(f"--allow {quoted(name)}: the names are {', '.join(ALLOWABLE)}"))
+    for limit in limits(config, format):
+        if limit.name not in allowed or limit.name not in ALLOWABLE:
+            cure = f" (--allow {limit.name} to {ALLOWABLE[limit.name]})" if limit.name in ALLOWABLE else ""
+            problems.append(SourceError(f"config.json: {limit.text}{cure}"))
+    return problems
+
+
+def not_honoured(config: SourceConfig, format: NanotronFormat) -> list[str]:
+    """What the user should know although the conversion goes on: accepted limits, dropped settings, unknown keys."""
+    notes = [f"accepted: {limit.text}" for limit in limits(config, format)]
+    if config.raw.get("attention_dropout"):
+        notes.append(f"attention_dropout {config.raw['attention_dropout']}: Nanotron trains without it")
+    if unknown := sorted(set(config.raw) - _UNDERSTOOD - _WITHOUT_EFFECT):
+        notes.append(f"config.json keys not understood, ignored: {', '.join(map(quoted, unknown))}")
+    return notes + list(config.notes)

@@ -1,0 +1,72 @@
+"""Topology: how many ranks stand along each parallel axis, which part of a dim each holds, which stage each block."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from stream_reshard.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A position on the parallel axes that weights are cut along. (Data-parallel ranks hold the same weights.)"""
+
+    pp: int
+    """Pipeline stage."""
+    tp: int
+    """Position on the tensor-parallel axis."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The sizes of the parallel axes."""
+
+    tp: int = 1
+    """Ranks that share each split parameter."""
+    pp: int = 1
+    """Pipeline stages."""
+    dp: int = 1
+    """Replicas of the whole model; appears in no weight file."""
+
+    def __post_init__(self) -> None:
+        for axis in ("tp", "pp", "dp"):
+            if getattr(self, axis) < 1:
+                raise UsageError(f"--{axis} {getattr(self, axis)}: an axis has at least 1 rank")
+
+    @property
+    def world_size(self) -> int:
+        """Processes that a training run at this topology has."""
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        return f"TP={self.tp} PP={self.pp} DP={self.dp}"
+
+
+def part_of(size: int, num_parts: int, index: int) -> tuple[int, int]:
+    """(start, stop) of the `index`-th of `num_parts` equal parts of a dim with `size` elements."""
+    if size % num_parts:
+        raise ValueError(f"{size} is not a multiple of {num_parts}")
+    part = size // num_parts
+    return index * part, (index + 1) * part
+
+
+def padded_size(size: int, multiple: int) -> int:
+    """`size` rounded up to a multiple: Nanotron's `_vocab_size_with_padding` (nanotron/helpers.py)."""
+    return -(-size // multiple) * multiple
+
+
+def assign_stages(costs: Sequence[int], num_stages: int) -> tuple[int, ...]:
+    """The stage of each pipeline block, in Nanotron's own balancing (`build_model`, nanotron/models/base.py).
+
+    A block goes to the current stage, and only then does the stage advance, if the cost so far exceeds the stage's
+    share. Hence the block that crosses the line stays in the earlier stage, and late stages may end up empty.
+    Floating point, as there: a share is total * ((stage + 1) / num_stages).
+    """
+    total = sum(costs)
+    shares = [total * ((stage + 1) / num_stages) for stage in range(num_stages)]
+    stages, stage = [], 0
+    for cost_so_far in accumulate(costs):
+        stages.append(stage)
+        stage += float(cost_so_far) > shares[stage]
+    return tuple(stages)
