@@ -1,0 +1,24 @@
+"""Casts between the dtypes of weights, by torch: round to nearest even, as it does everywhere else."""
+from __future__ import annotations
+
+from stream_reshard.errors import UsageError
+from stream_reshard.layouts.base import TORCH_DTYPES
+
+
+def cast(view: memoryview, source: str, target: str) -> memoryview:
+    """The elements in `view` in another dtype; `view` itself where the dtypes agree (torch is not imported then)."""
+    if source == target:
+        return view
+    torch = import_torch()
+    tensor = torch.frombuffer(view, dtype=getattr(torch, TORCH_DTYPES[source]))
+    other = tensor.to(getattr(torch, TORCH_DTYPES[target]))
+    return memoryview(other.view(torch.uint8).numpy())
+
+
+def import_torch():
+    """The torch module. Raises UsageError with the cure where it is not installed."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError("casting weights needs torch: pip install 'stream_reshard[torch]', or --dtype keep") from error
+    return torch

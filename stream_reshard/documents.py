@@ -1,0 +1,148 @@
+"""The files beside the weights that Nanotron's trainer reads, as its own classes define them.
+
+`model_config.json` is `asdict` of the config class, `checkpoint_metadata.json` is `CheckpointMetadata`
+(nanotron/serialize/metadata.py), `config.yaml` is what `get_config_from_file` (nanotron/config/config.py) accepts. The
+parser is strict, so config.yaml holds only keys that every tree of its version knows.
+"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stream_reshard.layouts.nanotron import NanotronFormat
+from stream_reshard.model import ModelConfig
+
+_MARKERS = {"LlamaConfig": "is_llama_config", "Qwen2Config": "is_qwen2_config"}
+"""The key by which Nanotron's parser tells its config classes apart."""
+
+
+def nanotron_config(config: ModelConfig, format: NanotronFormat, attention_bias: bool, vocab_size: int) -> dict[str, Any]:
+    """The fields of Nanotron's config class that the model decides; all others keep their defaults.
+
+    Token ids that the source leaves out take Nanotron's defaults 1 and 2: its fields are plain ints.
+    """
+    fields: dict[str, Any] = {
+        "bos_token_id": 1 if config.bos_token_id is None else config.bos_token_id,
+        "eos_token_id": 2 if config.eos_token_id is None else config.eos_token_id,
+        "hidden_act": config.hidden_act, "hidden_size": config.hidden_size,
+        "initializer_range": config.initializer_range, "intermediate_size": config.intermediate_size,
+        _MARKERS[format.config_class]: True, "max_position_embeddings": config.max_position_embeddings,
+        "num_attention_heads": config.num_attention_heads, "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads, "pad_token_id": config.pad_token_id, "pretraining_tp": 1,
+        "rms_norm_eps": config.rms_norm_eps, "rope_scaling": None,
+        "tie_word_embeddings": config.tie_word_embeddings, "use_cache": True, "vocab_size": vocab_size}
+    if format.version != "1.2":
+        fields |= {"rope_theta": config.rope_theta, "rope_interleaved": format.rope_interleaved}
+    if format.config_class == "Qwen2Config":
+        fields["attention_bias"] = attention_bias
+    return fields
+
+
+def checkpoint_metadata(format: NanotronFormat, sequence_length: int) -> dict[str, Any]:
+    """A checkpoint before its first step. Main's loader insists on data_stages."""
+    document: dict[str, Any] = {"version": format.version, "tp": format.topology.tp, "dp": format.topology.dp}
+    metas: dict[str, Any] = {"last_train_step": 0, "consumed_train_samples": 0}
+    if format.version != "1.2":
+        stage = {"name": "stable", "start_training_step": 1, "consumed_train_samples": 0}
+        if format.version == "1.5":
+            stage |= {"sequence_length": sequence_length, "consumed_tokens_per_dataset_folder": {}}
+            metas["consumed_tokens_total"] = 0
+            document |= {"cp": 1, "custom_metas": None}
+        metas |= {"last_stage_idx": 0, "data_stages": [stage]}
+    return document | {"metas": metas}
+
+
+def _scalar(value: Any) -> str:
+    """A YAML 1.1 scalar. Floats need a point: YAML reads 1e-05 as a string, 1.0e-05 as a number."""
+    if isinstance(value, float):
+        mantissa, e, exponent = repr(value).partition("e")
+        return mantissa + (".0" if e and "." not in mantissa else "") + e + exponent
+    return json.dumps(value)
+
+
+def config_yaml(config: ModelConfig, format: NanotronFormat, attention_bias: bool, dtype: str, destination: Path,
+                has_tokenizer: bool) -> str:
+    """A config.yaml that starts training from the weights alone, with the vocabulary as it is without padding."""
+    fields = nanotron_config(config, format, attention_bias, config.vocab_size)
+    model_config = "\n".join(f"    {key}: {_scalar(value)}" for key, value in sorted(fields.items()))
+    topology, path = format.topology, json.dumps(str(destination))
+    data = "    dataset: null   # random tokens; for real data see the datasets in nanotron/config/config.py\n" \
+           "    num_loading_workers: 1\n    seed: 42\n"
+    adam = "adam_beta1: 0.9\n  adam_beta2: 0.95\n  adam_eps: 1.0e-08\n  torch_adam_is_fused: true\n"
+    if format.version == "1.2":
+        stages = "data:\n" + data.replace("    ", "  ")
+        optimizer = "  " + adam
+    else:
+        stages = "data_stages:\n- name: stable\n  start_training_step: 1\n  data:\n" + data
+        optimizer = "  optimizer_factory:\n    name: adamW\n    " + adam.replace("\n  ", "\n    ")
+    return _CONFIG.format(
+        destination=path, checkpoints=json.dumps(str(destination.with_name(destination.name + "-training"))),
+        stages=stages, optimizer=optimizer, model_config=model_config, dtype=dtype, multiple=format.vocab_multiple,
+        dp=topology.dp, tp=topology.tp, pp=topology.pp, tokenizer=path if has_tokenizer else "null",
+        sequence_length=min(config.max_position_embeddings, 2048), bf16_grads=_scalar(dtype != "float32"))
+
+
+_CONFIG = """\
+# Continue pretraining from the converted weights (weights only: no optimizer state, step 0).
+# Before a real run set: the data, the learning rate and its schedule, the batch, train_steps.
+checkpoints:
+  checkpoint_interval: 1000
+  checkpoints_path: {checkpoints}   # where this training saves
+  resume_checkpoint_path: null   # null, so that init_method below is used
+{stages}\
+general:
+  project: stream_reshard
+  run: continued_pretraining
+  seed: 42
+logging:
+  iteration_step_info_interval: 1
+  log_level: info
+  log_level_replica: info
+model:
+  ddp_bucket_cap_mb: 25
+  dtype: {dtype}
+  init_method:
+    path: {destination}   # this folder; change it when the folder moves
+  make_vocab_size_divisible_by: {multiple}
+  model_config:   # the vocabulary without padding: the trainer pads it itself
+{model_config}
+optimizer:
+  accumulate_grad_in_fp32: {bf16_grads}
+  clip_grad: 1.0
+  learning_rate_scheduler:   # a low constant-ish start for weights that are trained already
+    learning_rate: 3.0e-05
+    lr_decay_style: cosine
+    lr_warmup_steps: 100
+    lr_warmup_style: linear
+    min_decay_lr: 3.0e-06
+{optimizer}\
+  weight_decay: 0.01
+  zero_stage: 0
+parallelism:   # the topology the weights are cut for; another one loads too, only slower
+  dp: {dp}
+  expert_parallel_size: 1
+  pp: {pp}
+  pp_engine: 1f1b
+  tp: {tp}
+  tp_linear_async_communication: false
+  tp_mode: ALL_REDUCE
+tokenizer:
+  tokenizer_name_or_path: {tokenizer}
+tokens:
+  batch_accumulation_per_replica: {pp}   # at least the number of stages
+  micro_batch_size: 1
+  sequence_length: {sequence_length}
+  train_steps: 1000
+"""
+
+
+def documents(config: ModelConfig, format: NanotronFormat, attention_bias: bool, dtype: str, destination: Path,
+              has_tokenizer: bool) -> dict[str, bytes]:
+    """Every small file that the tool itself writes, by name."""
+    padded = format.padded_vocab(config.vocab_size)
+    metadata = checkpoint_metadata(format, min(config.max_position_embeddings, 2048))
+    return {
+        "checkpoint_metadata.json": json.dumps(metadata, indent=2, sort_keys=True).encode(),
+        "config.yaml": config_yaml(config, format, attention_bias, dtype, destination, has_tokenizer).encode(),
+        "model_config.json": json.dumps(nanotron_config(config, format, attention_bias, padded), indent=2).encode()}

@@ -1,0 +1,35 @@
+"""Engines: who runs the jobs. An engine knows jobs only, and any `concurrent.futures.Executor` is one."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from typing import TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def run_all(work: Callable[[Job], Result], jobs: Sequence[Job],
+            executor: Executor | None = None) -> Iterator[tuple[Job, Result]]:
+    """(job, work(job)) as they finish: one after the other in this thread, or on an executor.
+
+    Few jobs are handed out ahead, so that a failure or an interruption stops the run after those under way.
+    """
+    if executor is None:
+        yield from ((job, work(job)) for job in jobs)
+        return
+    waiting = iter(jobs)
+    running: dict[Future[Result], Job] = {}
+    try:
+        while True:
+            for job in waiting:
+                running[executor.submit(work, job)] = job
+                if len(running) >= 2 * getattr(executor, "_max_workers", 8):
+                    break
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    finally:
+        for future in running:
+            future.cancel()

@@ -1,0 +1,105 @@
+"""Memory: parse a limit, what the machine allows, what the process holds, what a run will reach. All in bytes.
+
+*allowed* is the limit on the peak resident set of the whole process tree, *reserved* is what it holds before the work
+starts (measured), *projected* is what the work will bring it to. Words and idea are those of the cubed project.
+"""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from stream_reshard.errors import UsageError, quoted
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+DEFAULT_ALLOWED = 512 * 2**20
+MAX_BLOCK_NBYTES = 4 * 2**20
+MIN_BLOCK_NBYTES = 64 * 2**10
+
+_PER_WORKER = 2 * 2**20
+"""What a thread needs beside its buffers: its stack, lists of pieces."""
+_SLACK = 6 * 2**20
+"""What the run needs beside its workers: the journal, the manifest, modules imported late."""
+_CAST_NBYTES = 230 * 2**20
+"""What importing torch adds."""
+
+
+def parse_nbytes(text: str) -> int:
+    """ "512MiB", "64 mb" or "1000000" in bytes. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in _UNITS or not float(match[1]):
+        raise UsageError(f"{quoted(text)} is not a size; write it as 512MiB, 64MiB or 1GB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def human(nbytes: float) -> str:
+    """A size for people: binary units, as limits are given."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+def resident() -> int:
+    """Resident set of the process tree now."""
+    import psutil
+    process = psutil.Process()
+    return process.memory_info().rss + sum(child.memory_info().rss for child in process.children(recursive=True))
+
+
+def peak_resident() -> int:
+    """Highest resident set of this process so far (VmHWM, which unlike ru_maxrss forgets the parent's)."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def machine_limit() -> int:
+    """What the machine, or the control group of this process, has in all."""
+    import psutil
+    limit = psutil.virtual_memory().total
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            limit = min(limit, int((Path("/sys/fs/cgroup") / name).read_text()))
+        except (OSError, ValueError):
+            continue
+    return limit
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The three numbers, and the buffers that follow from them."""
+
+    allowed: int
+    reserved: int
+    num_workers: int
+    block_nbytes: int
+    """Size of one buffer; a worker has two."""
+    casts: bool
+    """Whether torch will be imported, and results of casts held."""
+
+    @property
+    def projected(self) -> int:
+        """What the process tree will reach."""
+        buffers = 2 + 2 * self.casts
+        return (self.reserved + _SLACK + self.num_workers * (_PER_WORKER + buffers * self.block_nbytes)
+                + self.casts * _CAST_NBYTES)
+
+
+def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool) -> MemoryPlan:
+    """The largest buffers that keep the limit; the smallest ones where none do (compare `projected`)."""
+    block = MAX_BLOCK_NBYTES
+    while block > MIN_BLOCK_NBYTES:
+        plan = MemoryPlan(allowed, reserved, num_workers, block, casts)
+        if plan.projected <= allowed:
+            return plan
+        block //= 2
+    return MemoryPlan(allowed, reserved, num_workers, block, casts)

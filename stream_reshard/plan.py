@@ -1,0 +1,144 @@
+"""Plan: a source layout against a target layout. Pure data, the same for the same input, proved before it runs."""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from stream_reshard.box import Box, tiling_fault
+from stream_reshard.errors import StreamReshardError
+from stream_reshard.header import TensorFile
+from stream_reshard.layouts.base import TORCH_DTYPES, Layout, Slice
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work that writes one file, or the files that are cut from the same rows, so that each source byte is read
+    once. Idempotent, and independent of every other job; its copies are derived when it runs."""
+
+    files: tuple[TensorFile, ...]
+    parameters: tuple[str, ...]
+    """Names of the parameters that these files hold, in the order of their places."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it writes, headers included."""
+        return sum(file.nbytes for file in self.files)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes where."""
+
+    source: Layout
+    target: Layout
+    jobs: tuple[Job, ...]
+
+    def targets_of(self, job: Job, parameter: str) -> tuple[Slice, ...]:
+        """The slices of a parameter that stand in the files of a job."""
+        paths = {file.path for file in job.files}
+        return tuple(held for held in self.target.slices.get(parameter, ()) if held.tensor.file in paths)
+
+    def casts(self) -> dict[tuple[str, str], int]:
+        """Number of parameters per (source dtype, target dtype) that changes."""
+        counts: dict[tuple[str, str], int] = defaultdict(int)
+        for name in self.target.slices:
+            pair = self.source.dtype_of(name), self.target.dtype_of(name)
+            counts[pair] += pair[0] != pair[1]
+        return {pair: count for pair, count in counts.items() if count}
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of everything that decides the output's bytes; two plans with one digest are one plan."""
+        def described(layout: Layout) -> Iterator[object]:
+            for file in layout.files:
+                yield [file.path, dict(sorted(file.metadata)),
+                       [[t.key, t.dtype, t.shape, t.begin] for t in file.tensors]]
+            for name, held in layout.slices.items():
+                for part in held:
+                    yield [name, part.region.start, part.region.stop, part.tensor.file, part.place.start, part.order]
+
+        text = json.dumps([list(described(self.source)), list(described(self.target))])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_plan(source: Layout, target: Layout) -> Plan:
+    """Overlap two layouts of one model, and prove that every target byte is written exactly once.
+
+    Raises StreamReshardError, which is a fault of the layouts and not of the user, where the proof fails.
+    """
+    plan = Plan(source, target, tuple(_jobs(source, target)))
+    faults = list(coverage_faults(plan))
+    if faults:
+        raise StreamReshardError("this is a fault of stream_reshard, nothing was written: " + "; ".join(faults[:5]))
+    return plan
+
+
+def coverage_faults(plan: Plan) -> Iterator[str]:
+    """Every target element that is not written exactly once, and every source element not used exactly once."""
+    places: dict[tuple[str, str], list[Box]] = defaultdict(list)
+    for layout in (plan.source, plan.target):
+        for parameter in plan.target.model.stored():
+            held = layout.slices.get(parameter.name, ())
+            if fault := tiling_fault([part.region for part in held], parameter.whole):
+                yield f"{parameter.name} in {layout.format}: {fault}"
+    for held in plan.target.slices.values():
+        for part in held:
+            places[part.tensor.file, part.tensor.key].append(part.place)
+    for fills in plan.target.fills.values():
+        for fill in fills:
+            places[fill.tensor.file, fill.tensor.key].append(fill.place)
+    for tensor in plan.target.tensors():
+        if fault := tiling_fault(places[tensor.file, tensor.key], Box.whole(tensor.shape)):
+            yield f"{tensor.file}: {fault}"
+    done = [file.path for job in plan.jobs for file in job.files]
+    if sorted(done) != sorted(file.path for file in plan.target.files):
+        yield "the jobs do not write every file once"
+    for parameter, held in plan.source.slices.items():
+        for part in held:
+            if part.tensor.dtype not in TORCH_DTYPES:
+                yield f"{parameter} has the dtype {part.tensor.dtype}"
+
+
+def _jobs(source: Layout, target: Layout) -> Iterator[Job]:
+    """Target files joined where they are cut from the same stretch of a source tensor, in the target's order."""
+    leader = {file.path: file.path for file in target.files}
+
+    def find(path: str) -> str:
+        while leader[path] != path:
+            path = leader[path]
+        return path
+
+    for paths in _cut_together(source, target):
+        for path in paths[1:]:
+            leader[find(path)] = find(paths[0])
+    parameters: dict[str, dict[str, None]] = defaultdict(dict)
+    for name in (parameter.name for parameter in target.model.stored()):
+        for part in (*target.slices.get(name, ()), *target.fills.get(name, ())):
+            parameters[find(part.tensor.file)][name] = None
+    files: dict[str, list[TensorFile]] = defaultdict(list)
+    for file in target.files:
+        files[find(file.path)].append(file)
+    for path, group in files.items():
+        yield Job(tuple(group), tuple(parameters[path]))
+
+
+def _cut_together(source: Layout, target: Layout) -> Iterator[list[str]]:
+    """Lists of target files whose stretches of one source tensor overlap."""
+    for name, wanted in target.slices.items():
+        for held in source.slices[name]:
+            stretches = sorted((*held.extent_of(common), part.tensor.file) for part in wanted
+                               if (common := held.region.overlap(part.region)))
+            group: list[str] = []
+            reach = -1
+            for start, stop, path in stretches:
+                if start >= reach:
+                    yield group or [path]
+                    group = []
+                group.append(path)
+                reach = max(reach, stop)
+            if group:
+                yield group

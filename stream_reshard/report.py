@@ -1,0 +1,114 @@
+"""What a person reads: the plan as a table, the summary of a run; and the same as JSON."""
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from stream_reshard.convert import Conversion
+from stream_reshard.execute import staging_of
+from stream_reshard.layouts.base import TORCH_DTYPES
+from stream_reshard.layouts.nanotron import stages_of
+from stream_reshard.memory import human
+
+
+def stage_table(conversion: Conversion) -> list[dict[str, Any]]:
+    """Per stage: the blocks it holds, and the files and bytes of all its ranks."""
+    plan, format = conversion.plan, conversion.format
+    stages = stages_of(plan.target.model.config, format)
+    rows: list[dict[str, Any]] = [{"stage": stage, "blocks": [b for b, s in stages.items() if s == stage], "files": 0,
+                                   "nbytes": 0} for stage in range(format.topology.pp)]
+    for parameter in {p.nanotron: p for p in plan.target.model.stored()}.values():
+        row = rows[stages[parameter.nanotron.split(".pp_block")[0]]]
+        files = {part.tensor.file: part.tensor.nbytes for part in plan.target.slices[parameter.name]}
+        row["files"] += len(files)
+        row["nbytes"] += sum(files.values())
+    return rows
+
+
+def as_json(conversion: Conversion) -> dict[str, Any]:
+    """The plan as one JSON document; sizes in bytes."""
+    plan, options, format = conversion.plan, conversion.options, conversion.format
+    config, topology = plan.target.model.config, format.topology
+    return {
+        "source": {"path": str(plan.source.root), "format": plan.source.format, "family": config.family,
+                   "num_shards": len(plan.source.files), "nbytes": plan.source.nbytes},
+        "target": {"path": str(options.destination) if options.destination else None, "format": plan.target.format,
+                   "version": format.version, "config_class": format.config_class, "tp": topology.tp,
+                   "pp": topology.pp, "dp": topology.dp, "rope_interleaved": format.rope_interleaved,
+                   "num_files": len(plan.target.files), "nbytes": plan.target.nbytes, "dtype": conversion.dtype},
+        "num_parameters": plan.target.model.num_elements,
+        "vocab": {"size": config.vocab_size, "padded": format.padded_vocab(config.vocab_size)},
+        "tied": config.tie_word_embeddings, "stages": stage_table(conversion),
+        "casts": {f"{TORCH_DTYPES[a]} to {TORCH_DTYPES[b]}": n for (a, b), n in plan.casts().items()},
+        "num_jobs": len(plan.jobs), "largest_job_nbytes": max(job.nbytes for job in plan.jobs),
+        "memory": {"allowed": conversion.memory.allowed, "reserved": conversion.memory.reserved,
+                   "projected": conversion.memory.projected, "num_workers": conversion.memory.num_workers,
+                   "block_nbytes": conversion.memory.block_nbytes},
+        "disk_nbytes": conversion.disk_nbytes, "notes": list(conversion.notes), "plan_sha256": plan.digest}
+
+
+def plan_lines(conversion: Conversion) -> Iterator[str]:
+    """The plan for a person."""
+    facts = as_json(conversion)
+    source, target, memory = facts["source"], facts["target"], facts["memory"]
+    yield (f"source   {source['path']}  ({source['format']}, {source['family']}, "
+           f"{facts['num_parameters'] / 1e6:,.1f} M parameters, {source['num_shards']} shards, {human(source['nbytes'])})")
+    yield (f"target   {target['path'] or '(not given)'}  ({target['format']} {target['config_class']}, format "
+           f"{target['version']}, {conversion.format.topology}, {target['dtype']}, RoPE "
+           f"{'interleaved' if target['rope_interleaved'] else 'as in Hugging Face'})")
+    yield "stage    blocks                                             files       bytes"
+    for row in facts["stages"]:
+        yield f"{row['stage']:<8} {_blocks(row['blocks']):<48} {row['files']:>7} {human(row['nbytes']):>11}"
+    vocab = facts["vocab"]
+    yield (f"vocab    {vocab['size']} rows" + (f", padded to {vocab['padded']} with zeros"
+                                              if vocab["padded"] != vocab["size"] else ", no padding")
+           + (", head tied to the embedding" if facts["tied"] else ""))
+    for cast, number in facts["casts"].items():
+        yield f"cast     {number} parameters from {cast}"
+    yield f"jobs     {facts['num_jobs']}, the largest writes {human(facts['largest_job_nbytes'])}"
+    yield (f"memory   reserved {human(memory['reserved'])}, projected {human(memory['projected'])} of "
+           f"{human(memory['allowed'])} allowed ({memory['num_workers']} workers)")
+    yield f"disk     {human(facts['disk_nbytes'])} in {target['num_files']} files"
+    yield from (f"note     {note}" for note in facts["notes"])
+
+
+def _blocks(names: list[str]) -> str:
+    """`embedding, layers 0-16, final norm, head`."""
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        kind, _, index = name.partition(".")
+        grouped[kind].append(index)
+    words = {"token_position_embeddings": "embedding", "final_layer_norm": "final norm", "lm_head": "head"}
+    return ", ".join(f"layers {indices[0]}-{indices[-1]}" if kind == "decoder" else words[kind]
+                     for kind, indices in grouped.items())
+
+
+def summary(conversion: Conversion, seconds: float, peak: int) -> dict[str, Any]:
+    """What a finished run did, as JSON; sizes in bytes."""
+    return as_json(conversion) | {"seconds": round(seconds, 3), "peak_nbytes": peak,
+                                  "torchrun": torchrun_line(conversion)}
+
+
+def summary_lines(conversion: Conversion, seconds: float, peak: int) -> Iterator[str]:
+    """What a finished run did, for a person."""
+    memory, target = conversion.memory, conversion.plan.target
+    yield (f"done     {len(target.files)} files, {human(target.nbytes)} in {seconds:.1f} s "
+           f"({human(target.nbytes / max(seconds, 1e-9))}/s), durable in {conversion.options.destination}")
+    yield (f"memory   peak {human(peak)} measured, {human(memory.projected)} projected, "
+           f"{human(memory.allowed)} allowed")
+    yield "train    " + torchrun_line(conversion)
+
+
+def torchrun_line(conversion: Conversion) -> str:
+    """The command that trains from the folder, in a checkout of Nanotron."""
+    destination = conversion.options.destination
+    assert destination is not None
+    return (f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc_per_node={conversion.format.topology.world_size} "
+            f"run_train.py --config-file {destination.resolve() / 'config.yaml'}")
+
+
+def resume_hint(conversion: Conversion) -> str:
+    """What to do after a stop."""
+    assert conversion.options.destination is not None
+    return f"{staging_of(conversion.options.destination)} keeps what is done; run the same command again to go on"
