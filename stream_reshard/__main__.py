@@ -1,7 +1,5 @@
 """`python -m stream_reshard`."""
-import sys
-
-from stream_reshard.cli import main
+from stream_reshard.cli import script
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -184,3 +184,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+
+
+def script() -> None:
+    """The installed command `stream-reshard`."""
+    sys.exit(main())

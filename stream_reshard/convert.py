@@ -141,13 +141,14 @@ def _format_of(options: Options, family: Family) -> NanotronFormat:
     name = family.nanotron_configs[0] if options.config_class == "auto" else options.config_class
     problems = Problems()
     if name not in family.nanotron_configs:
-        problems.append(UsageError(f"--nanotron-config {name} cannot express {family.name} (it has no attention biases); "
-                                   f"use {' or '.join(family.nanotron_configs)}"))
+        problems.append(UsageError(f"--nanotron-config {name} cannot express {family.name} (it has no attention "
+                                   f"biases); use {' or '.join(family.nanotron_configs)}"))
     if options.version == "1.2":
         if name != "LlamaConfig":
             problems.append(UsageError(f"--checkpoint-version 1.2: release 0.4 has no {name}; use 1.5"))
         if options.rope == "neox":
-            problems.append(UsageError("--rope neox with --checkpoint-version 1.2: release 0.4 always interleaves RoPE"))
+            problems.append(UsageError("--rope neox with --checkpoint-version 1.2: release 0.4 always interleaves "
+                                       "RoPE; use interleaved or auto"))
     if options.vocab_multiple < 1:
         problems.append(UsageError(f"--vocab-multiple {options.vocab_multiple}: it is at least 1"))
     if options.num_workers < 1:
@@ -167,8 +168,8 @@ def _dtypes(source: Layout, wanted: str) -> dict[str, str]:
     for parameter in source.model.stored():
         first = fused.setdefault(parameter.nanotron, by_name[parameter.name])
         if first != by_name[parameter.name]:
-            raise SourceError(f"{parameter.hugging_face} is {by_name[parameter.name]}, but Nanotron keeps it in one tensor "
-                              f"with {first} weights; choose one with --dtype")
+            raise SourceError(f"{parameter.hugging_face} is {by_name[parameter.name]}, but Nanotron keeps it in one "
+                              f"tensor with {first} weights; choose one with --dtype")
     return by_name
 
 

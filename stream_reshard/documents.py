@@ -17,7 +17,8 @@ _MARKERS = {"LlamaConfig": "is_llama_config", "Qwen2Config": "is_qwen2_config"}
 """The key by which Nanotron's parser tells its config classes apart."""
 
 
-def nanotron_config(config: ModelConfig, format: NanotronFormat, attention_bias: bool, vocab_size: int) -> dict[str, Any]:
+def nanotron_config(config: ModelConfig, format: NanotronFormat, attention_bias: bool,
+                    vocab_size: int) -> dict[str, Any]:
     """The fields of Nanotron's config class that the model decides; all others keep their defaults.
 
     Token ids that the source leaves out take Nanotron's defaults 1 and 2: its fields are plain ints.

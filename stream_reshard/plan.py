@@ -11,7 +11,7 @@ from functools import cached_property
 from stream_reshard.box import Box, tiling_fault
 from stream_reshard.errors import StreamReshardError
 from stream_reshard.header import TensorFile
-from stream_reshard.layouts.base import TORCH_DTYPES, Layout, Slice
+from stream_reshard.layouts.base import Fill, Layout, Slice
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,7 @@ def make_plan(source: Layout, target: Layout) -> Plan:
 def coverage_faults(plan: Plan) -> Iterator[str]:
     """Every target element that is not written exactly once, and every source element not used exactly once."""
     places: dict[tuple[str, str], list[Box]] = defaultdict(list)
-    for layout in (plan.source, plan.target):
-        for parameter in plan.target.model.stored():
-            held = layout.slices.get(parameter.name, ())
-            if fault := tiling_fault([part.region for part in held], parameter.whole):
-                yield f"{parameter.name} in {layout.format}: {fault}"
+    yield from _region_faults(plan)
     for held in plan.target.slices.values():
         for part in held:
             places[part.tensor.file, part.tensor.key].append(part.place)
@@ -97,10 +93,14 @@ def coverage_faults(plan: Plan) -> Iterator[str]:
     done = [file.path for job in plan.jobs for file in job.files]
     if sorted(done) != sorted(file.path for file in plan.target.files):
         yield "the jobs do not write every file once"
-    for parameter, held in plan.source.slices.items():
-        for part in held:
-            if part.tensor.dtype not in TORCH_DTYPES:
-                yield f"{parameter} has the dtype {part.tensor.dtype}"
+
+
+def _region_faults(plan: Plan) -> Iterator[str]:
+    for layout in (plan.source, plan.target):
+        for parameter in plan.target.model.stored():
+            held = layout.slices.get(parameter.name, ())
+            if fault := tiling_fault([part.region for part in held], parameter.whole):
+                yield f"{parameter.name} in {layout.format}: {fault}"
 
 
 def _jobs(source: Layout, target: Layout) -> Iterator[Job]:
@@ -117,7 +117,8 @@ def _jobs(source: Layout, target: Layout) -> Iterator[Job]:
             leader[find(path)] = find(paths[0])
     parameters: dict[str, dict[str, None]] = defaultdict(dict)
     for name in (parameter.name for parameter in target.model.stored()):
-        for part in (*target.slices.get(name, ()), *target.fills.get(name, ())):
+        parts: tuple[Slice | Fill, ...] = (*target.slices.get(name, ()), *target.fills.get(name, ()))
+        for part in parts:
             parameters[find(part.tensor.file)][name] = None
     files: dict[str, list[TensorFile]] = defaultdict(list)
     for file in target.files:

@@ -53,7 +53,8 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
     facts = as_json(conversion)
     source, target, memory = facts["source"], facts["target"], facts["memory"]
     yield (f"source   {source['path']}  ({source['format']}, {source['family']}, "
-           f"{facts['num_parameters'] / 1e6:,.1f} M parameters, {source['num_shards']} shards, {human(source['nbytes'])})")
+           f"{facts['num_parameters'] / 1e6:,.1f} M parameters, {source['num_shards']} shards, "
+           f"{human(source['nbytes'])})")
     yield (f"target   {target['path'] or '(not given)'}  ({target['format']} {target['config_class']}, format "
            f"{target['version']}, {conversion.format.topology}, {target['dtype']}, RoPE "
            f"{'interleaved' if target['rope_interleaved'] else 'as in Hugging Face'})")
@@ -61,9 +62,8 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
     for row in facts["stages"]:
         yield f"{row['stage']:<8} {_blocks(row['blocks']):<48} {row['files']:>7} {human(row['nbytes']):>11}"
     vocab = facts["vocab"]
-    yield (f"vocab    {vocab['size']} rows" + (f", padded to {vocab['padded']} with zeros"
-                                              if vocab["padded"] != vocab["size"] else ", no padding")
-           + (", head tied to the embedding" if facts["tied"] else ""))
+    padding = f"padded to {vocab['padded']} with zeros" if vocab["padded"] != vocab["size"] else "no padding"
+    yield f"vocab    {vocab['size']} rows, {padding}{', head tied to the embedding' if facts['tied'] else ''}"
     for cast, number in facts["casts"].items():
         yield f"cast     {number} parameters from {cast}"
     yield f"jobs     {facts['num_jobs']}, the largest writes {human(facts['largest_job_nbytes'])}"

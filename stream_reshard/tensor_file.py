@@ -1,7 +1,8 @@
 """Reading and writing the bytes of tensor files: the only module that opens them. How bytes move is decided here.
 
 Order of a write, so that a file under its final name is always whole: a unique temp name in the same folder (one that
-no loader's pattern matches), exclusive create, final size, header, blocks, fsync, rename. Folders are synced at the end.
+no loader's pattern matches), exclusive create, final size, header, blocks, fsync, rename. Folders are synced at the
+end.
 """
 from __future__ import annotations
 

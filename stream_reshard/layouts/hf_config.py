@@ -83,7 +83,7 @@ class _Reader:
     def complain(self, text: str) -> None:
         self.problems.append(SourceError(f"config.json: {text}"))
 
-    def number(self, key: str, kind: type, default: Any = None) -> Any:
+    def number(self, key: str, kind: type[int] | type[float], default: Any = None) -> Any:
         """A positive int or float; `default` where the key is absent or null."""
         value = self.raw.get(key)
         if value is None:

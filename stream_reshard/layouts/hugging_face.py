@@ -73,8 +73,10 @@ def _without_shards(root: Path) -> SourceError:
             f"code; convert them where you trust them: AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(NEW)")
     shards = sorted(path.name for path in root.glob("*.safetensors"))
     if shards:
-        return SourceError(f"{quoted(root)} holds {len(shards)} shards such as {quoted(shards[0])}, but no {INDEX_NAME}")
-    return SourceError(f"{quoted(root)} holds neither {SINGLE_NAME} nor {INDEX_NAME}: it is not a Hugging Face checkpoint")
+        return SourceError(f"{quoted(root)} holds {len(shards)} shards such as {quoted(shards[0])}, but no "
+                           f"{INDEX_NAME}")
+    return SourceError(f"{quoted(root)} holds neither {SINGLE_NAME} nor {INDEX_NAME}: it is not a Hugging Face "
+                       f"checkpoint")
 
 
 def _weight_map(root: Path) -> Mapping[str, str]:
@@ -84,7 +86,8 @@ def _weight_map(root: Path) -> Mapping[str, str]:
     problems = Problems()
     for name in dict.fromkeys(map(str, weight_map.values())):
         if not _SHARD_NAME.fullmatch(name):
-            problems.append(SourceError(f"{INDEX_NAME} names {quoted(name)}, which is not a safetensors file in the folder"))
+            problems.append(SourceError(f"{INDEX_NAME} names {quoted(name)}, which is not a safetensors file in "
+                                        f"the folder"))
         elif not (root / name).is_file():
             problems.append(SourceError(f"{INDEX_NAME} names {quoted(name)}, which is missing"))
     problems.raise_if_any()

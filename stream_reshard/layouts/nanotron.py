@@ -64,7 +64,7 @@ def topology_problems(model: Model, format: NanotronFormat) -> Problems:
     """Every way in which the model cannot be cut like this, one UsageError each."""
     problems = Problems()
     tp, pp, config = format.topology.tp, format.topology.pp, model.config
-    uneven = {}
+    uneven: dict[tuple[str, int], str] = {}
     for parameter in model.stored():
         if parameter.split and parameter.split != "vocab":
             size = parameter.shape[parameter.dims.index(parameter.split)]

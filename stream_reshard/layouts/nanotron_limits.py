@@ -67,31 +67,31 @@ def _rope_limits(config: SourceConfig, format: NanotronFormat) -> Iterator[Limit
     rope, raw = config.rope, config.raw
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
-        yield Limit("rope_scaling", f"rope_type is {quoted(kind)}; Nanotron stores rope_scaling and ignores it, so q and "
-                                    f"k would be turned with unscaled frequencies")
+        yield Limit("rope_scaling", f"rope_type is {quoted(kind)}; Nanotron stores rope_scaling and ignores it, so q "
+                                    f"and k would be turned with unscaled frequencies")
     factor = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if factor not in (None, 1, 1.0):
         yield Limit("partial_rotary_factor", f"partial_rotary_factor is {quoted(factor)}; Nanotron turns whole heads")
     if format.version == "1.2" and config.model.rope_theta != RELEASE_04_ROPE_THETA:
-        yield Limit("rope_theta", f"rope_theta is {config.model.rope_theta:g}; release 0.4, which reads format 1.2, only "
-                                  f"knows {RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5")
+        yield Limit("rope_theta", f"rope_theta is {config.model.rope_theta:g}; release 0.4, which reads format 1.2, "
+                                  f"only knows {RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5")
 
 
 def _attention_limits(config: SourceConfig) -> Iterator[Limit]:
     raw, model = config.raw, config.model
     head_dim = raw.get("head_dim")
     if head_dim not in (None, model.head_dim):
-        yield Limit("head_dim", f"head_dim is {quoted(head_dim)}; Nanotron only knows hidden_size / num_attention_heads "
-                                f"= {model.head_dim}")
+        yield Limit("head_dim", f"head_dim is {quoted(head_dim)}; Nanotron only knows hidden_size / "
+                                f"num_attention_heads = {model.head_dim}")
     if raw.get("attention_bias") and not config.family.has_attention_bias:
-        yield Limit("attention_bias", "attention_bias is true; that adds a bias to o_proj, which Nanotron does not have "
-                                      "(and LlamaConfig has no biases at all)")
+        yield Limit("attention_bias", "attention_bias is true; that adds a bias to o_proj, which Nanotron does not "
+                                      "have (and LlamaConfig has no biases at all)")
     for key in ("qk_norm", "use_qk_norm", "qk_layernorm"):
         if raw.get(key):
             yield Limit("qk_norm", f"{key} is {quoted(raw[key])}; Nanotron has no norms on q and k")
     if _has_sliding_window(config):
-        yield Limit("sliding_window", f"sliding_window is {quoted(raw.get('sliding_window'))}; Nanotron would attend to "
-                                      f"everything")
+        yield Limit("sliding_window", f"sliding_window is {quoted(raw.get('sliding_window'))}; Nanotron would attend "
+                                      f"to everything")
 
 
 def _has_sliding_window(config: SourceConfig) -> bool:

@@ -1,0 +1,80 @@
+"""Make a Hugging Face folder of a known shape with random bits, in shards: input for measurements.
+
+    python benchmarks/synthetic.py llama-7b OUT
+
+The bits are one random megabyte repeated from other starting points, so that it is made at the speed of the disk and no
+file system can compress or deduplicate whole blocks away.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from stream_reshard.architectures import FAMILIES, build_model
+from stream_reshard.header import ITEMSIZE, pack_header
+from stream_reshard.layouts.hf_config import CONFIG_NAME, read_config
+from stream_reshard.layouts.hugging_face import INDEX_NAME
+from stream_reshard.model import Parameter
+
+_LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+          "rope_theta": 10000.0, "tie_word_embeddings": False, "max_position_embeddings": 4096, "bos_token_id": 1,
+          "eos_token_id": 2, "torch_dtype": "bfloat16"}
+
+
+def _llama(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict:
+    return _LLAMA | {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
+                     "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab}
+
+
+SHAPES = {
+    "llama-0.3b": _llama(1024, 2752, 16, 16, 16, 32000),
+    "llama-1.3b": _llama(2048, 5504, 24, 16, 16, 32000),
+    "llama-2.7b": _llama(2560, 6912, 32, 32, 32, 32000),
+    "llama-7b": _llama(4096, 11008, 32, 32, 32, 32000),
+    "one-embedding-4gb": _llama(4096, 256, 1, 32, 32, 512000),
+}
+
+
+def write_source(root: Path, config: dict, max_shard_nbytes: int = 5 * 10**9) -> None:
+    """Shards of at most `max_shard_nbytes` where a tensor does not exceed it, the index, and config.json."""
+    root.mkdir(parents=True)
+    (root / CONFIG_NAME).write_text(json.dumps(config, indent=2))
+    parsed = read_config(root)
+    shards: list[list[Parameter]] = [[]]
+    size = 0
+    for parameter in build_model(FAMILIES[parsed.family.hugging_face_class], parsed.model).stored():
+        nbytes = parameter.num_elements * ITEMSIZE["BF16"]
+        if size + nbytes > max_shard_nbytes and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append(parameter)
+        size += nbytes
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, parameters in zip(names, shards):
+        _write_shard(root / name, parameters)
+    weight_map = {p.hugging_face: name for name, parameters in zip(names, shards) for p in parameters}
+    (root / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _write_shard(path: Path, parameters: list[Parameter]) -> None:
+    noise = os.urandom(2**20) * 17
+    with open(path, "wb") as stream:
+        stream.write(pack_header([(p.hugging_face, "BF16", p.matrix_shape) for p in parameters], {"format": "pt"}))
+        for parameter in parameters:
+            left, begin = parameter.num_elements * ITEMSIZE["BF16"], 0
+            while left:
+                piece = noise[begin:begin + min(left, 16 * 2**20)]
+                stream.write(piece)
+                left, begin = left - len(piece), (begin + 4099) % 2**20
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    write_source(arguments.out, SHAPES[arguments.shape])

@@ -1,0 +1,4 @@
+"""Packaging; everything is declared in setup.cfg."""
+from setuptools import setup
+
+setup()

@@ -1,0 +1,116 @@
+"""Asks the importable Nanotron about checkpoints, on the CPU. Several steps share one start, parted by a plus sign:
+
+    python -m torch.distributed.run --standalone --nproc_per_node 4 check.py \\
+        save HF OUT --tp 2 --pp 2 + load HF DST --tp 2 --pp 2 + load HF DST --tp 4 --logits FILE + config DST
+
+    save    fill the model with the Hugging Face weights, save it with save_weights: what DST must look like
+    load    load DST with load_weights; compare its model_config.json, and on all ranks each parameter bit for bit,
+            with the Hugging Face model. --logits also compares float32 logits with those in FILE (pp 1 only)
+    config  read DST/config.yaml with Nanotron's own parser
+
+dp is what remains of the processes. Rank 0 prints a line `RESULT {json}` per step. Exit code 0: all steps ok; 1 (which
+torch.distributed.run makes of any failure): a step has "ok": false, or an exception is on stderr.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import session  # first: puts the stand-ins in place  # isort: skip
+import expected
+import torch
+from nanotron import constants
+from nanotron.serialize import load_weights, metadata, save_weights
+from safetensors.torch import load_file
+
+
+def topology(args):
+    dp = int(os.environ["WORLD_SIZE"]) // (args.tp * args.pp)
+    return {"tp": args.tp, "pp": args.pp, "dp": dp}
+
+
+def save(args):
+    hf = expected.HuggingFace(args.hf)
+    fields = expected.model_fields(hf, args.tp * args.vocab_multiple)
+    config = session.config_from_fields(args.model_config, fields)
+    model, context = session.build(config, **topology(args), dtype=hf.dtype)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(expected.local(name, param, hf, session.rope_interleaved(config)).nan_to_num())
+    save_weights(model=model, parallel_context=context, root_folder=args.folder)
+    return {"ok": True}
+
+
+def load(args):
+    hf = expected.HuggingFace(args.hf)
+    config = session.config_from_folder(args.folder)
+    fields = expected.model_fields(hf, args.tp * args.vocab_multiple)
+    odd = {name: getattr(config, name) for name, value in fields.items() if getattr(config, name, value) != value}
+    model, context = session.build(config, **topology(args), dtype=torch.float32 if args.logits else hf.dtype)
+    load_weights(model=model, parallel_context=context, root_folder=args.folder)
+    meta = metadata.load_meta(parallel_context=context, root_folder=args.folder)
+    wrong = [name for name, param in model.named_parameters() if not expected.same_bits(
+        param, expected.local(name, param, hf, session.rope_interleaved(config)))]
+    ranks = [None] * int(os.environ["WORLD_SIZE"])
+    torch.distributed.all_gather_object(ranks, (len(list(model.parameters())), wrong))
+    result = {"class": type(config).__name__, "checkpoint_version": str(meta.version), "config_differs": odd,
+              "parameters": sum(count for count, _ in ranks), "wrong": [names[:3] for _, names in ranks if names],
+              "ok": not odd and not any(names for _, names in ranks)}
+    if args.logits:
+        result |= compare_logits(model, context, load_file(args.logits))
+    return result
+
+
+def compare_logits(model, context, reference):
+    want = reference["logits"]
+    got = session.logits(model, context, reference["input_ids"])[..., :want.shape[-1]]
+    return {"max_difference": (got - want).abs().max().item(), "largest_logit": want.abs().max().item(),
+            "same_argmax": (got.argmax(-1) == want.argmax(-1)).float().mean().item()}
+
+
+def config(args):
+    from nanotron.config import get_config_from_file
+    parsed = get_config_from_file(str(args.folder / "config.yaml"))
+    model = parsed.model.model_config
+    parallelism = {axis: getattr(parsed.parallelism, axis) for axis in ("tp", "pp", "dp")}
+    known = dataclasses.is_dataclass(model)  # release 0.4 keeps a dict when a key is unknown to it, and says nothing
+    return {"ok": known, "class": type(model).__name__, "vocab_size": known and model.vocab_size,
+            "init_method": type(parsed.model.init_method).__name__,
+            "path": str(getattr(parsed.model.init_method, "path", "")),
+            "dtype": str(parsed.model.dtype), "vocab_multiple": parsed.model.make_vocab_size_divisible_by} | parallelism
+
+
+def parse(words):
+    parser = argparse.ArgumentParser(prog="check.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    steps = parser.add_subparsers(required=True)
+    for step in (save, load, config):
+        command = steps.add_parser(step.__name__)
+        command.set_defaults(step=step)
+        if step is not config:
+            command.add_argument("hf", type=Path)
+            command.add_argument("--tp", type=int, default=1)
+            command.add_argument("--pp", type=int, default=1)
+            command.add_argument("--vocab-multiple", type=int, default=1)
+        command.add_argument("folder", type=Path)
+    steps.choices["save"].add_argument("--model-config", default="LlamaConfig")
+    steps.choices["load"].add_argument("--logits", type=Path)
+    return parser.parse_args(words)
+
+
+def main():
+    torch.set_num_threads(1)
+    commands = [parse(words) for parted, words in groupby(sys.argv[1:], "+".__eq__) if not parted]
+    failed = False
+    for args in commands:
+        result = {"step": args.step.__name__, "nanotron_format": str(constants.CHECKPOINT_VERSION)} | args.step(args)
+        failed |= not result["ok"]
+        if session.rank() == 0:
+            print("\nRESULT " + json.dumps(result), flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

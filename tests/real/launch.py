@@ -1,0 +1,71 @@
+"""What the tests call: the converter, and check.py or train.py under torch.distributed.run, each in its own processes."""
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+NANOTRON_REPO = os.environ.get("NANOTRON_REPO")
+
+
+def missing(*modules):
+    """Why these tests cannot run here; empty when they can."""
+    absent = [name for name in ("torch", "transformers", "yaml", "dacite", *modules) if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else ""
+
+
+def missing_release():
+    """Why the release of Nanotron on PyPI cannot be asked."""
+    if missing("nanotron"):
+        return missing("nanotron")
+    version = importlib.metadata.version("nanotron")
+    return "" if version == "0.4" else f"nanotron {version} is installed, these tests are for 0.4"
+
+
+def missing_repo():
+    """Why a checkout of Nanotron cannot be asked."""
+    if not NANOTRON_REPO:
+        return "NANOTRON_REPO does not name a checkout of github.com/huggingface/nanotron"
+    return missing("datasets", "einops")
+
+
+def convert(source, destination, *flags):
+    """Runs the command line of the converter; its messages are in the exception when it fails."""
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(REPOSITORY)]))
+    run([sys.executable, "-m", "stream_reshard", str(source), str(destination), "--quiet", *map(str, flags)],
+        {"PYTHONPATH": path})
+    return destination
+
+
+def nanotron(*steps, ranks, repo=None, script="check.py", timeout=300):
+    """Runs steps of check.py in one start and returns their results. Uses the checkout `repo`, else what is installed."""
+    words = [str(word) for step in steps for word in ("+", *step)][1:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+               str(HERE / script), *words]
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
+    if repo:
+        environment |= {"PYTHONPATH": str(Path(repo) / "src"), "NANOTRON_REPO": str(repo)}
+    finished = run(command, environment, check=False, timeout=timeout)
+    results = [json.loads(line.removeprefix("RESULT ")) for line in finished.stdout.splitlines() if line.startswith("RESULT ")]
+    if len(results) < len(steps) or (finished.returncode and all(result["ok"] for result in results)):
+        first_error = finished.stderr[max(0, finished.stderr.find("Traceback")):]
+        raise AssertionError(f"{script} stopped after {results}\n{finished.stdout[-3000:]}\n{first_error[:6000]}")
+    return results
+
+
+def run(command, environment, check=True, timeout=300):
+    """A child process in a session of its own; on a timeout its workers go with it."""
+    child = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        stdout, stderr = child.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        child.terminate()  # torch.distributed.run ends its workers on SIGTERM
+        stdout, stderr = child.communicate()
+        raise AssertionError(f"still running after {timeout} s: {command}\n{stdout[-3000:]}\n{stderr[-3000:]}") from None
+    if check and child.returncode:
+        raise AssertionError(f"exit code {child.returncode}: {command}\n{stdout}\n{stderr}")
+    return subprocess.CompletedProcess(command, child.returncode, stdout, stderr)

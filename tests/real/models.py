@@ -1,0 +1,42 @@
+"""Hugging Face models to convert, and transformers' logits for them. For processes without the stand-ins."""
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+SMALL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=4,
+             vocab_size=320, max_position_embeddings=128, rms_norm_eps=1e-5)
+
+
+def save_llama(folder, **changes):
+    """A small Llama with grouped queries, untied, in several shards."""
+    return save_random(LlamaForCausalLM(LlamaConfig(**SMALL | changes)), folder)
+
+
+def save_tied_llama(folder, **changes):
+    """Tied embeddings, and a vocabulary that no tensor-parallel size divides."""
+    return save_llama(folder, tie_word_embeddings=True, vocab_size=323, num_hidden_layers=4, **changes)
+
+
+def save_qwen2(folder, **changes):
+    """A small Qwen2: it has q, k and v biases."""
+    return save_random(Qwen2ForCausalLM(Qwen2Config(**SMALL | {"num_hidden_layers": 4} | changes)), folder)
+
+
+def save_random(model, folder):
+    """Every parameter is random, norms and biases too, so that a wrong one shows; in bf16."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            base = 1.0 if "norm" in name else 0.0
+            param.copy_(base + 0.1 * torch.randn(param.shape, generator=generator))
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
+def save_logits(hf_folder, path, length=24):
+    """Writes token ids and transformers' float32 logits for them, for check.py to compare with."""
+    model = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32).eval()
+    ids = torch.randint(0, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        save_file({"input_ids": ids, "logits": model(ids).logits.contiguous()}, path)
+    return path

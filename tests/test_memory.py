@@ -1,0 +1,81 @@
+"""The limit on memory is kept, whatever the tensor sizes; one that cannot be kept is refused before anything is written.
+
+Peaks are sums of the resident sets of the whole process tree, sampled from outside, beside VmHWM that the run prints.
+"""
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stream_reshard.header import pack_header
+from stream_reshard.memory import parse_nbytes
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_sparse_source(root, vocab, hidden=1024):
+    """A one-layer Llama with a vast embedding of zeros that takes no disk: (vocab, hidden) in bfloat16."""
+    root.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": 512,
+              "num_hidden_layers": 1, "num_attention_heads": 8, "vocab_size": vocab, "tie_word_embeddings": True}
+    (root / "config.json").write_text(json.dumps(config))
+    square = (hidden, hidden)
+    shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    layer = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), "mlp.gate_proj": (512, hidden),
+             "mlp.up_proj": (512, hidden), "mlp.down_proj": (hidden, 512)}
+    layer |= {f"self_attn.{x}_proj": square for x in "qkvo"}
+    shapes |= {f"model.layers.0.{name}.weight": shape for name, shape in layer.items()}
+    header = pack_header([(key, "BF16", shape) for key, shape in shapes.items()], {})
+    nbytes = sum(2 * shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes.values())
+    with open(root / "model.safetensors", "wb") as stream:
+        stream.write(header)
+        stream.truncate(len(header) + nbytes)
+
+
+def peak_of(command):
+    """(peak of the tree's summed resident set in bytes, stdout) of a command that must succeed."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+    tree, peak = psutil.Process(process.pid), 0
+    while process.poll() is None:
+        try:
+            peak = max(peak, sum(p.memory_info().rss for p in [tree, *tree.children(recursive=True)]))
+        except psutil.Error:
+            pass
+        time.sleep(0.005)
+    assert process.returncode == 0
+    return peak, process.stdout.read().decode()
+
+
+@pytest.mark.parametrize("limit", ["64MiB", "128MiB", "256MiB", "512MiB"])
+def test_peak_keeps_the_limit(tmp_path, limit):
+    write_sparse_source(tmp_path / "hf", vocab=200_000)
+    workers = ["--workers", "1"] if limit == "64MiB" else []
+    peak, out = peak_of([sys.executable, "-m", "stream_reshard", str(tmp_path / "hf"), str(tmp_path / "nt"), "--tp", "4",
+                         "--max-memory", limit, "--json", *workers])
+    facts = json.loads(out)
+    assert max(peak, facts["peak_nbytes"]) <= facts["memory"]["projected"] <= parse_nbytes(limit)
+    assert facts["memory"]["reserved"] < facts["peak_nbytes"]
+
+
+@pytest.mark.heavy
+def test_a_4_gb_embedding_passes_through_64_mib(tmp_path):
+    write_sparse_source(tmp_path / "hf", vocab=2_000_000)
+    peak, _ = peak_of([sys.executable, "-m", "stream_reshard", str(tmp_path / "hf"), str(tmp_path / "nt"), "--tp", "2",
+                       "--max-memory", "64MiB", "--workers", "1", "--json"])
+    assert peak <= 64 * 2**20
+
+
+def test_a_limit_that_cannot_be_kept_is_refused(tmp_path):
+    write_sparse_source(tmp_path / "hf", vocab=1000)
+    run = subprocess.run([sys.executable, "-m", "stream_reshard", str(tmp_path / "hf"), str(tmp_path / "nt"),
+                          "--max-memory", "24MiB"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 6 and "cannot be kept" in run.stderr and "Traceback" not in run.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_sizes():
+    assert parse_nbytes("64MiB") == 64 * 2**20 and parse_nbytes("1.5 gb") == 1_500_000_000 and parse_nbytes("7") == 7
