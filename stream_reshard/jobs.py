@@ -53,8 +53,7 @@ def run_job(plan: Plan, staging: Path, block_nbytes: int, job: Job) -> tuple[Fil
                     stack.callback(sources[held.tensor.file].close)
             if wanted:
                 itemsize = max(plan.source.slices[name][0].tensor.itemsize, wanted[0].tensor.itemsize)
-                for step in steps(plan.source.slices[name], wanted, plan.target.model.by_name[name].whole,
-                                  block_nbytes // itemsize):
+                for step in steps(plan.source.slices[name], wanted, block_nbytes // itemsize):
                     _run_step(step, sources, targets, views)
             for fill in plan.target.fills.get(name, ()):
                 if fill.tensor.file in targets:

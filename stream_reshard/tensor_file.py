@@ -21,8 +21,6 @@ from stream_reshard.header import StoredTensor, TensorFile, header_of
 MAX_PIECES = 1024
 """Pieces one gathered write may have (IOV_MAX on Linux)."""
 
-_GAVE_OUT = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
-
 
 def target_error(path: Path, error: OSError) -> StreamReshardError:
     """The error a user sees when the destination cannot be written."""
@@ -78,13 +76,20 @@ class TargetFile:
 
     def __enter__(self) -> TargetFile:
         try:
+            self._reserve()
+            self.write(0, [memoryview(header_of(self.file))])
+        except BaseException:
+            self.abandon()
+            raise
+        return self
+
+    def _reserve(self) -> None:
+        """Take the final size at once, so that a full disk shows itself before the work; not all file systems can."""
+        try:
             os.posix_fallocate(self.descriptor, 0, self.file.nbytes)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                self.abandon()
                 raise target_error(self.final, error) from error
-        self.write(0, [memoryview(header_of(self.file))])
-        return self
 
     def write(self, offset: int, pieces: Sequence[memoryview]) -> None:
         """Write the pieces one behind the other from byte `offset` on."""

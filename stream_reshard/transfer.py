@@ -62,9 +62,11 @@ class Step:
     """Grouped by target tensor."""
 
 
-def steps(sources: Sequence[Slice], targets: Sequence[Slice], whole: Box, max_elements: int) -> Iterator[Step]:
-    """The blocks of a parameter, in the order of the source, with at most `max_elements` elements each."""
-    for block in whole.blocks(max_elements, sources[0].nesting):
+def steps(sources: Sequence[Slice], targets: Sequence[Slice], max_elements: int) -> Iterator[Step]:
+    """The blocks of what `targets` hold of a parameter, in the source's order, of at most `max_elements` elements."""
+    hull = Box(tuple(map(min, *(target.region.start for target in targets), targets[0].region.start)),
+               tuple(map(max, *(target.region.stop for target in targets), targets[0].region.stop)))
+    for block in hull.blocks(max_elements, sources[0].nesting):
         step = _step(sources, targets, block)
         if step.parts:
             yield step

@@ -164,8 +164,11 @@ class _Comparison:
             return [Held(tensor, Box.whole(tensor.shape), Box.whole(tensor.shape))]
         if set(metadata) != {"version", "unsharded_shape", "local_global_slices_pairs"}:
             raise DifferenceError(f"{file.path}: Nanotron's strict reader refuses the header fields {sorted(metadata)}")
-        held = [Held(tensor, *boxes) for boxes in parse_pairs(
-            metadata["local_global_slices_pairs"], tensor.shape, self._unsharded_shape(file))]
+        try:
+            held = [Held(tensor, *boxes) for boxes in parse_pairs(
+                metadata["local_global_slices_pairs"], tensor.shape, self._unsharded_shape(file))]
+        except DifferenceError as error:
+            raise DifferenceError(f"{file.path}: {error}") from error
         if fault := tiling_fault([pair.local for pair in held], Box.whole(tensor.shape)):
             raise DifferenceError(f"{file.path}: {fault}")
         return held

@@ -1,4 +1,4 @@
-"""The limit on memory is kept, whatever the tensor sizes; one that cannot be kept is refused before anything is written.
+"""The limit on memory is kept, whatever the tensor sizes; one that cannot be is refused before anything is written.
 
 Peaks are sums of the resident sets of the whole process tree, sampled from outside, beside VmHWM that the run prints.
 """
@@ -54,8 +54,8 @@ def peak_of(command):
 def test_peak_keeps_the_limit(tmp_path, limit):
     write_sparse_source(tmp_path / "hf", vocab=200_000)
     workers = ["--workers", "1"] if limit == "64MiB" else []
-    peak, out = peak_of([sys.executable, "-m", "stream_reshard", str(tmp_path / "hf"), str(tmp_path / "nt"), "--tp", "4",
-                         "--max-memory", limit, "--json", *workers])
+    peak, out = peak_of([sys.executable, "-m", "stream_reshard", str(tmp_path / "hf"), str(tmp_path / "nt"), "--tp",
+                         "4", "--max-memory", limit, "--json", *workers])
     facts = json.loads(out)
     assert max(peak, facts["peak_nbytes"]) <= facts["memory"]["projected"] <= parse_nbytes(limit)
     assert facts["memory"]["reserved"] < facts["peak_nbytes"]

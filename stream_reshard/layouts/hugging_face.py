@@ -30,6 +30,8 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 def open_source(root: Path) -> tuple[SourceConfig, Layout]:
     """Read the config and all headers of a Hugging Face folder. Raises Refused with everything that is wrong."""
+    if not root.is_dir():
+        raise SourceError(f"{quoted(root)} is not a folder")
     problems = Problems()
     config = problems.collect(_config_of, root)
     files = problems.collect(_open_files, root)
@@ -39,8 +41,6 @@ def open_source(root: Path) -> tuple[SourceConfig, Layout]:
 
 
 def _config_of(root: Path) -> SourceConfig:
-    if not root.is_dir():
-        raise SourceError(f"{quoted(root)} is not a folder")
     if not (root / CONFIG_NAME).is_file():
         raise SourceError(f"{quoted(root)} holds no {CONFIG_NAME}: it is not a Hugging Face checkpoint")
     return read_config(root)

@@ -1,0 +1,199 @@
+"""The destination is there whole, or not at all: stops, resumption, changed sources, failing writes."""
+import errno
+import json
+import os
+import shutil
+import stat
+
+import pytest
+
+from stream_reshard import jobs, tensor_file
+from stream_reshard.cli import main
+from stream_reshard.convert import Options, plan_conversion, run_conversion
+from stream_reshard.demo import CONFIG, write_random_source
+from stream_reshard.errors import Interrupted, ResourceError, SourceError
+from stream_reshard.execute import staging_of
+from stream_reshard.topology import Topology
+
+
+@pytest.fixture
+def source(tmp_path):
+    root = tmp_path / "hf"
+    write_random_source(root, CONFIG | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 176})
+    (root / "tokenizer.json").write_text("{}")
+    return root
+
+
+def conversion(source, destination, **changes):
+    return plan_conversion(Options(source, destination, Topology(2, 2), **changes))
+
+
+def tree(root):
+    """Every file's bytes, but for the paths that config.yaml and the manifest must hold."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*")
+            if path.is_file() and path.name not in ("config.yaml", "stream_reshard.json")}
+
+
+def stop_after(number):
+    """A progress callback that interrupts the run after so many jobs."""
+    seen = []
+
+    def advance(job):
+        seen.append(job)
+        if len(seen) == number:
+            raise Interrupted("stop")
+
+    return advance
+
+
+@pytest.mark.parametrize("number", [1, 5, 12])
+def test_a_stopped_run_leaves_nothing_at_dst_and_goes_on(tmp_path, source, number):
+    run_conversion(conversion(source, tmp_path / "whole"))
+    destination = tmp_path / "nt"
+    with pytest.raises(Interrupted):
+        run_conversion(conversion(source, destination, num_workers=1), stop_after(number))
+    assert not destination.exists()
+    done = {path: path.stat().st_mtime_ns for path in staging_of(destination).rglob("*.safetensors")}
+    assert len(done) >= number
+    run_conversion(conversion(source, destination))
+    assert tree(destination) == tree(tmp_path / "whole")
+    journaled = [path for path in done if (destination / path.relative_to(staging_of(destination))).stat().st_mtime_ns
+                 == done[path]]
+    assert len(journaled) == len(done), "finished files were written again"
+    assert not staging_of(destination).exists()
+
+
+def test_a_cut_off_journal_line_is_done_again(tmp_path, source):
+    destination = tmp_path / "nt"
+    with pytest.raises(Interrupted):
+        run_conversion(conversion(source, destination, num_workers=1), stop_after(6))
+    journal = staging_of(destination) / "stream_reshard.journal"
+    journal.write_bytes(journal.read_bytes()[:-9])
+    run_conversion(conversion(source, destination))
+    assert main(["verify", str(source), str(destination), "--quiet"]) == 0
+
+
+def test_another_plan_in_the_staging_folder_is_refused_and_restart_discards_it(tmp_path, source, capsys):
+    destination = tmp_path / "nt"
+    with pytest.raises(Interrupted):
+        run_conversion(conversion(source, destination), stop_after(3))
+    flags = [str(source), str(destination), "--tp", "4", "--quiet"]
+    assert main(flags) == 4
+    assert "another plan" in capsys.readouterr().err
+    assert main([*flags, "--restart"]) == 0
+
+
+def test_a_source_that_changes_is_noticed_before_the_commit(tmp_path, source):
+    def change(job):
+        os.utime(source / "model.safetensors", ns=(1, 1))
+
+    with pytest.raises(SourceError, match="changed during the run"):
+        run_conversion(conversion(source, tmp_path / "nt"), change)
+    assert not (tmp_path / "nt").exists()
+
+
+def test_a_source_that_shrinks_is_a_clear_error(tmp_path, source):
+    plan = conversion(source, tmp_path / "nt")
+    os.truncate(source / "model.safetensors", 4096)
+    with pytest.raises(SourceError, match="shrank during the run"):
+        run_conversion(plan)
+    assert not (tmp_path / "nt").exists()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_write_that_fails_is_resumable(tmp_path, source, monkeypatch, code):
+    plan, real, count = conversion(source, tmp_path / "nt", num_workers=1), os.pwritev, []
+
+    def failing(*arguments):
+        count.append(1)
+        if len(count) == 20:
+            raise OSError(code, os.strerror(code))
+        return real(*arguments)
+
+    monkeypatch.setattr(tensor_file.os, "pwritev", failing)
+    with pytest.raises(ResourceError, match=os.strerror(code)):
+        run_conversion(plan)
+    assert not list(staging_of(tmp_path / "nt").rglob("*.part")), "the partial file is removed"
+    run_conversion(conversion(source, tmp_path / "nt"))
+    assert main(["verify", str(source), str(tmp_path / "nt"), "--quiet"]) == 0
+
+
+def test_short_writes_are_finished(tmp_path, source, monkeypatch):
+    run_conversion(conversion(source, tmp_path / "a"))
+    real = os.pwritev
+    monkeypatch.setattr(tensor_file.os, "pwritev",
+                        lambda descriptor, pieces, offset: real(descriptor, [pieces[0][:(len(pieces[0]) + 1) // 2]],
+                                                                offset))
+    run_conversion(conversion(source, tmp_path / "b"))
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_modes_follow_the_umask(tmp_path, source):
+    before = os.umask(0o027)
+    try:
+        run_conversion(conversion(source, tmp_path / "nt"))
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "nt").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
+
+
+def test_linked_sources_are_followed(tmp_path, source):
+    """The cache of huggingface_hub is a folder of links to blobs."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for path in source.iterdir():
+        blob = tmp_path / "blobs" / path.name
+        blob.parent.mkdir(exist_ok=True)
+        shutil.copy(path, blob)
+        (snapshot / path.name).symlink_to(blob)
+    run_conversion(conversion(snapshot, tmp_path / "nt"))
+    assert main(["verify", str(source), str(tmp_path / "nt"), "--quiet"]) == 0
+
+
+def test_each_source_byte_is_read_once(tmp_path, source, monkeypatch):
+    plan, real, read = conversion(source, tmp_path / "nt"), jobs.SourceFile.read_into, []
+
+    def counting(self, view, offset):
+        read.append((offset, offset + len(view)))
+        real(self, view, offset)
+
+    monkeypatch.setattr(jobs.SourceFile, "read_into", counting)
+    run_conversion(plan)
+    tensors = list(plan.plan.source.tensors())
+    read.sort()
+    assert read[0][0] == tensors[0].begin and read[-1][1] == tensors[-1].begin + tensors[-1].nbytes
+    assert all(first[1] == second[0] for first, second in zip(read, read[1:]))
+
+
+@pytest.mark.parametrize("place", ["data", "header", "missing", "extra", "padding"])
+def test_verify_names_what_differs(tmp_path, source, capsys, place):
+    destination = tmp_path / "nt"
+    run_conversion(conversion(source, destination, vocab_multiple=8))
+    (destination / "stream_reshard.json").unlink()  # So that not the digest finds it.
+    victim = next((destination / "model").rglob("*o_proj/*tp-rank-1*"))
+    if place == "padding":
+        victim = next((destination / "model").rglob("*token_embedding/*tp-rank-1*"))
+    raw = bytearray(victim.read_bytes())
+    if place == "missing":
+        victim.unlink()
+    elif place == "extra":
+        shutil.copy(victim, victim.with_name(victim.name.replace("-of-2.", "-of-3.")))
+    else:
+        at = raw.index(b"#None") + 6 if place == "header" else len(raw) - 1
+        raw[at] ^= 1
+        victim.write_bytes(raw)
+    assert main(["verify", str(source), str(destination)]) == 5
+    error = capsys.readouterr().err
+    assert victim.parent.name in error and "Traceback" not in error
+
+
+def test_verify_finds_a_flip_by_the_digest(tmp_path, source):
+    run_conversion(conversion(source, tmp_path / "nt"))
+    manifest = json.loads((tmp_path / "nt" / "stream_reshard.json").read_text())
+    assert len(manifest["files"]) == len(list((tmp_path / "nt" / "model").rglob("*.safetensors")))
+    path = next(iter(manifest["files"]))
+    raw = bytearray((tmp_path / "nt" / path).read_bytes())
+    raw[-1] ^= 128
+    (tmp_path / "nt" / path).write_bytes(raw)
+    assert main(["verify", str(source), str(tmp_path / "nt")]) == 5
