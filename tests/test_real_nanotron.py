@@ -1,4 +1,4 @@
-"""What the real Nanotron says about converted checkpoints: release 0.4 (format 1.2), and a checkout of main (format 1.5).
+"""What the real Nanotron says about converted checkpoints: release 0.4 (format 1.2), a checkout of main (format 1.5).
 
 Each test converts with the command line, then starts Nanotron once and asks everything in that start. For main set
 NANOTRON_REPO to a checkout of github.com/huggingface/nanotron, and install `datasets` and `einops`.

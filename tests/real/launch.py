@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -49,7 +50,8 @@ def nanotron(*steps, ranks, repo=None, script="check.py", timeout=300):
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
     if repo:
         environment |= {"PYTHONPATH": str(Path(repo) / "src"), "NANOTRON_REPO": str(repo)}
-    finished = run(command, environment, check=False, timeout=timeout)
+    with tempfile.TemporaryDirectory() as folder:  # torch.distributed.run leaves folders behind
+        finished = run(command, environment | {"TMPDIR": folder}, check=False, timeout=timeout)
     results = [json.loads(line.removeprefix("RESULT ")) for line in finished.stdout.splitlines() if line.startswith("RESULT ")]
     if len(results) < len(steps) or (finished.returncode and all(result["ok"] for result in results)):
         first_error = finished.stderr[max(0, finished.stderr.find("Traceback")):]
