@@ -1,73 +1,115 @@
-"""What the real Nanotron says about converted checkpoints: release 0.4 (format 1.2), a checkout of main (format 1.5).
+"""What the real Nanotron says about converted checkpoints: release 0.4 (format 1.2), and a checkout of main (format 1.5).
 
-Each test converts with the command line, then starts Nanotron once and asks everything in that start. For main set
-NANOTRON_REPO to a checkout of github.com/huggingface/nanotron, and install `datasets` and `einops`.
+All models of one Nanotron are converted with the command line and then judged in one start of four processes, because a
+start takes longer than everything in it. For main set NANOTRON_REPO to a checkout of github.com/huggingface/nanotron, and
+install `datasets` and `einops`.
 """
+from dataclasses import dataclass
+
 import pytest
 
 from real import launch, trees
 
-release = pytest.mark.skipif(bool(launch.missing_release()), reason=launch.missing_release() or "-")
-main = pytest.mark.skipif(bool(launch.missing_repo()), reason=launch.missing_repo() or "-")
 LOGITS_TOLERANCE = 1e-4
-SPLIT = ("--tp", 2, "--pp", 2)
-OTHER = ("--tp", 4)  # with four processes: pp 1, dp 1
+TOPOLOGY = ("--tp", 2, "--pp", 2)
 
 
-def assert_right(result, vocab_size):
-    """A step of check.py went well; the file of logits, where there was one, holds the same numbers."""
+@dataclass(frozen=True)
+class Case:
+    """One conversion."""
+
+    save: str
+    """Which function of real.models makes the model."""
+    flags: tuple = ()
+    """For the command line, beside the topology."""
+    vocab_size: int = 320
+    class_name: str = "LlamaConfig"
+    checkpoint_version: str = "1.5"
+    as_saved: bool = True
+    """Whether Nanotron itself would save the same files."""
+
+
+OLD = ("--checkpoint-version", "1.2")
+RELEASE = {
+    "llama": Case("save_llama", OLD, checkpoint_version="1.2"),
+    "tied": Case("save_tied_llama", OLD, vocab_size=323, checkpoint_version="1.2"),
+}
+MAIN = {
+    "llama": Case("save_llama"),
+    "tied": Case("save_tied_llama", vocab_size=323),
+    "llama as qwen2": Case("save_llama", ("--nanotron-config", "Qwen2Config"), class_name="Qwen2Config"),
+    "qwen2": Case("save_qwen2", class_name="Qwen2Config"),
+    "interleaved": Case("save_llama", ("--rope", "interleaved"), as_saved=False),
+    "format 1.4": Case("save_llama", ("--checkpoint-version", "1.4"), checkpoint_version="1.4", as_saved=False),
+}
+
+
+def judge(cases, folder, repo=None):
+    """Converts every case at tp=2 pp=2 and asks Nanotron everything it can tell; its answers per case."""
+    from real import models
+    steps = []
+    for name, case in cases.items():
+        hf = getattr(models, case.save)(folder / name / "hf")
+        logits = models.save_logits(hf, folder / name / "logits.safetensors")
+        converted = launch.convert(hf, folder / name / "converted", *TOPOLOGY, *case.flags)
+        steps += [("save", hf, folder / name / "saved", *TOPOLOGY, "--model-config", case.class_name),
+                  ("load", hf, converted, *TOPOLOGY),
+                  ("load", hf, converted, "--pp", 4),
+                  ("load", hf, converted, "--tp", 2, "--logits", logits),  # dp 2
+                  ("load", hf, converted, "--tp", 4),
+                  ("config", converted)]
+    results = launch.nanotron(*steps, ranks=4, repo=repo)
+    each = len(steps) // len(cases)
+    return {name: (folder / name, results[each * i:each * (i + 1)]) for i, name in enumerate(cases)}
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    if launch.missing_release():
+        pytest.skip(launch.missing_release())
+    return judge(RELEASE, tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="module")
+def main(tmp_path_factory):
+    if launch.missing_repo():
+        pytest.skip(launch.missing_repo())
+    return judge(MAIN, tmp_path_factory.mktemp("main"), repo=launch.NANOTRON_REPO)
+
+
+def assert_judged_right(case, folder, results):
+    """Nanotron loaded every parameter at every topology, agrees with transformers, and takes config.yaml."""
+    save, *loads, config = results
+    for result in (save, *loads, config):
+        assert result["ok"], str(result)
+    for load in loads:
+        assert (load["wrong"], load["class"]) == ([], case.class_name)
+        assert load["checkpoint_version"] == case.checkpoint_version
+    with_logits, = (load for load in loads if "max_difference" in load)
+    assert with_logits["max_difference"] < LOGITS_TOLERANCE
+    assert with_logits["same_argmax"] == 1.0
+    assert config["class"] == case.class_name
+    assert config["vocab_size"] == case.vocab_size, "config.yaml holds the vocabulary without padding"
+    assert (config["tp"], config["pp"], config["dp"]) == (2, 2, 1)
+    assert (config["init_method"], config["path"]) == ("ExistingCheckpointInit", str(folder / "converted"))
+    if case.as_saved:
+        assert trees.differences(folder / "converted", folder / "saved", case.vocab_size) == []
+
+
+@pytest.mark.parametrize("name", RELEASE)
+def test_release_0_4_takes_the_folder(release, name):
+    assert_judged_right(RELEASE[name], *release[name])
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_main_takes_the_folder(main, name):
+    assert_judged_right(MAIN[name], *main[name])
+
+
+@pytest.mark.parametrize("name", ["llama", "tied", "qwen2"])
+def test_main_trains_on_the_folder(main, name):
+    """Three steps of its own trainer, from config.yaml, at tp 2 dp 2."""
+    folder, _ = main[name]
+    result, = launch.nanotron((folder / "hf", folder / "converted"), ranks=4, repo=launch.NANOTRON_REPO, script="train.py")
     assert result["ok"], str(result)
-    assert result.get("wrong", []) == []
-    if "max_difference" in result:
-        assert result["max_difference"] < LOGITS_TOLERANCE, str(result)
-        assert result["same_argmax"] == 1.0, str(result)
-    if result["step"] == "config":
-        assert result["init_method"] == "ExistingCheckpointInit"
-        assert result["vocab_size"] == vocab_size, "config.yaml holds the vocabulary without padding"
-
-
-def judge(tmp_path, save, flags, vocab_size, repo=None, class_name="LlamaConfig"):
-    """Converts a model at tp=2 pp=2 and asks Nanotron, in one start of four processes, everything it can tell."""
-    from real import models
-    hf = save(tmp_path / "hf")
-    converted = launch.convert(hf, tmp_path / "converted", *SPLIT, *flags)
-    logits = models.save_logits(hf, tmp_path / "logits.safetensors")
-    *_, config = results = launch.nanotron(
-        ["save", hf, tmp_path / "saved", *SPLIT, "--model-config", class_name],
-        ["load", hf, converted, *SPLIT],
-        ["load", hf, converted, "--pp", 4],
-        ["load", hf, converted, *OTHER, "--logits", logits],
-        ["config", converted], ranks=4, repo=repo)
-    for result in results:
-        assert_right(result, vocab_size)
-    assert config["class"] == class_name
-    assert (config["tp"], config["pp"], config["dp"], config["path"]) == (2, 2, 1, str(converted))
-    assert trees.differences(converted, tmp_path / "saved", vocab_size) == []
-    return results
-
-
-@release
-def test_release_loads_llama(tmp_path):
-    from real import models
-    results = judge(tmp_path, models.save_llama, ["--checkpoint-version", "1.2"], vocab_size=320)
-    assert {result["nanotron_format"] for result in results} == {"1.2"}
-
-
-@release
-def test_release_loads_tied_llama_with_padded_vocabulary(tmp_path):
-    from real import models
-    judge(tmp_path, models.save_tied_llama, ["--checkpoint-version", "1.2"], vocab_size=323)
-
-
-@main
-@pytest.mark.parametrize("save, class_name, vocab_size", [
-    ("save_llama", "LlamaConfig", 320),
-    ("save_tied_llama", "LlamaConfig", 323),
-    ("save_llama", "Qwen2Config", 320),  # Nanotron's maintained class takes plain Llama weights too
-    ("save_qwen2", "Qwen2Config", 320),
-])
-def test_main_loads(tmp_path, save, class_name, vocab_size):
-    from real import models
-    results = judge(tmp_path, getattr(models, save), ["--nanotron-config", class_name], vocab_size,
-                    repo=launch.NANOTRON_REPO, class_name=class_name)
-    assert {result["nanotron_format"] for result in results} == {"1.5"}
+    assert len(result["losses"]) == 3

@@ -47,7 +47,8 @@ def save(args):
 def load(args):
     hf = expected.HuggingFace(args.hf)
     config = session.config_from_folder(args.folder)
-    fields = expected.model_fields(hf, args.tp * args.vocab_multiple)
+    tp_of_folder = json.loads((args.folder / "checkpoint_metadata.json").read_text())["tp"]
+    fields = expected.model_fields(hf, tp_of_folder * args.vocab_multiple)
     odd = {name: getattr(config, name) for name, value in fields.items() if getattr(config, name, value) != value}
     model, context = session.build(config, **topology(args), dtype=torch.float32 if args.logits else hf.dtype)
     load_weights(model=model, parallel_context=context, root_folder=args.folder)
@@ -105,7 +106,8 @@ def main():
     commands = [parse(words) for parted, words in groupby(sys.argv[1:], "+".__eq__) if not parted]
     failed = False
     for args in commands:
-        result = {"step": args.step.__name__, "nanotron_format": str(constants.CHECKPOINT_VERSION)} | args.step(args)
+        result = {"step": args.step.__name__, "nanotron_format": str(constants.CHECKPOINT_VERSION),
+                  "folder": str(args.folder)} | args.step(args)
         failed |= not result["ok"]
         if session.rank() == 0:
             print("\nRESULT " + json.dumps(result), flush=True)
