@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stream_reshard import execute, memory
-from stream_reshard.architectures import Family
+from stream_reshard.architectures import Family, build_model
 from stream_reshard.casts import import_torch
 from stream_reshard.documents import documents
 from stream_reshard.errors import (
     DestinationError, Problems, ResourceError, SourceError, StreamReshardError, UsageError, quoted)
 from stream_reshard.layouts.base import TORCH_DTYPES, Layout
 from stream_reshard.layouts.hf_config import CONFIG_NAME, SourceConfig
-from stream_reshard.layouts.hugging_face import INDEX_NAME, open_source
+from stream_reshard.layouts.hugging_face import INDEX_NAME, layout_of, open_config, open_files
 from stream_reshard.layouts.nanotron import NanotronFormat, target_layout, topology_problems
 from stream_reshard.layouts.nanotron_limits import limit_problems, not_honoured
 from stream_reshard.plan import Job, Plan, make_plan
@@ -77,6 +77,14 @@ class Conversion:
         return self.plan.target.nbytes + copied + _SMALL_FILES_NBYTES
 
     @property
+    def disk_free(self) -> int | None:
+        """Bytes that the destination's disk has free; None where no destination is given."""
+        if self.options.destination is None:
+            return None
+        status = os.statvfs(_existing_parent(self.options.destination.resolve()))
+        return status.f_bavail * status.f_frsize
+
+    @property
     def dtype(self) -> str:
         """The dtype most weights have in the target, under torch's name."""
         counts: Counter[str] = Counter()
@@ -88,17 +96,7 @@ class Conversion:
 def plan_conversion(options: Options) -> Conversion:
     """Read the source's headers and make the plan. Raises Refused with every problem found; writes nothing."""
     problems = Problems()
-    opened = problems.collect(open_source, options.source)
-    if options.destination is not None:
-        problems.extend(_destination_problems(options.source, options.destination))
-    if opened is None:
-        problems.raise_if_any()
-    config, source = opened
-    format = problems.collect(_format_of, options, config.family) or NanotronFormat(options.topology)
-    problems.extend(limit_problems(config, format, options.allow))
-    problems.extend(topology_problems(source.model, format))
-    problems.extend(_tie_problems(source))
-    problems.raise_if_any()
+    config, format, source = _open(options, problems)
     dtypes = _dtypes(source, options.dtype)
     plan = make_plan(source, target_layout(options.destination or Path(), source.model, dtypes, format))
     casts = bool(plan.casts())
@@ -114,6 +112,26 @@ def plan_conversion(options: Options) -> Conversion:
     problems.extend(_resource_problems(conversion))
     problems.raise_if_any()
     return conversion
+
+
+def _open(options: Options, problems: Problems) -> tuple[SourceConfig, NanotronFormat, Layout]:
+    """The source and the format, or Refused with everything that is wrong with source, flags and destination."""
+    config = problems.collect(open_config, options.source)
+    files = problems.collect(open_files, options.source) if options.source.is_dir() else None
+    if options.destination is not None:
+        problems.extend(_destination_problems(options.source, options.destination))
+    if config is None:
+        problems.raise_if_any()
+    format = problems.collect(_format_of, options, config.family) or NanotronFormat(options.topology)
+    model = build_model(config.family, config.model)
+    problems.extend(limit_problems(config, format, options.allow))
+    problems.extend(topology_problems(model, format))
+    source = problems.collect(layout_of, options.source, model, files) if files is not None else None
+    if source is not None:
+        problems.extend(_tie_problems(source))
+    problems.raise_if_any()
+    assert source is not None, "without a layout there is a problem"
+    return config, format, source
 
 
 def _torch_is_loaded() -> bool:
@@ -217,7 +235,7 @@ def _resource_problems(conversion: Conversion) -> Iterator[StreamReshardError]:
     if conversion.options.destination is None:
         return
     status = os.statvfs(_existing_parent(conversion.options.destination.resolve()))
-    free = status.f_bavail * status.f_frsize
+    free = conversion.disk_free or 0
     if conversion.disk_nbytes > free:
         yield ResourceError(f"the destination needs {memory.human(conversion.disk_nbytes)}, its disk has "
                             f"{memory.human(free)} free")

@@ -45,7 +45,8 @@ def as_json(conversion: Conversion) -> dict[str, Any]:
         "memory": {"allowed": conversion.memory.allowed, "reserved": conversion.memory.reserved,
                    "projected": conversion.memory.projected, "num_workers": conversion.memory.num_workers,
                    "block_nbytes": conversion.memory.block_nbytes},
-        "disk_nbytes": conversion.disk_nbytes, "notes": list(conversion.notes), "plan_sha256": plan.digest}
+        "disk_nbytes": conversion.disk_nbytes,
+        "disk_free_nbytes": conversion.disk_free, "notes": list(conversion.notes), "plan_sha256": plan.digest}
 
 
 def plan_lines(conversion: Conversion) -> Iterator[str]:
@@ -69,7 +70,8 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
     yield f"jobs     {facts['num_jobs']}, the largest writes {human(facts['largest_job_nbytes'])}"
     yield (f"memory   reserved {human(memory['reserved'])}, projected {human(memory['projected'])} of "
            f"{human(memory['allowed'])} allowed ({memory['num_workers']} workers)")
-    yield f"disk     {human(facts['disk_nbytes'])} in {target['num_files']} files"
+    free = f", {human(facts['disk_free_nbytes'])} free" if facts["disk_free_nbytes"] is not None else ""
+    yield f"disk     {human(facts['disk_nbytes'])} in {target['num_files']} files{free}"
     yield from (f"note     {note}" for note in facts["notes"])
 
 

@@ -139,6 +139,7 @@ class _Comparison:
     def __init__(self, source: Layout, root: Path, fused: list[Parameter], files: list[TensorFile], interleaved: bool):
         self.source, self.root, self.fused, self.files, self.interleaved = source, root, fused, files, interleaved
         self.rows = [parameter.matrix_shape[0] for parameter in fused]
+        self.tensors = {tensor.key: tensor for tensor in source.tensors()}
 
     def run(self) -> None:
         """Raises DifferenceError at the first element that differs."""
@@ -182,8 +183,7 @@ class _Comparison:
             for first in range(0, pair.local.shape[0], num_rows):
                 last = min(first + num_rows, pair.local.shape[0])
                 got = _rows(stored, pair.tensor, pair.local.start[0] + first, pair.local.start[0] + last)
-                want = np.concatenate([self._expected(pair.origin.start[0] + row, pair.tensor.dtype)
-                                       for row in range(first, last)])
+                want = self._expected(pair.origin.start[0] + first, pair.origin.start[0] + last, pair.tensor.dtype)
                 if want.ndim == 2:
                     got = got[:, pair.local.start[1]:pair.local.stop[1]]
                     want = want[:, pair.origin.start[1]:pair.origin.stop[1]]
@@ -196,26 +196,34 @@ class _Comparison:
         finally:
             stored.close()
 
-    def _expected(self, row: int, dtype: str) -> np.ndarray:
-        """One row of the unsharded tensor, from the source: shape (1, columns) or (1,)."""
+    def _expected(self, first: int, last: int, dtype: str) -> np.ndarray:
+        """Rows first to last of the unsharded tensor, from the source; zeros past the end of the vocabulary."""
+        found, begin = [], 0
         for parameter, num_rows in zip(self.fused, self.rows):
-            if row < num_rows:
-                tensor = next(t for t in self.source.tensors() if t.key == parameter.hugging_face)
-                opened = SourceFile(self.source.root, tensor.file)
-                try:
-                    return _rows(opened, tensor, *self._source_row(parameter, row), dtype)
-                finally:
-                    opened.close()
-            row -= num_rows
-        return np.zeros((1, *self.fused[0].matrix_shape[1:]), dtype=f"u{ITEMSIZE[dtype]}")
+            start, stop = max(first, begin) - begin, min(last, begin + num_rows) - begin
+            if start < stop:
+                found.append(self._source_rows(parameter, start, stop, dtype))
+            begin += num_rows
+        if last > begin:
+            padding = (last - max(first, begin), *self.fused[0].matrix_shape[1:])
+            found.append(np.zeros(padding, dtype=f"u{ITEMSIZE[dtype]}"))
+        return np.concatenate(found)
 
-    def _source_row(self, parameter: Parameter, row: int) -> tuple[int, int]:
+    def _source_rows(self, parameter: Parameter, start: int, stop: int, dtype: str) -> np.ndarray:
+        """Rows of one Hugging Face tensor, in the order in which Nanotron keeps the rows of a head."""
+        tensor = self.tensors[parameter.hugging_face]
+        rows = np.arange(start, stop)
         if self.interleaved and "half" in parameter.dims:
             pairs = parameter.shape[parameter.dims.index("pair")]
-            head, inside = divmod(row, 2 * pairs)
-            pair, half = divmod(inside, 2)
-            row = head * 2 * pairs + half * pairs + pair
-        return row, row + 1
+            head, inside = np.divmod(rows, 2 * pairs)
+            pair, half = np.divmod(inside, 2)
+            rows = head * 2 * pairs + half * pairs + pair
+        opened = SourceFile(self.source.root, tensor.file)
+        try:
+            lowest = int(rows.min())
+            return _rows(opened, tensor, lowest, int(rows.max()) + 1, dtype)[rows - lowest]
+        finally:
+            opened.close()
 
 
 def _rows(file: SourceFile, tensor: StoredTensor, first: int, last: int, dtype: str | None = None) -> np.ndarray:

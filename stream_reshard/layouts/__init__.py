@@ -2,7 +2,7 @@
 
 - base:            StoredTensor, Slice, Fill, TensorFile, Layout
 - hugging_face:    a folder of safetensors shards with config.json
-- hf_config:       what config.json says, in one spelling, and what of it Nanotron cannot express
+- hf_config:       what config.json says, in one spelling
 - nanotron:        one file per parameter and rank, to be written
-- nanotron_files:  the same, read back from the headers of a folder
+- nanotron_limits: what of a Hugging Face config Nanotron cannot express
 """

@@ -27,7 +27,7 @@ class SourceConfig:
     family: Family
     model: ModelConfig
     rope: Mapping[str, Any]
-    """`rope_parameters` of transformers 5 or `rope_scaling` of transformers 4; empty where neither says anything."""
+    """`rope_parameters` of transformers 5 and `rope_scaling` of transformers 4; empty where neither says anything."""
     notes: tuple[str, ...]
     """What was understood in a way worth telling."""
 
@@ -113,10 +113,14 @@ class _Reader:
         return value
 
     def _rope(self) -> Mapping[str, Any]:
-        rope = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            self.complain(f"rope_parameters is {quoted(rope)}, not an object")
-            return {}
+        """Both spellings in one; where both are there, rope_scaling wins, as in transformers 5."""
+        rope: dict[str, Any] = {}
+        for key in ("rope_parameters", "rope_scaling"):
+            part = self.raw.get(key) or {}
+            if not isinstance(part, dict):
+                self.complain(f"{key} is {quoted(part)}, not an object")
+                continue
+            rope |= {"rope_type": part["type"]} | part if "type" in part else part
         return rope
 
     def rope_theta(self) -> float:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from stream_reshard.architectures import FAMILIES, build_model
+from stream_reshard.architectures import build_model
 from stream_reshard.box import Box
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.header import StoredTensor, TensorFile, read_header
@@ -30,24 +30,24 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 def open_source(root: Path) -> tuple[SourceConfig, Layout]:
     """Read the config and all headers of a Hugging Face folder. Raises Refused with everything that is wrong."""
+    problems = Problems()
+    config = problems.collect(open_config, root)
+    files = problems.collect(open_files, root)
+    problems.raise_if_any()
+    return config, layout_of(root, build_model(config.family, config.model), files)
+
+
+def open_config(root: Path) -> SourceConfig:
+    """The config of a Hugging Face folder. Raises SourceError or Refused."""
     if not root.is_dir():
         raise SourceError(f"{quoted(root)} is not a folder")
-    problems = Problems()
-    config = problems.collect(_config_of, root)
-    files = problems.collect(_open_files, root)
-    problems.raise_if_any()
-    model = build_model(FAMILIES[config.family.hugging_face_class], config.model)
-    return config, _layout(root, model, files)
-
-
-def _config_of(root: Path) -> SourceConfig:
     if not (root / CONFIG_NAME).is_file():
         raise SourceError(f"{quoted(root)} holds no {CONFIG_NAME}: it is not a Hugging Face checkpoint")
     return read_config(root)
 
 
-def _open_files(root: Path) -> tuple[TensorFile, ...]:
-    """The headers of all shards, checked against the index."""
+def open_files(root: Path) -> tuple[TensorFile, ...]:
+    """The headers of all shards, checked against the index. Raises SourceError or Refused."""
     single, index = (root / SINGLE_NAME).is_file(), (root / INDEX_NAME).is_file()
     if single and index:
         raise SourceError(f"{quoted(root)} holds both {SINGLE_NAME} and {INDEX_NAME}; remove the one that is stale")
@@ -107,8 +107,8 @@ def _check_index(weight_map: Mapping[str, str], files: list[TensorFile], problem
                                         f"{quoted(told) if told else 'nothing of it'}"))
 
 
-def _layout(root: Path, model: Model, files: tuple[TensorFile, ...]) -> Layout:
-    """Match the model's parameters with the tensors found, each by name and shape."""
+def layout_of(root: Path, model: Model, files: tuple[TensorFile, ...]) -> Layout:
+    """Match the model's parameters with the tensors found, each by name and shape. Raises Refused."""
     tensors = {tensor.key: tensor for file in files for tensor in file.tensors}
     problems = Problems()
     slices: dict[str, tuple[Slice, ...]] = {}

@@ -65,7 +65,7 @@ def limits(config: SourceConfig, format: NanotronFormat) -> Iterator[Limit]:
 
 def _rope_limits(config: SourceConfig, format: NanotronFormat) -> Iterator[Limit]:
     rope, raw = config.rope, config.raw
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", "default")
     if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
         yield Limit("rope_scaling", f"rope_type is {quoted(kind)}; Nanotron stores rope_scaling and ignores it, so q "
                                     f"and k would be turned with unscaled frequencies")
@@ -90,8 +90,8 @@ def _attention_limits(config: SourceConfig) -> Iterator[Limit]:
         if raw.get(key):
             yield Limit("qk_norm", f"{key} is {quoted(raw[key])}; Nanotron has no norms on q and k")
     if _has_sliding_window(config):
-        yield Limit("sliding_window", f"sliding_window is {quoted(raw.get('sliding_window'))}; Nanotron would attend "
-                                      f"to everything")
+        key = "layer_types" if raw.get("layer_types") else "sliding_window"
+        yield Limit("sliding_window", f"{key} is {quoted(raw.get(key))}; Nanotron would attend to everything")
 
 
 def _has_sliding_window(config: SourceConfig) -> bool:

@@ -55,8 +55,7 @@ def load(args):
     meta = metadata.load_meta(parallel_context=context, root_folder=args.folder)
     wrong = [name for name, param in model.named_parameters() if not expected.same_bits(
         param, expected.local(name, param, hf, session.rope_interleaved(config)))]
-    ranks = [None] * int(os.environ["WORLD_SIZE"])
-    torch.distributed.all_gather_object(ranks, (len(list(model.parameters())), wrong))
+    ranks = session.from_all_ranks((len(list(model.parameters())), wrong))
     result = {"class": type(config).__name__, "checkpoint_version": str(meta.version), "config_differs": odd,
               "parameters": sum(count for count, _ in ranks), "wrong": [names[:3] for _, names in ranks if names],
               "ok": not odd and not any(names for _, names in ranks)}
@@ -109,8 +108,7 @@ def main():
         result = {"step": args.step.__name__, "nanotron_format": str(constants.CHECKPOINT_VERSION),
                   "folder": str(args.folder)} | args.step(args)
         failed |= not result["ok"]
-        if session.rank() == 0:
-            print("\nRESULT " + json.dumps(result), flush=True)
+        session.tell(result)
     return 1 if failed else 0
 
 

@@ -1,7 +1,8 @@
 """Hugging Face models to convert, and transformers' logits for them. For processes without the stand-ins."""
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config,
+                          Qwen2ForCausalLM)
 
 SMALL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=5, num_attention_heads=8, num_key_value_heads=4,
              vocab_size=320, max_position_embeddings=128, rms_norm_eps=1e-5)
@@ -33,10 +34,28 @@ def save_random(model, folder):
     return folder
 
 
-def save_logits(hf_folder, path, length=24):
-    """Writes token ids and transformers' float32 logits for them, for check.py to compare with."""
+def save_smollm2(gguf, folder):
+    """SmolLM2-135M-Instruct out of a GGUF file, as Hugging Face shards of up to 100 MB in bf16: real weights, tied."""
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="100MB")
+    return folder
+
+
+def tokens(gguf, text):
+    """Token ids of a text by the tokenizer in a GGUF file: (1, length)."""
+    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)(text, return_tensors="pt").input_ids
+
+
+def random_tokens(vocab_size, shape=(2, 24)):
+    return torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(3))
+
+
+def save_logits(hf_folder, path, ids=None):
+    """Writes token ids and transformers' float32 logits for them, for check.py to compare with; returns its loss on them."""
     model = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32).eval()
-    ids = torch.randint(0, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
+    ids = random_tokens(model.config.vocab_size) if ids is None else ids
     with torch.no_grad():
-        save_file({"input_ids": ids, "logits": model(ids).logits.contiguous()}, path)
-    return path
+        out = model(ids, labels=ids)
+    save_file({"input_ids": ids, "logits": out.logits.contiguous()}, path)
+    return out.loss.item()

@@ -8,7 +8,6 @@ The learning rate is so small that afterwards every parameter must still be the 
 training did start from these weights. Rank 0 prints a line `RESULT {json}`; exit code 1 when that does not hold.
 """
 import argparse
-import json
 import math
 import os
 import runpy
@@ -83,10 +82,9 @@ def main():
         path.write_text(yaml.safe_dump(config))
         sys.argv = ["run_train.py", "--config-file", str(path)]
         ran = runpy.run_path(str(Path(os.environ["NANOTRON_REPO"], "run_train.py")), run_name="__main__")
-    change = largest_change(ran["trainer"], expected.HuggingFace(args.hf))
+    change = max(session.from_all_ranks(largest_change(ran["trainer"], expected.HuggingFace(args.hf))))
     ok = len(losses) == args.steps and all(map(math.isfinite, losses)) and 0 < change < ALLOWED_CHANGE
-    if session.rank() == 0:
-        print("\nRESULT " + json.dumps({"step": "train", "losses": losses, "largest_change": change, "ok": ok}), flush=True)
+    session.tell({"step": "train", "losses": losses, "largest_change": change, "ok": ok})
     return 0 if ok else 1
 
 
