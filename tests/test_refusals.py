@@ -45,7 +45,7 @@ def refuse(capsys, tmp_path, code, words, flags=(), source="hf", destination="nt
 
 
 CONFIGS = [
-    ("llama3 rope, transformers 4", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["rope_type is 'llama3'"]),
+    ("llama3 rope, transformers 4", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["is 'llama3'"]),
     ("linear rope, old transformers 4", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "'linear'"]),
     ("llama3 rope, transformers 5", {"rope_theta": ..., "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, ["rope_type", "'llama3'", "--allow rope_scaling"]),
