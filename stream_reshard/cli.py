@@ -21,6 +21,9 @@ from stream_reshard.topology import Topology
 
 _COMMANDS = ("plan", "verify", "inspect", "demo")
 
+_MAX_LINES = 50
+"""Problems that are printed; the worst come first."""
+
 _EPILOG = """\
 exit codes: 0 ok, 1 unexpected, 2 usage, 3 source refused or changed, 4 destination refused, 5 verify found differences,
 6 resources (resumable), 7 locked, 130/143 interrupted (resumable)
@@ -178,8 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _RUN[command](arguments)
         return 0
     except StreamReshardError as error:
-        for line in str(error).splitlines():
+        lines = str(error).splitlines()
+        for line in lines[:_MAX_LINES]:
             print(f"error: {line}", file=sys.stderr)
+        if len(lines) > _MAX_LINES:
+            print(f"error: and {len(lines) - _MAX_LINES} more", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()

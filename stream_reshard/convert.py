@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stream_reshard import execute, memory
-from stream_reshard.architectures import Family, build_model
+from stream_reshard.architectures import Family
 from stream_reshard.casts import import_torch
 from stream_reshard.documents import documents
 from stream_reshard.errors import (
     DestinationError, Problems, ResourceError, SourceError, StreamReshardError, UsageError, quoted)
 from stream_reshard.layouts.base import TORCH_DTYPES, Layout
 from stream_reshard.layouts.hf_config import CONFIG_NAME, SourceConfig
-from stream_reshard.layouts.hugging_face import INDEX_NAME, layout_of, open_config, open_files
+from stream_reshard.layouts.hugging_face import INDEX_NAME, layout_of, model_of, open_config, open_files
 from stream_reshard.layouts.nanotron import NanotronFormat, target_layout, topology_problems
 from stream_reshard.layouts.nanotron_limits import limit_problems, not_honoured
 from stream_reshard.plan import Job, Plan, make_plan
@@ -123,10 +123,11 @@ def _open(options: Options, problems: Problems) -> tuple[SourceConfig, NanotronF
     if config is None:
         problems.raise_if_any()
     format = problems.collect(_format_of, options, config.family) or NanotronFormat(options.topology)
-    model = build_model(config.family, config.model)
     problems.extend(limit_problems(config, format, options.allow))
-    problems.extend(topology_problems(model, format))
-    source = problems.collect(layout_of, options.source, model, files) if files is not None else None
+    source = None
+    if files is not None and (model := problems.collect(model_of, config, files)):
+        problems.extend(topology_problems(model, format))
+        source = problems.collect(layout_of, options.source, model, files)
     if source is not None:
         problems.extend(_tie_problems(source))
     problems.raise_if_any()
@@ -199,6 +200,9 @@ def _destination_problems(source: Path, destination: Path) -> Iterator[StreamRes
         return
     if destination.exists() and source.exists() and os.path.samefile(source, destination):
         yield DestinationError(f"{quoted(destination)} is the source under another name; choose another DST")
+    staging = execute.staging_of(real)
+    if staging.exists() and not staging.is_dir():
+        yield DestinationError(f"{quoted(staging)} exists and is not a folder; the output grows there, remove it")
     if destination.exists() and not destination.is_dir():
         yield DestinationError(f"{quoted(destination)} exists and is not a folder")
     elif destination.exists() and any(destination.iterdir()):

@@ -29,7 +29,7 @@ _CAST_NBYTES = 230 * 2**20
 def parse_nbytes(text: str) -> int:
     """ "512MiB", "64 mb" or "1000000" in bytes. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if not match or match[2].lower() not in _UNITS or not float(match[1]):
+    if not match or len(text) > 40 or match[2].lower() not in _UNITS or not float(match[1]):
         raise UsageError(f"{quoted(text)} is not a size; write it as 512MiB, 64MiB or 1GB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 

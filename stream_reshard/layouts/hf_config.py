@@ -15,6 +15,9 @@ CONFIG_NAME = "config.json"
 MAX_JSON_NBYTES = 10 * 2**20
 """Cap on config and index files, as huggingface_hub has for an index."""
 
+MAX_NUMBER = 1 << 48
+"""Numbers in a config stay below this, as sizes in a header do; infinities do not."""
+
 _CLASS_OF_MODEL_TYPE = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 """For a config.json without `architectures`."""
 
@@ -90,7 +93,11 @@ class _Reader:
             if default is None:
                 self.complain(f"{key} is missing")
             return 1 if default is None else default
-        if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
+        return self.positive(key, value, kind)
+
+    def positive(self, key: str, value: Any, kind: type[int] | type[float]) -> Any:
+        """`value` as a number of this kind that Nanotron can hold; 1 after a complaint."""
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < MAX_NUMBER:
             self.complain(f"{key} is {quoted(value)}, not a positive {kind.__name__}")
             return 1
         return kind(value)
@@ -131,10 +138,7 @@ class _Reader:
         value = outer if inner is None else inner
         if value is None:
             return 10000.0
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            self.complain(f"rope_theta is {quoted(value)}, not a positive number")
-            return 10000.0
-        return float(value)
+        return self.positive("rope_theta", value, float)
 
     def model_config(self, family: Family) -> ModelConfig:
         heads = self.number("num_attention_heads", int)

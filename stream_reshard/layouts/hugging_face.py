@@ -34,7 +34,16 @@ def open_source(root: Path) -> tuple[SourceConfig, Layout]:
     config = problems.collect(open_config, root)
     files = problems.collect(open_files, root)
     problems.raise_if_any()
-    return config, layout_of(root, build_model(config.family, config.model), files)
+    return config, layout_of(root, model_of(config, files), files)
+
+
+def model_of(config: SourceConfig, files: tuple[TensorFile, ...]) -> Model:
+    """The model that the config describes. Raises SourceError where the shards are far from enough for its layers."""
+    num_tensors = sum(len(file.tensors) for file in files)
+    if config.model.num_hidden_layers > num_tensors:
+        raise SourceError(f"config.json: num_hidden_layers is {config.model.num_hidden_layers}, but the shards hold "
+                          f"{num_tensors} tensors in all")
+    return build_model(config.family, config.model)
 
 
 def open_config(root: Path) -> SourceConfig:
@@ -88,7 +97,7 @@ def _weight_map(root: Path) -> Mapping[str, str]:
         if not _SHARD_NAME.fullmatch(name):
             problems.append(SourceError(f"{INDEX_NAME} names {quoted(name)}, which is not a safetensors file in "
                                         f"the folder"))
-        elif not (root / name).is_file():
+        elif len(name) > 255 or not (root / name).is_file():
             problems.append(SourceError(f"{INDEX_NAME} names {quoted(name)}, which is missing"))
     problems.raise_if_any()
     return weight_map

@@ -76,7 +76,7 @@ def topology_problems(model: Model, format: NanotronFormat) -> Problems:
                                    f"--tp can be {_listed(usable)}"))
     empty = _empty_stages(config, format)
     if empty:
-        usable = [n for n in range(1, pp) if not _empty_stages(
+        usable = [n for n in range(1, min(pp, config.num_hidden_layers + 4)) if not _empty_stages(
             config, NanotronFormat(Topology(tp, n), vocab_multiple=format.vocab_multiple))]
         problems.append(UsageError(f"--pp {pp} leaves stage {_listed(empty)} without parameters in Nanotron's own "
                                    f"balancing of {config.num_hidden_layers} layers; --pp can be {_listed(usable)}"))
@@ -88,7 +88,8 @@ def _empty_stages(config: ModelConfig, format: NanotronFormat) -> list[int]:
 
 
 def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
+    texts = list(map(str, numbers))
+    return ", ".join(texts if len(texts) <= 20 else [*texts[:19], f"... {texts[-1]}"])
 
 
 @dataclass(frozen=True)

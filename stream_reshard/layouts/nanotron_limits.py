@@ -23,6 +23,8 @@ ALLOWABLE = {
 
 RELEASE_04_ROPE_THETA = 10000.0
 
+_WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+
 _UNDERSTOOD = frozenset("""
     architectures model_type transformers_version torch_dtype dtype hidden_size intermediate_size num_hidden_layers
     num_attention_heads num_key_value_heads head_dim vocab_size tie_word_embeddings max_position_embeddings rms_norm_eps
@@ -90,17 +92,18 @@ def _attention_limits(config: SourceConfig) -> Iterator[Limit]:
         if raw.get(key):
             yield Limit("qk_norm", f"{key} is {quoted(raw[key])}; Nanotron has no norms on q and k")
     if _has_sliding_window(config):
-        key = "layer_types" if raw.get("layer_types") else "sliding_window"
-        yield Limit("sliding_window", f"{key} is {quoted(raw.get(key))}; Nanotron would attend to everything")
+        said = ", ".join(f"{key} is {quoted(raw[key])}" for key in _WINDOW_KEYS if key in raw)
+        yield Limit("sliding_window", f"{said}; Nanotron would attend to everything")
 
 
 def _has_sliding_window(config: SourceConfig) -> bool:
     """Whether any layer attends to a window only, by the rules of transformers' configs."""
     raw = config.raw
-    if raw.get("layer_types"):
-        return any(kind != "full_attention" for kind in raw["layer_types"])
+    if kinds := raw.get("layer_types"):
+        return not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
     if "use_sliding_window" in raw:
-        return bool(raw["use_sliding_window"]) and raw.get("max_window_layers", 0) < config.model.num_hidden_layers
+        first = raw.get("max_window_layers")
+        return bool(raw["use_sliding_window"]) and (type(first) is not int or first < config.model.num_hidden_layers)
     return config.family.name != "qwen2" and raw.get("sliding_window") is not None
 
 

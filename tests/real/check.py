@@ -84,7 +84,7 @@ def config(args):
 
 
 def parse(words):
-    parser = argparse.ArgumentParser(prog="check.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     steps = parser.add_subparsers(required=True)
     for step in (save, load, config):
         command = steps.add_parser(step.__name__)

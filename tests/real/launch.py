@@ -1,4 +1,4 @@
-"""What the tests call: the converter, and check.py or train.py under torch.distributed.run, each in its own processes."""
+"""What the tests call: the converter, and check.py or train.py under torch.distributed.run, in their own processes."""
 import importlib.metadata
 import importlib.util
 import json
@@ -15,7 +15,8 @@ NANOTRON_REPO = os.environ.get("NANOTRON_REPO")
 
 def missing(*modules):
     """Why these tests cannot run here; empty when they can."""
-    absent = [name for name in ("torch", "transformers", "yaml", "dacite", *modules) if importlib.util.find_spec(name) is None]
+    names = ("torch", "transformers", "yaml", "dacite", *modules)
+    absent = [name for name in names if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(absent)}" if absent else ""
 
 
@@ -43,7 +44,7 @@ def convert(source, destination, *flags):
 
 
 def nanotron(*steps, ranks, repo=None, script="check.py", timeout=300):
-    """Runs steps of check.py in one start and returns their results. Uses the checkout `repo`, else what is installed."""
+    """Runs steps of check.py in one start; returns their results. Uses the checkout `repo`, else what is installed."""
     words = [str(word) for step in steps for word in ("+", *step)][1:]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
                str(HERE / script), *words]
@@ -52,7 +53,8 @@ def nanotron(*steps, ranks, repo=None, script="check.py", timeout=300):
         environment |= {"PYTHONPATH": str(Path(repo) / "src"), "NANOTRON_REPO": str(repo)}
     with tempfile.TemporaryDirectory() as folder:  # torch.distributed.run leaves folders behind
         finished = run(command, environment | {"TMPDIR": folder}, check=False, timeout=timeout)
-    results = [json.loads(line.removeprefix("RESULT ")) for line in finished.stdout.splitlines() if line.startswith("RESULT ")]
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("RESULT ")]
+    results = [json.loads(line.removeprefix("RESULT ")) for line in lines]
     if len(results) < len(steps) or (finished.returncode and all(result["ok"] for result in results)):
         first_error = finished.stderr[max(0, finished.stderr.find("Traceback")):]
         raise AssertionError(f"{script} stopped after {results}\n{finished.stdout[-3000:]}\n{first_error[:6000]}")
@@ -60,14 +62,16 @@ def nanotron(*steps, ranks, repo=None, script="check.py", timeout=300):
 
 
 def run(command, environment, check=True, timeout=300):
-    """A child process in a session of its own; on a timeout its workers go with it."""
-    child = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """A child process; on a timeout its workers go with it."""
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, env=os.environ | environment, stdout=pipe, stderr=pipe, text=True)
     try:
         stdout, stderr = child.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         child.terminate()  # torch.distributed.run ends its workers on SIGTERM
         stdout, stderr = child.communicate()
-        raise AssertionError(f"still running after {timeout} s: {command}\n{stdout[-3000:]}\n{stderr[-3000:]}") from None
+        output = f"{stdout[-3000:]}\n{stderr[-3000:]}"
+        raise AssertionError(f"still running after {timeout} s: {command}\n{output}") from None
     if check and child.returncode:
         raise AssertionError(f"exit code {child.returncode}: {command}\n{stdout}\n{stderr}")
     return subprocess.CompletedProcess(command, child.returncode, stdout, stderr)

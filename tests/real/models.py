@@ -52,7 +52,7 @@ def random_tokens(vocab_size, shape=(2, 24)):
 
 
 def save_logits(hf_folder, path, ids=None):
-    """Writes token ids and transformers' float32 logits for them, for check.py to compare with; returns its loss on them."""
+    """Writes token ids and transformers' float32 logits for them, for check.py; returns its loss on them."""
     model = AutoModelForCausalLM.from_pretrained(hf_folder, dtype=torch.float32).eval()
     ids = random_tokens(model.config.vocab_size) if ids is None else ids
     with torch.no_grad():

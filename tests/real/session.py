@@ -74,7 +74,8 @@ def build(config, tp, pp, dp, dtype):
     parallelism = nanotron.config.ParallelismArgs(dp=dp, pp=pp, tp=tp)
     cls = model_class(config)
     model = build_model(
-        model_builder=lambda: cls(config=config, parallel_context=context, parallel_config=parallelism, random_states=None),
+        model_builder=lambda: cls(config=config, parallel_context=context, parallel_config=parallelism,
+                                  random_states=None),
         parallel_context=context, dtype=dtype, device=torch.device("cpu"))
     mark_tied_parameters(model=model, parallel_context=context, parallel_config=parallelism)
     with torch.no_grad():
@@ -84,11 +85,12 @@ def build(config, tp, pp, dp, dtype):
 
 
 def logits(model, context, input_ids):
-    """Float32 logits of the training forward, gathered over the tensor-parallel ranks: (batch, sequence, vocabulary)."""
+    """Float32 logits of the training forward, of all tensor-parallel ranks: (batch, sequence, vocabulary)."""
     batch, length = input_ids.shape
     with torch.no_grad():
         if model_class(model.config) is LlamaForTraining:
-            out = model.model(input_ids=input_ids, input_mask=torch.ones_like(input_ids, dtype=torch.bool)).transpose(0, 1)
+            mask = torch.ones_like(input_ids, dtype=torch.bool)
+            out = model.model(input_ids=input_ids, input_mask=mask).transpose(0, 1)
         else:
             out = model.model(input_ids=input_ids, position_ids=torch.arange(length).repeat(batch, 1))
     part = out.reshape(batch, length, -1).float().contiguous()

@@ -1,7 +1,7 @@
 """CPU versions of what Nanotron takes for granted: flash-attn, triton, a CUDA device, NCCL.
 
-Nanotron imports these when its modules are imported, and names the device "cuda" in its source. Nothing of Nanotron's own
-code that builds, cuts, saves or loads a model is replaced, so what it says about a checkpoint stays its own word.
+Nanotron imports these when its modules are imported, and names the device "cuda" in its source. Nothing of Nanotron's
+own code that builds, cuts, saves or loads a model is replaced, so what it says about a checkpoint stays its own word.
 """
 import importlib
 import importlib.machinery
@@ -65,7 +65,8 @@ class RotaryEmbedding(torch.nn.Module):
         shape = (self.dim // 2, 2) if self.interleaved else (2, self.dim // 2)
         pairs = x.float().unflatten(-1, shape)
         pairs = pairs if self.interleaved else pairs.transpose(-1, -2)
-        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angle), angle))
+        turn = torch.polar(torch.ones_like(angle), angle)
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
         turned = turned if self.interleaved else turned.transpose(-1, -2)
         return turned.flatten(-2).to(x.dtype)
 
@@ -75,9 +76,8 @@ class RotaryEmbedding(torch.nn.Module):
 
 def norm(x, weight, bias, eps=1e-6, is_rms_norm=False, **_):
     """flash-attn's fused norm; in float32 inside, like the kernel."""
-    if is_rms_norm:
-        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
-    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), None if bias is None else bias.float(), eps).to(x.dtype)
+    assert is_rms_norm and bias is None, "of the models that are converted, none has another norm"
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
 
 
 class OnCpu(TorchFunctionMode):

@@ -2,10 +2,10 @@
 
     NANOTRON_REPO=... python -m torch.distributed.run --standalone --nproc_per_node 2 train.py HF DST
 
-DST/config.yaml is taken as it stands, and only what a CPU cannot do is changed: float32, no fused Adam, pp 1 (gloo hangs in
-Nanotron's pipeline engine; the loader takes the weights of any pp), dummy data, a short sequence, few steps.
-The learning rate is so small that afterwards every parameter must still be the Hugging Face one, but for a little: so the
-training did start from these weights. Rank 0 prints a line `RESULT {json}`; exit code 1 when that does not hold.
+DST/config.yaml is taken as it stands, and only what a CPU and a short run need is changed: float32, no fused Adam, pp 1
+(gloo hangs in Nanotron's pipeline engine; the loader takes the weights of any pp), a short sequence, few steps.
+The learning rate is so small that afterwards every parameter must still be the Hugging Face one, but for a little: so
+the training did start from these weights. Rank 0 prints a line `RESULT {json}`; exit code 1 when that does not hold.
 """
 import argparse
 import math
@@ -62,8 +62,9 @@ def record_losses():
 def largest_change(trainer, hf):
     """How far the farthest parameter of this rank is from the Hugging Face weights; vocabulary padding is left out."""
     rope_interleaved = session.rope_interleaved(trainer.model_config)
-    return max((param - expected.local(name.removeprefix("module."), param, hf, rope_interleaved)).abs().nan_to_num().max().item()
+    changes = (param - expected.local(name.removeprefix("module."), param, hf, rope_interleaved)
                for name, param in trainer.model.named_parameters())
+    return max(change.abs().nan_to_num().max().item() for change in changes)
 
 
 def main():
@@ -73,7 +74,7 @@ def main():
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     torch.Generator, torch.cuda.device_count = CpuGenerator, lambda: 1
-    TimerType._value2member_map_["cuda"] = TimerType.CPU  # else a timer that fell back to the CPU is refused the second time
+    TimerType._value2member_map_["cuda"] = TimerType.CPU  # a timer that fell back to the CPU is refused the next time
     torch.set_num_threads(1)
     losses = record_losses()
     with tempfile.TemporaryDirectory() as folder:

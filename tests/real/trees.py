@@ -1,4 +1,5 @@
 """Compares the model/ folders of two Nanotron checkpoints file by file: names, headers, bytes."""
+import hashlib
 import json
 import math
 import re
@@ -25,7 +26,7 @@ def differences(got, want, vocab_size):
 
 
 def read(path, vocab_size):
-    """A file's header and tensor bytes, in the form in which two files are compared."""
+    """A file's header and a digest of its tensor, in the form in which two files are compared."""
     raw = path.read_bytes()
     begin = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:begin])
@@ -36,7 +37,8 @@ def read(path, vocab_size):
     if "token_embedding" in str(path) or "lm_head" in str(path):
         rows = min(rows, vocab_size - first_row(metadata))
     row_nbytes = WIDTH[tensor["dtype"]] * math.prod(tensor["shape"][1:])
-    return {"metadata": metadata, "key": key, "tensor": tensor, "file size": len(data), "bytes": data[:rows * row_nbytes]}
+    return {"metadata": metadata, "key": key, "tensor": tensor, "data size": len(data),
+            "digest of data": hashlib.sha256(data[:rows * row_nbytes]).hexdigest()}
 
 
 def first_row(metadata):
