@@ -44,15 +44,15 @@ def gguf_file(folder):
 def prepare(folder):
     """Makes folder/hf and folder/logits.safetensors; returns transformers' loss on TEXT."""
     from real import models
-    gguf = gguf_file(folder)
-    models.save_smollm2(gguf, folder / "hf")
-    return models.save_logits(folder / "hf", folder / "logits.safetensors", models.tokens(gguf, TEXT))
+    hf = models.save_smollm2(gguf_file(folder), folder / "hf")
+    return models.save_logits(hf, folder / "logits.safetensors", models.tokens(hf, TEXT))
 
 
 def judge_main(folder):
     """Format 1.5: parameters at three topologies, logits, config.yaml, equality with what Nanotron saves."""
     hf, converted, saved = (folder / name for name in ("hf", "converted-1.5", "saved-1.5"))
     launch.convert(hf, converted, *TOPOLOGY)
+    launch.command_line("verify", hf, converted, "--quiet")
     results = launch.nanotron(
         ("save", hf, saved, *TOPOLOGY), ("load", hf, converted, *TOPOLOGY), ("load", hf, converted, "--pp", 2),
         ("load", hf, converted, "--tp", 3, "--logits", folder / "logits.safetensors"), ("config", converted),
@@ -64,6 +64,7 @@ def judge_release(folder):
     """Format 1.2: parameters at two topologies, config.yaml, equality with what release 0.4 saves. No logits."""
     hf, converted, saved = (folder / name for name in ("hf", "converted-1.2", "saved-1.2"))
     launch.convert(hf, converted, *TOPOLOGY, "--checkpoint-version", "1.2", "--allow", "rope_theta")
+    launch.command_line("verify", hf, converted, "--quiet")
     results = launch.nanotron(("save", hf, saved, *TOPOLOGY), ("load", hf, converted, *TOPOLOGY),
                               ("load", hf, converted, "--pp", 2), ("config", converted), ranks=6, timeout=900)
     return results, trees.differences(converted, saved, VOCAB_SIZE)

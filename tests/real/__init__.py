@@ -1,13 +1,13 @@
 """The real Nanotron as a judge, on a machine without a GPU.
 
-check.py     run under torch.distributed.run: save, load, compare and parse with whichever nanotron is importable
-train.py     the same for a few steps of Nanotron's own trainer
-launch.py    what a test calls: starts the two above, reads their results; and starts the converter
-stand_ins.py CPU versions of the GPU-only packages that Nanotron imports
-session.py   builds Nanotron's own process groups and model
-expected.py  what every parameter must hold, told from the Hugging Face weights
-trees.py     compares two checkpoint folders file by file, without Nanotron
-models.py    makes the small Hugging Face models, and transformers' logits for them
+check.py         run under torch.distributed.run: save, load, compare, parse with whichever nanotron is importable
+train.py         the same for a few steps of Nanotron's own trainer
+launch.py        what a test calls: starts the two above, reads their results; and starts the converter
+nanotron_cpu.py  builds Nanotron's own process groups and model
+stand_ins.py     CPU versions of the GPU-only packages that Nanotron imports
+expected.py      what every parameter must hold, told from the Hugging Face weights
+trees.py         compares two checkpoint folders file by file, without Nanotron
+models.py        makes the Hugging Face models, and transformers' logits for them
 
 check.py and train.py run in processes of their own, because the stand-ins change torch for good.
 """

@@ -19,7 +19,7 @@ import sys
 from itertools import groupby
 from pathlib import Path
 
-import session  # first: puts the stand-ins in place  # isort: skip
+import nanotron_cpu  # first: puts the stand-ins in place  # isort: skip
 import expected
 import torch
 from nanotron import constants
@@ -35,27 +35,27 @@ def topology(args):
 def save(args):
     hf = expected.HuggingFace(args.hf)
     fields = expected.model_fields(hf, args.tp * args.vocab_multiple)
-    config = session.config_from_fields(args.model_config, fields)
-    model, context = session.build(config, **topology(args), dtype=hf.dtype)
+    config = nanotron_cpu.config_from_fields(args.model_config, fields)
+    model, context = nanotron_cpu.build(config, **topology(args), dtype=hf.dtype)
     with torch.no_grad():
         for name, param in model.named_parameters():
-            param.copy_(expected.local(name, param, hf, session.rope_interleaved(config)).nan_to_num())
+            param.copy_(expected.local(name, param, hf, nanotron_cpu.rope_interleaved(config)).nan_to_num())
     save_weights(model=model, parallel_context=context, root_folder=args.folder)
     return {"ok": True}
 
 
 def load(args):
     hf = expected.HuggingFace(args.hf)
-    config = session.config_from_folder(args.folder)
+    config = nanotron_cpu.config_from_folder(args.folder)
     tp_of_folder = json.loads((args.folder / "checkpoint_metadata.json").read_text())["tp"]
     fields = expected.model_fields(hf, tp_of_folder * args.vocab_multiple)
     odd = {name: getattr(config, name) for name, value in fields.items() if getattr(config, name, value) != value}
-    model, context = session.build(config, **topology(args), dtype=torch.float32 if args.logits else hf.dtype)
+    model, context = nanotron_cpu.build(config, **topology(args), dtype=torch.float32 if args.logits else hf.dtype)
     load_weights(model=model, parallel_context=context, root_folder=args.folder)
     meta = metadata.load_meta(parallel_context=context, root_folder=args.folder)
     wrong = [name for name, param in model.named_parameters() if not expected.same_bits(
-        param, expected.local(name, param, hf, session.rope_interleaved(config)))]
-    ranks = session.from_all_ranks((len(list(model.parameters())), wrong))
+        param, expected.local(name, param, hf, nanotron_cpu.rope_interleaved(config)))]
+    ranks = nanotron_cpu.from_all_ranks((len(list(model.parameters())), wrong))
     result = {"class": type(config).__name__, "checkpoint_version": str(meta.version), "config_differs": odd,
               "parameters": sum(count for count, _ in ranks), "wrong": [names[:3] for _, names in ranks if names],
               "ok": not odd and not any(names for _, names in ranks)}
@@ -66,7 +66,7 @@ def load(args):
 
 def compare_logits(model, context, reference):
     want = reference["logits"]
-    got = session.logits(model, context, reference["input_ids"])[..., :want.shape[-1]]
+    got = nanotron_cpu.logits(model, context, reference["input_ids"])[..., :want.shape[-1]]
     return {"max_difference": (got - want).abs().max().item(), "largest_logit": want.abs().max().item(),
             "same_argmax": (got.argmax(-1) == want.argmax(-1)).float().mean().item()}
 
@@ -108,7 +108,7 @@ def main():
         result = {"step": args.step.__name__, "nanotron_format": str(constants.CHECKPOINT_VERSION),
                   "folder": str(args.folder)} | args.step(args)
         failed |= not result["ok"]
-        session.tell(result)
+        nanotron_cpu.tell(result)
     return 1 if failed else 0
 
 

@@ -37,10 +37,14 @@ def missing_repo():
 
 def convert(source, destination, *flags):
     """Runs the command line of the converter; its messages are in the exception when it fails."""
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(REPOSITORY)]))
-    run([sys.executable, "-m", "stream_reshard", str(source), str(destination), "--quiet", *map(str, flags)],
-        {"PYTHONPATH": path})
+    command_line(source, destination, "--quiet", *flags)
     return destination
+
+
+def command_line(*words):
+    """Runs `python -m stream_reshard` with the words, from the repository when it is not installed."""
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(REPOSITORY)]))
+    run([sys.executable, "-m", "stream_reshard", *map(str, words)], {"PYTHONPATH": path})
 
 
 def nanotron(*steps, ranks, repo=None, script="check.py", timeout=300):

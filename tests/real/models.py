@@ -39,12 +39,14 @@ def save_smollm2(gguf, folder):
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="100MB")
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
     return folder
 
 
-def tokens(gguf, text):
-    """Token ids of a text by the tokenizer in a GGUF file: (1, length)."""
-    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)(text, return_tensors="pt").input_ids
+def tokens(hf_folder, text):
+    """Token ids of a text by the tokenizer in the folder: (1, length)."""
+    return AutoTokenizer.from_pretrained(hf_folder)(text, return_tensors="pt").input_ids
 
 
 def random_tokens(vocab_size, shape=(2, 24)):

@@ -125,6 +125,7 @@ def install():
         setattr(torch.cuda, name, lambda *_, **__: None)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(torch.cuda, name, lambda *_, **__: 0)
+    torch.compile = lambda function, *_, **__: function  # trees of 2024 compile the MLP, with triton
     OnCpu().__enter__()
     break_import_cycle()
 

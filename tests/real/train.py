@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import session  # first: puts the stand-ins in place  # isort: skip
+import nanotron_cpu  # first: puts the stand-ins in place  # isort: skip
 import expected
 import torch
 import yaml
@@ -61,7 +61,7 @@ def record_losses():
 
 def largest_change(trainer, hf):
     """How far the farthest parameter of this rank is from the Hugging Face weights; vocabulary padding is left out."""
-    rope_interleaved = session.rope_interleaved(trainer.model_config)
+    rope_interleaved = nanotron_cpu.rope_interleaved(trainer.model_config)
     changes = (param - expected.local(name.removeprefix("module."), param, hf, rope_interleaved)
                for name, param in trainer.model.named_parameters())
     return max(change.abs().nan_to_num().max().item() for change in changes)
@@ -83,9 +83,9 @@ def main():
         path.write_text(yaml.safe_dump(config))
         sys.argv = ["run_train.py", "--config-file", str(path)]
         ran = runpy.run_path(str(Path(os.environ["NANOTRON_REPO"], "run_train.py")), run_name="__main__")
-    change = max(session.from_all_ranks(largest_change(ran["trainer"], expected.HuggingFace(args.hf))))
+    change = max(nanotron_cpu.from_all_ranks(largest_change(ran["trainer"], expected.HuggingFace(args.hf))))
     ok = len(losses) == args.steps and all(map(math.isfinite, losses)) and 0 < change < ALLOWED_CHANGE
-    session.tell({"step": "train", "losses": losses, "largest_change": change, "ok": ok})
+    nanotron_cpu.tell({"step": "train", "losses": losses, "largest_change": change, "ok": ok})
     return 0 if ok else 1
 
 
