@@ -12,7 +12,7 @@ from typing import Any
 
 from stream_reshard import __version__, memory
 from stream_reshard.convert import Conversion, Options, plan_conversion, run_conversion
-from stream_reshard.errors import Interrupted, StreamReshardError
+from stream_reshard.errors import Interrupted, ResourceError, StreamReshardError, quoted
 from stream_reshard.layouts.nanotron import VERSIONS
 from stream_reshard.layouts.nanotron_limits import ALLOWABLE
 from stream_reshard.plan import Job
@@ -190,6 +190,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:
+        print(f"error: {quoted(error.filename or 'a file')}: {error.strerror}", file=sys.stderr)
+        return ResourceError.exit_code
 
 
 def script() -> None:

@@ -78,11 +78,14 @@ class Conversion:
 
     @property
     def disk_free(self) -> int | None:
-        """Bytes that the destination's disk has free; None where no destination is given."""
+        """Bytes that the destination's disk has free, what an interrupted run left there included, as it is kept or
+        thrown away; None where no destination is given."""
         if self.options.destination is None:
             return None
-        status = os.statvfs(_existing_parent(self.options.destination.resolve()))
-        return status.f_bavail * status.f_frsize
+        destination = self.options.destination.resolve()
+        status = os.statvfs(_existing_parent(destination))
+        left = sum(path.stat().st_blocks * 512 for path in execute.staging_of(destination).rglob("*"))
+        return status.f_bavail * status.f_frsize + left
 
     @property
     def dtype(self) -> str:

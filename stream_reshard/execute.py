@@ -6,6 +6,7 @@ the folder is renamed to DST.
 """
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from stream_reshard import engines
 from stream_reshard.errors import DestinationError, SourceError, quoted
@@ -33,38 +34,41 @@ def staging_of(destination: Path) -> Path:
 
 
 class Journal:
-    """The finished files of an unfinished run: one JSON line each, below a line with the plan's digest."""
+    """The finished files of an unfinished run: one JSON line each, below a line that says which run it is."""
 
-    def __init__(self, staging: Path, plan_digest: str):
-        """Open or begin the journal. Raises DestinationError where another plan's run stands in the folder."""
+    def __init__(self, staging: Path, run: Mapping[str, Any]):
+        """Open or begin the journal of `run`, the plan's digest and the source's identities: files cut from another
+        source would be mixed in without a trace. Raises DestinationError where another run stands in the folder."""
         self.path = staging / JOURNAL_NAME
         self.done: dict[str, FileDone] = {}
-        if self.path.exists():
-            self._read(staging, plan_digest)
-        elif any(staging.iterdir()):
+        records = self._records()
+        if not records and any(path != self.path for path in staging.iterdir()):
             raise DestinationError(f"{quoted(staging)} was not left by an interrupted run; remove it, or --restart")
-        self._stream = open(self.path, "a", encoding="utf-8")
-        if not self._stream.tell():
-            self._append({"plan": plan_digest})
-
-    def _read(self, staging: Path, plan_digest: str) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        records = []
-        for line in lines:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break  # The line the stop cut off; what it would have said is done again.
-        if not records or records[0].get("plan") != plan_digest:
+        if records and records[0] != run:
             raise DestinationError(f"{quoted(staging)} was left by a run with another plan or source; finish that one, "
                                    f"or --restart to throw it away")
         for record in records[1:]:
             file = staging / record["path"]
             if file.is_file() and file.stat().st_size == record["nbytes"]:
                 self.done[record["path"]] = FileDone(**record)
+        self._stream = open(self.path, "a", encoding="utf-8")
+        if not self._stream.tell():
+            self._append(run)
+
+    def _records(self) -> list[dict[str, Any]]:
+        """The whole lines, after dropping the one that a stop cut off: what it would have said is done again."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
         if len(records) < len(lines):
-            whole = "".join(line + "\n" for line in lines[:len(records)])
-            self.path.write_text(whole, encoding="utf-8")
+            self.path.write_text("".join(line + "\n" for line in lines[:len(records)]), encoding="utf-8")
+        return records
 
     def _append(self, record: Mapping[str, Any]) -> None:
         self._stream.write(json.dumps(record) + "\n")
@@ -93,7 +97,7 @@ def run(plan: Plan, destination: Path, documents: Mapping[str, bytes], copies: M
         if restart and staging.exists():
             shutil.rmtree(staging)
         staging.mkdir(parents=True, exist_ok=True)
-        journal = Journal(staging, plan.digest)
+        journal = Journal(staging, {"plan": plan.digest, "source": dict(identities)})
     except OSError as error:
         raise target_error(staging, error) from error
     try:
@@ -119,16 +123,16 @@ def run(plan: Plan, destination: Path, documents: Mapping[str, bytes], copies: M
 def _commit(plan: Plan, staging: Path, destination: Path, documents: Mapping[str, bytes], copies: Mapping[str, Path],
             identities: Mapping[str, list[int]], done: Mapping[str, FileDone]) -> None:
     for name, source in copies.items():
-        _write_durably(staging / name, source.read_bytes())
+        with open(source, "rb") as stream:
+            _write_durably(staging / name, stream)
     for name, text in documents.items():
         if name != MARKER_NAME:
-            _write_durably(staging / name, text)
+            _write_durably(staging / name, io.BytesIO(text))
     manifest = {"tool": "stream_reshard", "plan_sha256": plan.digest, "source": str(plan.source.root),
                 "source_identities": dict(identities), "ignored_tensors": dict(plan.source.ignored),
                 "files": {file.path: {"nbytes": file.nbytes, "xxh3_128": file.xxh3_128}
                           for file in sorted(done.values(), key=lambda file: file.path)}}
-    _write_durably(staging / MANIFEST_NAME, json.dumps(manifest, indent=1).encode() + b"\n")
-    (staging / JOURNAL_NAME).unlink()
+    _write_durably(staging / MANIFEST_NAME, io.BytesIO(json.dumps(manifest, indent=1).encode() + b"\n"))
     expected = {file.path for file in plan.target.files}
     for path in staging.rglob("*.part"):
         if path.relative_to(staging).as_posix() not in expected:
@@ -136,16 +140,20 @@ def _commit(plan: Plan, staging: Path, destination: Path, documents: Mapping[str
     for folder in sorted(path for path in staging.rglob("*") if path.is_dir()):
         sync_folder(folder)
     sync_folder(staging)
-    _write_durably(staging / MARKER_NAME, documents[MARKER_NAME])
+    _write_durably(staging / MARKER_NAME, io.BytesIO(documents[MARKER_NAME]))
     sync_folder(staging)
     os.rename(staging, destination)
     sync_folder(destination.parent)
+    # Only now: a run that stops before the rename goes on from its journal.
+    (destination / JOURNAL_NAME).unlink()
+    sync_folder(destination)
 
 
-def _write_durably(path: Path, content: bytes) -> None:
+def _write_durably(path: Path, content: BinaryIO) -> None:
+    """Write a small file anew, in pieces: a tokenizer can be larger than the memory that is left."""
     path.unlink(missing_ok=True)
     with open(path, "xb") as stream:
-        stream.write(content)
+        shutil.copyfileobj(content, stream, 2**20)
         stream.flush()
         os.fsync(stream.fileno())
 

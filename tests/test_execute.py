@@ -11,7 +11,7 @@ from stream_reshard import jobs, tensor_file
 from stream_reshard.cli import main
 from stream_reshard.convert import Options, plan_conversion, run_conversion
 from stream_reshard.demo import CONFIG, write_random_source
-from stream_reshard.errors import Interrupted, ResourceError, SourceError
+from stream_reshard.errors import Interrupted, Refused, ResourceError, SourceError
 from stream_reshard.execute import staging_of
 from stream_reshard.topology import Topology
 
@@ -81,6 +81,65 @@ def test_another_plan_in_the_staging_folder_is_refused_and_restart_discards_it(t
     assert main(flags) == 4
     assert "another plan" in capsys.readouterr().err
     assert main([*flags, "--restart"]) == 0
+
+
+def test_a_source_that_changed_since_the_stop_is_refused(tmp_path, source, capsys):
+    """Half of the old weights and half of the new ones would be a checkpoint that nothing can tell from a right one."""
+    destination = tmp_path / "nt"
+    with pytest.raises(Interrupted):
+        run_conversion(conversion(source, destination), stop_after(3))
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    assert main([str(source), str(destination), "--tp", "2", "--pp", "2", "--quiet"]) == 4
+    assert "another plan or source" in capsys.readouterr().err
+
+
+def test_a_stop_just_before_the_last_rename_goes_on(tmp_path, source, monkeypatch):
+    real, destination = os.rename, tmp_path / "nt"
+
+    def failing(old, new):
+        if new == destination:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(ResourceError):
+        run_conversion(conversion(source, destination))
+    monkeypatch.undo()
+    run_conversion(conversion(source, destination))
+    assert main(["verify", str(source), str(destination), "--quiet"]) == 0
+    assert not (destination / "stream_reshard.journal").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 20])
+def test_a_stop_in_the_first_line_of_the_journal_goes_on(tmp_path, source, kept):
+    destination = tmp_path / "nt"
+    with pytest.raises(Interrupted):
+        run_conversion(conversion(source, destination), stop_after(1))
+    for path in staging_of(destination).iterdir():
+        shutil.rmtree(path) if path.is_dir() else os.truncate(path, kept)
+    run_conversion(conversion(source, destination))
+    assert main(["verify", str(source), str(destination), "--quiet"]) == 0
+
+
+def test_what_an_interrupted_run_wrote_counts_as_free(tmp_path, source, monkeypatch):
+    """On a disk that holds one output and no more, the run can still go on."""
+    destination = tmp_path / "nt"
+    with pytest.raises(Interrupted):
+        run_conversion(conversion(source, destination, num_workers=1), stop_after(12))
+    written = sum(path.stat().st_blocks * 512 for path in staging_of(destination).rglob("*"))
+    needed = conversion(source, destination).disk_nbytes
+    free, real = (needed - written // 2) // 4096, os.statvfs(tmp_path)
+    full = os.statvfs_result([4096, 4096, 10**6, free, free, *real[5:]])
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(Refused, match="free"):
+        conversion(source, tmp_path / "elsewhere")
+    run_conversion(conversion(source, destination))
+
+
+def test_a_name_that_no_file_system_takes_is_one_line(tmp_path, source, capsys):
+    assert main([str(source), str(tmp_path / ("x" * 300)), "--quiet"]) == 6
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "File name too long" in error
 
 
 def test_a_source_that_changes_is_noticed_before_the_commit(tmp_path, source):

@@ -61,6 +61,16 @@ def test_peak_keeps_the_limit(tmp_path, limit):
     assert facts["memory"]["reserved"] < facts["peak_nbytes"]
 
 
+def test_files_that_are_copied_pass_in_pieces(tmp_path):
+    write_sparse_source(tmp_path / "hf", vocab=1000)
+    with open(tmp_path / "hf" / "tokenizer.json", "wb") as stream:
+        stream.truncate(100 * 2**20)
+    peak, _ = peak_of([sys.executable, "-m", "stream_reshard", str(tmp_path / "hf"), str(tmp_path / "nt"),
+                       "--max-memory", "64MiB", "--json"])
+    assert peak <= 64 * 2**20
+    assert (tmp_path / "nt" / "tokenizer.json").stat().st_size == 100 * 2**20
+
+
 @pytest.mark.heavy
 def test_a_4_gb_embedding_passes_through_64_mib(tmp_path):
     write_sparse_source(tmp_path / "hf", vocab=2_000_000)
