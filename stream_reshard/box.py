@@ -24,6 +24,12 @@ class Box:
         """The box of all elements of an array of this shape."""
         return cls((0,) * len(shape), tuple(shape))
 
+    @classmethod
+    def hull(cls, boxes: Sequence[Box]) -> Box:
+        """The smallest box that contains all of these; there is at least one."""
+        starts, stops = zip(*(box.start for box in boxes)), zip(*(box.stop for box in boxes))
+        return cls(tuple(map(min, starts)), tuple(map(max, stops)))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Extent per dim, in elements."""

@@ -106,7 +106,7 @@ def plan_conversion(options: Options) -> Conversion:
     if casts:
         problems.collect(import_torch)
     allowed = min(options.max_memory, memory.machine_limit())
-    budget = memory.plan_memory(allowed, memory.resident(), options.num_workers, casts and not _torch_is_loaded())
+    budget = memory.plan_memory(allowed, memory.resident(), options.num_workers, casts)
     copies = {name: options.source / name for name in COMPANIONS if (options.source / name).is_file()}
     names = [CONFIG_NAME, *(file.path for file in source.files)]
     names += [INDEX_NAME] if (options.source / INDEX_NAME).is_file() else []
@@ -136,11 +136,6 @@ def _open(options: Options, problems: Problems) -> tuple[SourceConfig, NanotronF
     problems.raise_if_any()
     assert source is not None, "without a layout there is a problem"
     return config, format, source
-
-
-def _torch_is_loaded() -> bool:
-    import sys
-    return "torch" in sys.modules
 
 
 def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lambda job: None) -> None:
@@ -181,7 +176,7 @@ def _format_of(options: Options, family: Family) -> NanotronFormat:
 
 
 def _dtypes(source: Layout, wanted: str) -> dict[str, str]:
-    """The target's dtype of each parameter; fused parameters of several dtypes take the widest."""
+    """The target's dtype of each parameter. Raises SourceError where fused parameters would keep different ones."""
     if wanted != "keep":
         safetensors_name = {torch: name for name, torch in TORCH_DTYPES.items()}[wanted]
         return dict.fromkeys(source.slices, safetensors_name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from stream_reshard.layouts.nanotron import NanotronFormat
@@ -68,21 +69,31 @@ def config_yaml(config: ModelConfig, format: NanotronFormat, attention_bias: boo
     fields = nanotron_config(config, format, attention_bias, config.vocab_size)
     model_config = "\n".join(f"    {key}: {_scalar(value)}" for key, value in sorted(fields.items()))
     topology, path = format.topology, json.dumps(str(destination))
-    data = "    dataset: null   # random tokens; for real data see the datasets in nanotron/config/config.py\n" \
-           "    num_loading_workers: 1\n    seed: 42\n"
-    adam = "adam_beta1: 0.9\n  adam_beta2: 0.95\n  adam_eps: 1.0e-08\n  torch_adam_is_fused: true\n"
     if format.version == "1.2":
-        stages = "data:\n" + data.replace("    ", "  ")
-        optimizer = "  " + adam
+        stages = "data:\n" + indent(_DATA, "  ")
+        optimizer = indent(_ADAM, "  ")
     else:
-        stages = "data_stages:\n- name: stable\n  start_training_step: 1\n  data:\n" + data
-        optimizer = "  optimizer_factory:\n    name: adamW\n    " + adam.replace("\n  ", "\n    ")
+        stages = "data_stages:\n- name: stable\n  start_training_step: 1\n  data:\n" + indent(_DATA, "    ")
+        optimizer = "  optimizer_factory:\n    name: adamW\n" + indent(_ADAM, "    ")
     return _CONFIG.format(
         destination=path, checkpoints=json.dumps(str(destination.with_name(destination.name + "-training"))),
         stages=stages, optimizer=optimizer, model_config=model_config, dtype=dtype, multiple=format.vocab_multiple,
         dp=topology.dp, tp=topology.tp, pp=topology.pp, tokenizer=path if has_tokenizer else "null",
         sequence_length=min(config.max_position_embeddings, 2048), bf16_grads=_scalar(dtype != "float32"))
 
+
+_DATA = """\
+dataset: null   # random tokens; for real data see the datasets in nanotron/config/config.py
+num_loading_workers: 1
+seed: 42
+"""
+
+_ADAM = """\
+adam_beta1: 0.9
+adam_beta2: 0.95
+adam_eps: 1.0e-08
+torch_adam_is_fused: true
+"""
 
 _CONFIG = """\
 # Continue pretraining from the converted weights (weights only: no optimizer state, step 0).

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stream_reshard.casts import cast
 from stream_reshard.header import StoredTensor
-from stream_reshard.layouts.base import Fill, strides_of
+from stream_reshard.layouts.base import Fill, offset_in, strides_of
 from stream_reshard.plan import Job, Plan
 from stream_reshard.tensor_file import SourceFile, TargetFile
 from stream_reshard.transfer import Part, Step, run_length, runs, steps
@@ -139,8 +139,7 @@ def _arranged(parts: Sequence[Part], windows: Sequence[memoryview], itemsize: in
 
 def _write_zeros(fill: Fill, target: TargetFile, buffer: memoryview) -> None:
     tensor = fill.tensor
-    first = sum(a * step for a, step in zip(fill.place.start, strides_of(tensor.shape)))
-    offset = tensor.begin + first * tensor.itemsize
+    offset = tensor.begin + offset_in(tensor.shape, fill.place.start) * tensor.itemsize
     end = offset + fill.place.num_elements * tensor.itemsize
     size = min(len(buffer), 2**20)
     buffer[:size] = bytes(size)

@@ -6,7 +6,8 @@ starts (measured), *projected* is what the work will bring it to. Words and idea
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stream_reshard.errors import UsageError, quoted
@@ -22,7 +23,7 @@ _PER_WORKER = 2 * 2**20
 """What a thread needs beside its buffers: its stack, lists of pieces."""
 _SLACK = 6 * 2**20
 """What the run needs beside its workers: the journal, the manifest, modules imported late."""
-_CAST_NBYTES = 230 * 2**20
+_TORCH_NBYTES = 230 * 2**20
 """What importing torch adds."""
 
 
@@ -84,22 +85,22 @@ class MemoryPlan:
     block_nbytes: int
     """Size of one buffer; a worker has two."""
     casts: bool
-    """Whether torch will be imported, and results of casts held."""
+    """Whether results of casts will be held."""
+    to_import: int
+    """What modules that are imported later will add."""
 
     @property
     def projected(self) -> int:
         """What the process tree will reach."""
         buffers = 2 + 2 * self.casts
-        return (self.reserved + _SLACK + self.num_workers * (_PER_WORKER + buffers * self.block_nbytes)
-                + self.casts * _CAST_NBYTES)
+        return (self.reserved + self.to_import + _SLACK
+                + self.num_workers * (_PER_WORKER + buffers * self.block_nbytes))
 
 
 def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool) -> MemoryPlan:
     """The largest buffers that keep the limit; the smallest ones where none do (compare `projected`)."""
-    block = MAX_BLOCK_NBYTES
-    while block > MIN_BLOCK_NBYTES:
-        plan = MemoryPlan(allowed, reserved, num_workers, block, casts)
-        if plan.projected <= allowed:
-            return plan
-        block //= 2
-    return MemoryPlan(allowed, reserved, num_workers, block, casts)
+    to_import = _TORCH_NBYTES if casts and "torch" not in sys.modules else 0
+    plan = MemoryPlan(allowed, reserved, num_workers, MAX_BLOCK_NBYTES, casts, to_import)
+    while plan.projected > allowed and plan.block_nbytes > MIN_BLOCK_NBYTES:
+        plan = replace(plan, block_nbytes=plan.block_nbytes // 2)
+    return plan

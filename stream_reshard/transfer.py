@@ -64,9 +64,7 @@ class Step:
 
 def steps(sources: Sequence[Slice], targets: Sequence[Slice], max_elements: int) -> Iterator[Step]:
     """The blocks of what `targets` hold of a parameter, in the source's order, of at most `max_elements` elements."""
-    hull = Box(tuple(map(min, *(target.region.start for target in targets), targets[0].region.start)),
-               tuple(map(max, *(target.region.stop for target in targets), targets[0].region.stop)))
-    for block in hull.blocks(max_elements, sources[0].nesting):
+    for block in Box.hull([target.region for target in targets]).blocks(max_elements, sources[0].nesting):
         step = _step(sources, targets, block)
         if step.parts:
             yield step

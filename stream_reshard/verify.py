@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ import xxhash
 
 from stream_reshard.box import Box, tiling_fault
 from stream_reshard.casts import cast
-from stream_reshard.errors import DifferenceError, Problems, SourceError, quoted
+from stream_reshard.errors import DifferenceError, Problems, quoted
 from stream_reshard.execute import MANIFEST_NAME, MARKER_NAME
 from stream_reshard.header import ITEMSIZE, StoredTensor, TensorFile, read_header
-from stream_reshard.layouts.base import Layout
 from stream_reshard.layouts.hf_config import read_json
 from stream_reshard.layouts.hugging_face import open_source
 from stream_reshard.model import Parameter
@@ -64,14 +63,14 @@ def _box(text: str, shape: tuple[int, ...]) -> Box:
 
 
 def verify(source: Path, destination: Path) -> dict[str, Any]:
-    """Compare; returns counts. Raises Refused with every difference found, SourceError where there is no checkpoint."""
+    """Compare; returns counts. Raises Refused with every difference found, SourceError where the source is refused."""
     _, layout = open_source(source)
     if not (destination / MARKER_NAME).is_file():
         raise DifferenceError(f"{quoted(destination)} holds no {MARKER_NAME}: it is not a committed checkpoint")
-    problems = Problems()
-    files = [problems.collect(read_header, destination, path.relative_to(destination).as_posix())
+    unreadable, problems = Problems(), Problems()
+    files = [unreadable.collect(read_header, destination, path.relative_to(destination).as_posix())
              for path in sorted((destination / "model").rglob("*")) if path.is_file()]
-    problems.extend(DifferenceError(str(problem)) for problem in _taken(problems))
+    problems.extend(DifferenceError(str(problem)) for problem in unreadable)
     present = [file for file in files if file is not None]
     _check_manifest(destination, present, problems)
     by_name = _by_nanotron_name(present, problems)
@@ -83,16 +82,11 @@ def verify(source: Path, destination: Path) -> dict[str, Any]:
     for name in sorted(by_name.keys() - groups.keys()):
         problems.append(DifferenceError(f"{by_name[name][0].path} holds {name}, which the model does not have"))
     interleaved = _is_interleaved(destination, present)
+    tensors = {tensor.key: tensor for tensor in layout.tensors()}
     for name in sorted(groups.keys() & by_name.keys()):
-        problems.collect(_Comparison(layout, destination, groups[name], by_name[name], interleaved).run)
+        problems.collect(_Comparison(source, tensors, destination, groups[name], by_name[name], interleaved).run)
     problems.raise_if_any()
     return {"num_files": len(present), "num_elements": layout.model.num_elements, "equal": True}
-
-
-def _taken(problems: Problems) -> list[SourceError]:
-    found = [problem for problem in problems if isinstance(problem, SourceError)]
-    problems.clear()
-    return found
 
 
 def _is_interleaved(destination: Path, files: list[TensorFile]) -> bool:
@@ -136,10 +130,12 @@ def _digest(path: Path) -> str:
 class _Comparison:
     """One Nanotron parameter, on all its ranks, against the Hugging Face tensors it is made of."""
 
-    def __init__(self, source: Layout, root: Path, fused: list[Parameter], files: list[TensorFile], interleaved: bool):
-        self.source, self.root, self.fused, self.files, self.interleaved = source, root, fused, files, interleaved
+    def __init__(self, source: Path, tensors: Mapping[str, StoredTensor], root: Path, fused: list[Parameter],
+                 files: list[TensorFile], interleaved: bool):
+        """`tensors` are those of the source, by their names; `files` are below `root`."""
+        self.source, self.tensors, self.root = source, tensors, root
+        self.fused, self.files, self.interleaved = fused, files, interleaved
         self.rows = [parameter.matrix_shape[0] for parameter in fused]
-        self.tensors = {tensor.key: tensor for tensor in source.tensors()}
 
     def run(self) -> None:
         """Raises DifferenceError at the first element that differs."""
@@ -218,7 +214,7 @@ class _Comparison:
             head, inside = np.divmod(rows, 2 * pairs)
             pair, half = np.divmod(inside, 2)
             rows = head * 2 * pairs + half * pairs + pair
-        opened = SourceFile(self.source.root, tensor.file)
+        opened = SourceFile(self.source, tensor.file)
         try:
             lowest = int(rows.min())
             return _rows(opened, tensor, lowest, int(rows.max()) + 1, dtype)[rows - lowest]

@@ -177,13 +177,21 @@ def test_a_write_that_fails_is_resumable(tmp_path, source, monkeypatch, code):
     assert main(["verify", str(source), str(tmp_path / "nt"), "--quiet"]) == 0
 
 
-def test_short_writes_are_finished(tmp_path, source, monkeypatch):
-    run_conversion(conversion(source, tmp_path / "a"))
-    real = os.pwritev
-    monkeypatch.setattr(tensor_file.os, "pwritev",
-                        lambda descriptor, pieces, offset: real(descriptor, [pieces[0][:(len(pieces[0]) + 1) // 2]],
-                                                                offset))
-    run_conversion(conversion(source, tmp_path / "b"))
+def test_short_writes_are_finished(tmp_path, monkeypatch):
+    """Wherever a gathered write stops: inside its first piece, inside a later one, or between two."""
+    write_random_source(tmp_path / "hf", CONFIG | {"num_hidden_layers": 1, "hidden_size": 1024,
+                                                   "intermediate_size": 1024})
+    run_conversion(conversion(tmp_path / "hf", tmp_path / "a"))
+    real, lengths = os.pwritev, []
+
+    def short(descriptor, pieces, offset):
+        lengths.append(len(pieces))
+        whole = b"".join(pieces)
+        return real(descriptor, [whole[:len(whole) * (1 + len(lengths) % 4) // 5 or 1]], offset)
+
+    monkeypatch.setattr(tensor_file.os, "pwritev", short)
+    run_conversion(conversion(tmp_path / "hf", tmp_path / "b"))
+    assert max(lengths) > 100, "some writes gather many pieces"
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 

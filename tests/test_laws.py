@@ -113,6 +113,10 @@ def test_every_small_topology_agrees_with_the_oracle(tmp_path, tp, kv_heads, tie
         assert list(coverage_faults(conversion.plan)) == []
         run_conversion(conversion)
         assert_same(tmp_path / f"nt{pp}", tensors, tied)
+        multiple = tp * options.vocab_multiple
+        padded = next(n for n in range(37, 100) if n % multiple == 0)
+        assert len(oracle_read(tmp_path / f"nt{pp}")["token_position_embeddings.pp_block.token_embedding.weight"]) == padded
+        assert json.loads((tmp_path / f"nt{pp}" / "model_config.json").read_text())["vocab_size"] == padded
 
 
 def test_qwen2_biases_agree_with_the_oracle(tmp_path):

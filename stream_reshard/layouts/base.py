@@ -20,6 +20,11 @@ def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1:]) for dim in range(len(shape)))
 
 
+def offset_in(shape: tuple[int, ...], index: tuple[int, ...]) -> int:
+    """Elements before `index` in a C-contiguous array of this shape."""
+    return sum(a * step for a, step in zip(index, strides_of(shape)))
+
+
 @dataclass(frozen=True)
 class Slice:
     """A region of a parameter (global) and its place in a stored tensor (local): Nanotron's own words."""
@@ -52,8 +57,8 @@ class Slice:
 
     def offset_of(self, region: Box) -> int:
         """Where the first element of `region` (in the parameter's coordinates) stands in the tensor, in elements."""
-        corner = sum(a * step for a, step in zip(self.place.start, strides_of(self.tensor.shape)))
         inner = region.seen_from(self.region)
+        corner = offset_in(self.tensor.shape, self.place.start)
         return corner + sum(a * step for a, step in zip(inner.start, self.strides))
 
     def extent_of(self, region: Box) -> tuple[int, int]:
