@@ -2,23 +2,35 @@
 
 Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan* says what goes where, a *job* moves it:
 
-- errors:        the exception tree and the exit codes
-- box:           half-open n-d regions
-- topology:      sizes of the parallel axes, parts of a dim, pipeline stages
-- header:        a safetensors file as its header tells it
-- model:         logical weights with their true dims
-- architectures: one small table per model family
-- layouts:       one module per format
-- plan:          a source layout against a target layout
-- memory:        allowed, reserved and projected memory
-- transfer:      one block of a parameter: what to read, which pieces of it go where
-- tensor_file:   reading and writing the bytes of tensor files
-- execute:       jobs, the staging folder, the commit
-- engines:       who runs the jobs
-- documents:     the files beside the weights that Nanotron's trainer reads
-- convert:       a conversion from options to plan to checkpoint
-- report:        what a person reads
-- cli:           flags, streams, exit codes
+- errors:         the exception tree and the exit codes
+- box:            half-open n-d regions
+- topology:       sizes of the parallel axes, parts of a dim, pipeline stages
+- stop:           a request to stop, honoured between blocks
+- durable:        files and names that survive a power cut whole, or are not there
+- header:         a safetensors file as its header tells it
+- model:          logical weights with their true dims
+- architectures:  one small table per model family
+- layouts:        one module per format
+- transfer:       one block of a parameter: what to read, which pieces of it go where
+- plan:           a source layout against a target layout
+- memory:         allowed, reserved and projected memory
+- casts:          between the dtypes of weights
+- tensor_file:    reading the bytes of tensor files, beginning new ones
+- manifest:       what a finished conversion says of itself, with a digest of every file
+- lock:           one run at a time writes to a destination
+- journal:        which files an unfinished run has written
+- staging:        the folder in which the destination grows, and how it becomes the destination
+- jobs:           running one job
+- engines:        who runs the jobs
+- execute:        the run of a plan, up to the commit
+- verify:         proof that two folders hold the same model, without the planner
+- source_digests: the source against sums made elsewhere
+- destination:    what speaks against a destination
+- documents:      the files beside the weights that Nanotron's trainer reads
+- convert:        a conversion from options to plan to checkpoint
+- report:         what a person reads
+- inspect, demo:  the smaller commands
+- flags, cli:     flags; streams, signals, exit codes
 
 Imports run one way, in this order.
 """

@@ -1,26 +1,29 @@
 """A conversion: from options to a plan that is proved and fits, and from there to a checkpoint."""
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 
-from stream_reshard import execute, memory
+from stream_reshard import memory
 from stream_reshard.architectures import Family
 from stream_reshard.casts import import_torch
+from stream_reshard.destination import destination_problems, disk_free, files_free, occupation_problems
 from stream_reshard.documents import documents
-from stream_reshard.errors import (
-    DestinationError, Problems, ResourceError, SourceError, StreamReshardError, UsageError, quoted)
+from stream_reshard.errors import Problems, ResourceError, SourceError, StreamReshardError, UsageError, quoted
+from stream_reshard.execute import How, Output, run
 from stream_reshard.layouts.base import TORCH_DTYPES, Layout
 from stream_reshard.layouts.hf_config import CONFIG_NAME, SourceConfig
 from stream_reshard.layouts.hugging_face import INDEX_NAME, layout_of, model_of, open_config, open_files
 from stream_reshard.layouts.nanotron import NanotronFormat, target_layout, topology_problems
 from stream_reshard.layouts.nanotron_limits import limit_problems, not_honoured
 from stream_reshard.plan import Job, Plan, make_plan
-from stream_reshard.tensor_file import same_bytes
+from stream_reshard.source_digests import expected_sums, sum_problems
+from stream_reshard.stop import Stop
+from stream_reshard.tensor_file import Identity, identity_of, same_bytes
 from stream_reshard.topology import Topology
 
 COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -52,6 +55,20 @@ class Options:
     """Limit on the peak resident set of the process tree, in bytes."""
     num_workers: int = 2
     restart: bool = False
+    """Throw away what an interrupted run left."""
+    overwrite: bool = False
+    """Replace a checkpoint at the destination, once the new one is complete."""
+    break_lock: bool = False
+    """Take the place of a run on another machine."""
+    verify: bool = False
+    """Compare everything with the source before the commit."""
+    source_sha256: str | None = None
+    """A file as sha256sum writes it, or `cache`: sums that the shards must have."""
+
+    @property
+    def allowed_memory(self) -> int:
+        """`max_memory`, but never more than the machine has."""
+        return min(self.max_memory, memory.machine_limit())
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ class Conversion:
     """What the user should know and Nanotron will not honour."""
     copies: dict[str, Path] = field(default_factory=dict)
     """Files to copy, by name."""
-    identities: dict[str, list[int]] = field(default_factory=dict)
+    identities: dict[str, Identity] = field(default_factory=dict)
     """The source files as the plan saw them."""
 
     @property
@@ -78,14 +95,8 @@ class Conversion:
 
     @property
     def disk_free(self) -> int | None:
-        """Bytes that the destination's disk has free, what an interrupted run left there included, as it is kept or
-        thrown away; None where no destination is given."""
-        if self.options.destination is None:
-            return None
-        destination = self.options.destination.resolve()
-        status = os.statvfs(_existing_parent(destination))
-        left = sum(path.stat().st_blocks * 512 for path in execute.staging_of(destination).rglob("*"))
-        return status.f_bavail * status.f_frsize + left
+        """Bytes that the destination's disk has free; None where no destination is given."""
+        return disk_free(self.options.destination.resolve()) if self.options.destination else None
 
     @property
     def dtype(self) -> str:
@@ -95,23 +106,48 @@ class Conversion:
             counts[TORCH_DTYPES[tensor.dtype]] += tensor.nbytes
         return counts.most_common(1)[0][0]
 
+    @cached_property
+    def output(self) -> Output:
+        """What will stand in the destination, which must be given."""
+        options, config = self.options, self.config
+        assert options.destination is not None, "an output needs a destination"
+        destination = options.destination.resolve()
+        has_tokenizer = any(name.startswith("tokenizer") for name in self.copies)
+        texts = documents(config.model, self.format, config.family.has_attention_bias, self.dtype, destination,
+                          has_tokenizer)
+        facts = {"vocab_size": config.model.vocab_size, "dtype": options.dtype, "allowed": sorted(options.allow),
+                 "ignored_tensors": dict(self.plan.source.ignored)}
+        return Output(self.plan, destination, texts, self.copies, self.identities, facts)
 
-def plan_conversion(options: Options) -> Conversion:
+    @property
+    def is_done(self) -> bool:
+        """Whether the destination holds this very output already."""
+        return self.options.destination is not None and self.output.is_done()
+
+
+def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     """Read the source's headers and make the plan. Raises Refused with every problem found; writes nothing."""
     problems = Problems()
+    identities = _identities(options.source) if options.source.is_dir() else {}
     config, format, source = _open(options, problems)
+    if options.source_sha256:
+        shards = [file.path for file in source.files]
+        sums = expected_sums(options.source, shards, options.source_sha256)
+        problems.extend(sum_problems(options.source, shards, sums, stop or Stop()))
     dtypes = _dtypes(source, options.dtype)
     plan = make_plan(source, target_layout(options.destination or Path(), source.model, dtypes, format))
     casts = bool(plan.casts())
     if casts:
         problems.collect(import_torch)
-    allowed = min(options.max_memory, memory.machine_limit())
-    budget = memory.plan_memory(allowed, memory.resident(), options.num_workers, casts)
+    budget = memory.plan_memory(options.allowed_memory, memory.resident(), options.num_workers, casts,
+                                needs_numpy=options.verify)
     copies = {name: options.source / name for name in COMPANIONS if (options.source / name).is_file()}
     names = [CONFIG_NAME, *(file.path for file in source.files)]
-    names += [INDEX_NAME] if (options.source / INDEX_NAME).is_file() else []
-    conversion = Conversion(options, config, format, plan, budget, tuple(_notes(config, format, source)), copies,
-                            {name: execute.identity_of(options.source / name) for name in names})
+    names += [INDEX_NAME, *copies]
+    conversion = Conversion(options, config, format, plan, budget, tuple(_notes(options, config, format, source)),
+                            copies, {name: identities[name] for name in names if name in identities})
+    if options.destination is not None and not conversion.is_done:
+        problems.extend(occupation_problems(options.destination, options.overwrite))
     problems.extend(_resource_problems(conversion))
     problems.raise_if_any()
     return conversion
@@ -120,38 +156,54 @@ def plan_conversion(options: Options) -> Conversion:
 def _open(options: Options, problems: Problems) -> tuple[SourceConfig, NanotronFormat, Layout]:
     """The source and the format, or Refused with everything that is wrong with source, flags and destination."""
     config = problems.collect(open_config, options.source)
-    files = problems.collect(open_files, options.source) if options.source.is_dir() else None
+    limit = memory.parse_limit(options.allowed_memory, memory.resident())
+    files = problems.collect(open_files, options.source, limit) if options.source.is_dir() else None
     if options.destination is not None:
-        problems.extend(_destination_problems(options.source, options.destination))
-    if config is None:
-        problems.raise_if_any()
-    format = problems.collect(_format_of, options, config.family) or NanotronFormat(options.topology)
-    problems.extend(limit_problems(config, format, options.allow))
-    source = None
-    if files is not None and (model := problems.collect(model_of, config, files)):
-        problems.extend(topology_problems(model, format))
-        source = problems.collect(layout_of, options.source, model, files)
+        problems.extend(destination_problems(options.source, options.destination, options.overwrite))
+    format, source = NanotronFormat(options.topology), None
+    if config is not None:
+        format = problems.collect(_format_of, options, config.family) or format
+        problems.extend(limit_problems(config, format, options.allow))
+        if files is not None and (model := problems.collect(model_of, config, files)):
+            problems.extend(topology_problems(model, format))
+            source = problems.collect(layout_of, options.source, model, files)
     if source is not None:
         problems.extend(_tie_problems(source))
+    if problems and options.destination is not None:
+        problems.extend(occupation_problems(options.destination, options.overwrite))
     problems.raise_if_any()
     assert source is not None, "without a layout there is a problem"
     return config, format, source
 
 
-def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lambda job: None) -> None:
-    """Write the checkpoint; `progress` is called with every finished job."""
-    options, config, plan = conversion.options, conversion.config, conversion.plan
-    assert options.destination is not None, "a conversion needs a destination"
-    has_tokenizer = any(name.startswith("tokenizer") for name in conversion.copies)
-    texts = documents(config.model, conversion.format, config.family.has_attention_bias, conversion.dtype,
-                      options.destination.resolve(), has_tokenizer)
+def _identities(root: Path) -> dict[str, Identity]:
+    """What the files of a folder are before any of them is read."""
+    return {path.name: identity_of(path.stat()) for path in sorted(root.iterdir()) if path.is_file()}
+
+
+def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lambda job: None,
+                   stop: Stop | None = None) -> int:
+    """Write the checkpoint; returns the number of tensor files that an earlier attempt had written already.
+
+    `progress` is called with every finished job. A request to `stop` ends the run with Interrupted; it can be resumed.
+    """
+    options, stop = conversion.options, stop or Stop()
     executor = ThreadPoolExecutor(options.num_workers) if options.num_workers > 1 else None
+    how = How(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
+              partial(_check, conversion, stop) if options.verify else None, progress, stop)
     try:
-        execute.run(plan, options.destination.resolve(), texts, conversion.copies, conversion.identities,
-                    conversion.memory.block_nbytes, executor, options.restart, progress)
+        return run(conversion.output, how)
     finally:
         if executor:
             executor.shutdown(cancel_futures=True)
+
+
+def _check(conversion: Conversion, stop: Stop, folder: Path) -> None:
+    """Compare a finished folder with the source. Raises DifferenceError or Refused."""
+    from stream_reshard.verify import How as HowToVerify
+    from stream_reshard.verify import verify
+    options = conversion.options
+    verify(options.source, folder, HowToVerify(options.max_memory, options.num_workers), stop)
 
 
 def _format_of(options: Options, family: Family) -> NanotronFormat:
@@ -190,33 +242,6 @@ def _dtypes(source: Layout, wanted: str) -> dict[str, str]:
     return by_name
 
 
-def _destination_problems(source: Path, destination: Path) -> Iterator[StreamReshardError]:
-    real_source, real = source.resolve(), destination.resolve()
-    if real == real_source or real in real_source.parents or real_source in real.parents:
-        yield DestinationError(f"{quoted(destination)} and the source {quoted(source)} are the same folder or one is "
-                               f"inside the other; choose another DST")
-        return
-    if destination.exists() and source.exists() and os.path.samefile(source, destination):
-        yield DestinationError(f"{quoted(destination)} is the source under another name; choose another DST")
-    staging = execute.staging_of(real)
-    if staging.exists() and not staging.is_dir():
-        yield DestinationError(f"{quoted(staging)} exists and is not a folder; the output grows there, remove it")
-    if destination.exists() and not destination.is_dir():
-        yield DestinationError(f"{quoted(destination)} exists and is not a folder")
-    elif destination.exists() and any(destination.iterdir()):
-        yield DestinationError(f"{quoted(destination)} is not empty; Nanotron would merge stale files without a word; "
-                               f"choose another DST or empty it")
-    parent = _existing_parent(real)
-    if not parent.is_dir():
-        yield DestinationError(f"{quoted(parent)} is not a folder")
-    elif not os.access(parent, os.W_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
-        yield DestinationError(f"{quoted(parent)} cannot be written to")
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.parents if parent.exists())
-
-
 def _tie_problems(source: Layout) -> Iterator[StreamReshardError]:
     """A tied model may store its head or not; where it does, it must be the embedding."""
     tensors = {tensor.key: tensor for tensor in source.tensors()}
@@ -236,17 +261,18 @@ def _resource_problems(conversion: Conversion) -> Iterator[StreamReshardError]:
                             f"{' and torch for casts' if budget.casts else ''}; raise it, or lower --workers")
     if conversion.options.destination is None:
         return
-    status = os.statvfs(_existing_parent(conversion.options.destination.resolve()))
-    free = conversion.disk_free or 0
+    destination, free = conversion.options.destination.resolve(), conversion.disk_free or 0
     if conversion.disk_nbytes > free:
         yield ResourceError(f"the destination needs {memory.human(conversion.disk_nbytes)}, its disk has "
                             f"{memory.human(free)} free")
-    num_files = len(conversion.plan.target.files)
-    if status.f_files and num_files > status.f_favail:
-        yield ResourceError(f"the destination needs {num_files} files, its disk has room for {status.f_favail}")
+    num_files, num_free = len(conversion.plan.target.files), files_free(destination)
+    if num_free is not None and num_files > num_free:
+        yield ResourceError(f"the destination needs {num_files} files, its disk has room for {num_free}")
 
 
-def _notes(config: SourceConfig, format: NanotronFormat, source: Layout) -> Iterator[str]:
+def _notes(options: Options, config: SourceConfig, format: NanotronFormat, source: Layout) -> Iterator[str]:
+    if options.destination is not None and options.destination.is_symlink():
+        yield f"{quoted(options.destination)} is a link; {quoted(options.destination.resolve())} is written"
     yield from not_honoured(config, format)
     for key, reason in source.ignored.items():
         yield f"ignored tensor {key}: {reason}"

@@ -12,6 +12,7 @@ from stream_reshard.header import pack_header
 from stream_reshard.layouts.hf_config import CONFIG_NAME, read_config
 from stream_reshard.layouts.hugging_face import SINGLE_NAME
 from stream_reshard.report import plan_lines
+from stream_reshard.stop import Stop
 from stream_reshard.topology import Topology
 from stream_reshard.verify import verify
 
@@ -36,7 +37,7 @@ def write_random_source(root: Path, config: dict[str, Any], seed: int = 0) -> No
             stream.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
 
-def demo(quiet: bool) -> dict[str, Any]:
+def demo(quiet: bool, stop: Stop | None = None) -> dict[str, Any]:
     """Make, convert, verify, in a temporary folder. Returns what `verify` counted."""
     with tempfile.TemporaryDirectory(prefix="stream_reshard_demo_") as folder:
         source, destination = Path(folder) / "llama", Path(folder) / "nanotron"
@@ -44,5 +45,5 @@ def demo(quiet: bool) -> dict[str, Any]:
         conversion = plan_conversion(Options(source, destination, Topology(2, 2)))
         if not quiet:
             print("\n".join(plan_lines(conversion)))
-        run_conversion(conversion)
-        return verify(source, destination)
+        run_conversion(conversion, stop=stop)
+        return verify(source, destination, stop=stop)

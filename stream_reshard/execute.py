@@ -1,176 +1,172 @@
-"""The staging folder and the commit: the destination is there whole, or not at all.
+"""The run of a plan: jobs, then the files beside the weights, then the commit. The destination is there whole, or not.
 
-The output grows in `DST.partial`, beside a journal of finished files and the plan's digest. At the end the folders are
-synced, the small files written (`model_config.json` last: Nanotron takes a folder that holds it for a checkpoint), and
-the folder is renamed to DST.
+Order at the end: companions and documents, manifest, all folders synced, the marker (`model_config.json`: Nanotron
+takes a folder that holds it for a checkpoint), a check if one is asked for, the journal away, one rename.
 """
 from __future__ import annotations
 
+import hashlib
 import io
-import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
+
 from stream_reshard import engines
-from stream_reshard.errors import DestinationError, SourceError, quoted
-from stream_reshard.jobs import FileDone, run_job
+from stream_reshard.durable import make_folder, target_error
+from stream_reshard.errors import DifferenceError, Refused, SourceError, quoted
+from stream_reshard.jobs import Work, run_job
+from stream_reshard.lock import Lock
+from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest, with_files
 from stream_reshard.plan import Job, Plan
-from stream_reshard.tensor_file import sync_folder, target_error
-
-JOURNAL_NAME = "stream_reshard.journal"
-MANIFEST_NAME = "stream_reshard.json"
-MARKER_NAME = "model_config.json"
-"""The file whose presence makes a folder a checkpoint to Nanotron; written last."""
+from stream_reshard.staging import MARKER_NAME, Staging, clear_leftovers, holds, lock_of, was_stopped_in_a_swap
+from stream_reshard.stop import Stop
+from stream_reshard.tensor_file import Identity, changed, identity_of
 
 
-def staging_of(destination: Path) -> Path:
-    """The sibling folder in which the destination grows."""
-    return destination.with_name(destination.name + ".partial")
+@dataclass(frozen=True)
+class Output:
+    """Everything that will stand in a destination."""
+
+    plan: Plan
+    destination: Path
+    """Absolute, links resolved."""
+    documents: Mapping[str, bytes]
+    """Small files by name; one of them is the marker."""
+    copies: Mapping[str, Path]
+    """Files to copy, by name."""
+    identities: Mapping[str, Identity]
+    """The source files as the plan saw them, by path below the source's root."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """For the manifest: what the output itself cannot say."""
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """Which run this is. Equal for two attempts at the same output, and for nothing else."""
+        documents = hashlib.sha256(repr(sorted(self.documents.items())).encode()).hexdigest()
+        return {"plan_sha256": self.plan.digest, "documents_sha256": documents, "source": str(self.plan.source.root),
+                "identities": dict(self.identities)}
+
+    def is_done(self) -> bool:
+        """Whether the destination holds this very output already."""
+        return holds(self.destination, self.run) is not None
 
 
-class Journal:
-    """The finished files of an unfinished run: one JSON line each, below a line that says which run it is."""
+@dataclass(frozen=True)
+class How:
+    """How a run goes about it; changes nothing of the output."""
 
-    def __init__(self, staging: Path, run: Mapping[str, Any]):
-        """Open or begin the journal of `run`, the plan's digest and the source's identities: files cut from another
-        source would be mixed in without a trace. Raises DestinationError where another run stands in the folder."""
-        self.path = staging / JOURNAL_NAME
-        self.done: dict[str, FileDone] = {}
-        records = self._records()
-        if not records and any(path != self.path for path in staging.iterdir()):
-            raise DestinationError(f"{quoted(staging)} was not left by an interrupted run; remove it, or --restart")
-        if records and records[0] != run:
-            raise DestinationError(f"{quoted(staging)} was left by a run with another plan or source; finish that one, "
-                                   f"or --restart to throw it away")
-        for record in records[1:]:
-            file = staging / record["path"]
-            if file.is_file() and file.stat().st_size == record["nbytes"]:
-                self.done[record["path"]] = FileDone(**record)
-        self._stream = open(self.path, "a", encoding="utf-8")
-        if not self._stream.tell():
-            self._append(run)
-
-    def _records(self) -> list[dict[str, Any]]:
-        """The whole lines, after dropping the one that a stop cut off: what it would have said is done again."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        records = []
-        for line in lines:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        if len(records) < len(lines):
-            self.path.write_text("".join(line + "\n" for line in lines[:len(records)]), encoding="utf-8")
-        return records
-
-    def _append(self, record: Mapping[str, Any]) -> None:
-        self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
-
-    def add(self, file: FileDone) -> None:
-        """Note a file that is durable under its final name."""
-        self.done[file.path] = file
-        self._append(vars(file))
-
-    def close(self) -> None:
-        """Close the stream; the file stays until the commit."""
-        self._stream.close()
+    block_nbytes: int
+    executor: Executor | None = None
+    restart: bool = False
+    """Throw away what an interrupted run left."""
+    overwrite: bool = False
+    """Replace a destination that is there already, once the new one is complete."""
+    break_lock: bool = False
+    check: Callable[[Path], object] | None = None
+    """Called with the finished folder before it becomes the destination; raises where it must not."""
+    progress: Callable[[Job], None] = lambda job: None
+    """Called with every finished job."""
+    stop: Stop = field(default_factory=Stop)
 
 
-def run(plan: Plan, destination: Path, documents: Mapping[str, bytes], copies: Mapping[str, Path],
-        identities: Mapping[str, list[int]], block_nbytes: int, executor: Executor | None,
-        restart: bool, progress: Callable[[Job], None]) -> None:
-    """Write the destination of a plan: all jobs, then the small files, then the commit.
+def run(output: Output, how: How) -> int:
+    """Write the destination; returns the number of files that an interrupted run had written already.
 
-    `documents` are small files by name; `copies` are files to copy, by name; `identities` are the source files as the
-    plan saw them (`identity_of`). Raises SourceError, without committing, where one of those changed.
+    Raises SourceError, without committing, where a source file changed; LockedError where another run is at work.
     """
-    staging = staging_of(destination)
+    destination = output.destination
     try:
-        if restart and staging.exists():
-            shutil.rmtree(staging)
-        staging.mkdir(parents=True, exist_ok=True)
-        journal = Journal(staging, {"plan": plan.digest, "source": dict(identities)})
-    except OSError as error:
-        raise target_error(staging, error) from error
-    try:
-        todo = []
-        for job in plan.jobs:
-            if all(file.path in journal.done for file in job.files):
-                progress(job)
+        make_folder(destination.parent)
+        with Lock(lock_of(destination), how.break_lock), how.stop.awaited():
+            if output.is_done() and (not how.overwrite or was_stopped_in_a_swap(destination)):
+                num_kept = len(output.plan.target.files)
             else:
-                todo.append(job)
-        for job, done in engines.run_all(partial(run_job, plan, staging, block_nbytes), todo, executor):
-            for file in done:
-                journal.add(file)
-            progress(job)
-    finally:
-        journal.close()
-    check_identities(plan.source.root, identities)
-    try:
-        _commit(plan, staging, destination, documents, copies, identities, journal.done)
+                num_kept = _write(output, how)
+            clear_leftovers(destination)
+            return num_kept
     except OSError as error:
         raise target_error(destination, error) from error
 
 
-def _commit(plan: Plan, staging: Path, destination: Path, documents: Mapping[str, bytes], copies: Mapping[str, Path],
-            identities: Mapping[str, list[int]], done: Mapping[str, FileDone]) -> None:
-    for name, source in copies.items():
-        with open(source, "rb") as stream:
-            _write_durably(staging / name, stream)
-    for name, text in documents.items():
+def _write(output: Output, how: How) -> int:
+    staging = Staging(output.destination, output.run, how.restart)
+    try:
+        num_kept = _run_jobs(output, how, staging)
+        manifest = _add_small_files(output, how, staging)
+        check_identities(output.plan.source.root, output.identities)
+        staging.sync()
+        staging.write(MARKER_NAME, io.BytesIO(output.documents[MARKER_NAME]), how.stop.check)
+        if how.check:
+            _check(output, how.check, staging)
+        staging.refuse_strangers({MANIFEST_NAME, *manifest.files})
+        staging.deliver(how.overwrite)
+        return num_kept
+    finally:
+        staging.journal.close()
+
+
+def _run_jobs(output: Output, how: How, staging: Staging) -> int:
+    plan, num_kept = output.plan, 0
+    work = Work(plan, staging.path, how.block_nbytes, output.identities, dict(staging.journal.done), how.stop)
+    try:
+        for job, done in engines.run_all(partial(run_job, work), plan.jobs, how.executor):
+            for file in done.files:
+                if staging.journal.done.get(file.path) != file:
+                    staging.journal.add(file)
+            num_kept += len(done.files) * done.was_kept
+            how.progress(job)
+            how.stop.check()
+    except BaseException:
+        how.stop.request()  # Jobs under way on other threads need not be waited for.
+        raise
+    return num_kept
+
+
+def _add_small_files(output: Output, how: How, staging: Staging) -> Manifest:
+    """The companions, the documents but for the marker, and the manifest of all of them."""
+    marker = output.documents[MARKER_NAME]
+    written = [FileDone(MARKER_NAME, len(marker), xxhash.xxh3_128(marker).hexdigest())]
+    for name, path in output.copies.items():
+        with _opened(path) as stream:
+            written.append(staging.write(name, stream, how.stop.check))
+    for name, text in output.documents.items():
         if name != MARKER_NAME:
-            _write_durably(staging / name, io.BytesIO(text))
-    manifest = {"tool": "stream_reshard", "plan_sha256": plan.digest, "source": str(plan.source.root),
-                "source_identities": dict(identities), "ignored_tensors": dict(plan.source.ignored),
-                "files": {file.path: {"nbytes": file.nbytes, "xxh3_128": file.xxh3_128}
-                          for file in sorted(done.values(), key=lambda file: file.path)}}
-    _write_durably(staging / MANIFEST_NAME, io.BytesIO(json.dumps(manifest, indent=1).encode() + b"\n"))
-    expected = {file.path for file in plan.target.files}
-    for path in staging.rglob("*.part"):
-        if path.relative_to(staging).as_posix() not in expected:
-            path.unlink()  # Left by a run that was killed.
-    for folder in sorted(path for path in staging.rglob("*") if path.is_dir()):
-        sync_folder(folder)
-    sync_folder(staging)
-    _write_durably(staging / MARKER_NAME, io.BytesIO(documents[MARKER_NAME]))
-    sync_folder(staging)
-    os.rename(staging, destination)
-    sync_folder(destination.parent)
-    # Only now: a run that stops before the rename goes on from its journal.
-    (destination / JOURNAL_NAME).unlink()
-    sync_folder(destination)
+            written.append(staging.write(name, io.BytesIO(text), how.stop.check))
+    tensor_files = [staging.journal.done[file.path] for file in output.plan.target.files]
+    manifest = with_files(Manifest(output.run, output.facts), [*tensor_files, *written])
+    staging.write(MANIFEST_NAME, io.BytesIO(manifest.packed()), how.stop.check)
+    return manifest
 
 
-def _write_durably(path: Path, content: BinaryIO) -> None:
-    """Write a small file anew, in pieces: a tokenizer can be larger than the memory that is left."""
-    path.unlink(missing_ok=True)
-    with open(path, "xb") as stream:
-        shutil.copyfileobj(content, stream, 2**20)
-        stream.flush()
-        os.fsync(stream.fileno())
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise SourceError(f"{quoted(path)}: {error.strerror}; nothing was committed") from error
 
 
-def identity_of(path: Path) -> list[int]:
-    """[device, inode, size in bytes, mtime in ns] of a file, links followed."""
-    status = path.stat()
-    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+def _check(output: Output, check: Callable[[Path], object], staging: Staging) -> None:
+    """Run the check; a folder that fails it is never taken up again."""
+    try:
+        check(staging.path)
+    except (DifferenceError, Refused) as error:
+        staging.disown()
+        raise DifferenceError(f"{error}\n{quoted(staging.path)} was not committed; run again with --restart to write "
+                              f"it anew") from error
+    check_identities(output.plan.source.root, output.identities)
 
 
-def check_identities(root: Path, identities: Mapping[str, list[int]]) -> None:
-    """Raise SourceError where a source file is not the one that the plan saw."""
+def check_identities(root: Path, identities: Mapping[str, Identity]) -> None:
+    """Raises SourceError where a source file is not the one that the plan saw."""
     for name, identity in identities.items():
         try:
-            now: list[int] | None = identity_of(root / name)
+            now: Identity | None = identity_of((root / name).stat())
         except OSError:
             now = None
         if now != identity:
-            raise SourceError(f"{quoted(name)} changed during the run (size and mtime {identity[2:]} became "
-                              f"{now[2:] if now else 'nothing'}); nothing was committed, run again with --restart")
+            raise changed(name, identity, now)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,26 +101,33 @@ def header_of(file: TensorFile) -> bytes:
     return pack_header([(tensor.key, tensor.dtype, tensor.shape) for tensor in file.tensors], dict(file.metadata))
 
 
-def read_header(root: Path, path: str) -> TensorFile:
-    """Read and check the header of `root / path`; both our own strict reading and safetensors' must accept it.
+def read_header(root: Path, path: str, max_nbytes: int = MAX_HEADER_NBYTES) -> TensorFile:
+    """Read and check the header of `root / path`, of at most `max_nbytes`; see `parse_header`.
 
-    Raises SourceError, with the file's name, for anything the format forbids, and for what it should: a key that
-    occurs twice, an unknown field, a header that does not start with `{`, bytes after the last tensor.
+    Raises SourceError, with the file's name, also where the file is shorter or longer than the header says.
     """
-    full = root / path
     try:
-        with open(full, "rb") as stream:
+        with open(root / path, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            text = _header_text(stream.read(8), size, stream.read)
+            return parse_header(path, _header_text(stream.read(8), size, max_nbytes, stream.read), size)
     except OSError as error:
         raise SourceError(f"{quoted(path)}: {error.strerror}") from error
     except _Malformed as error:
         raise SourceError(f"{quoted(path)}: {error}") from error
+
+
+def parse_header(path: str, text: bytes, size: int) -> TensorFile:
+    """The tensors of a file of `size` bytes, from its header without the 8 bytes of its length.
+
+    Our own strict reading and safetensors' must both accept it. Raises SourceError, with the file's name, for anything
+    the format forbids, and for what it should: a key that occurs twice, an unknown field, a header that does not start
+    with `{`, bytes after the last tensor.
+    """
     try:
         file = _parsed(path, text, size)
     except (_Malformed, ValueError, RecursionError) as error:
         raise SourceError(f"{quoted(path)}: not a valid safetensors header: {error}") from error
-    _check_with_library(full, path)
+    _check_with_library(path, text, size)
     return file
 
 
@@ -128,12 +135,13 @@ class _Malformed(Exception):
     """What is wrong with a header, in words."""
 
 
-def _header_text(prefix: bytes, size: int, read) -> bytes:
+def _header_text(prefix: bytes, size: int, max_nbytes: int, read: Callable[[int], bytes]) -> bytes:
     if len(prefix) < 8:
         raise _Malformed(f"{size} bytes are too few for a safetensors file")
     length = int.from_bytes(prefix, "little")
-    if length > MAX_HEADER_NBYTES:
-        raise _Malformed(f"its header claims {length} bytes, the limit is {MAX_HEADER_NBYTES}")
+    if length > min(max_nbytes, MAX_HEADER_NBYTES):
+        cure = "; parsing it takes many times that, raise --max-memory" if length <= MAX_HEADER_NBYTES else ""
+        raise _Malformed(f"its header claims {length} bytes, the limit is {min(max_nbytes, MAX_HEADER_NBYTES)}{cure}")
     if 8 + length > size:
         raise _Malformed(f"cut off: the header needs {8 + length} bytes, the file has {size}")
     return read(length)
@@ -196,10 +204,17 @@ def _entry(key: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
-def _check_with_library(full: Path, path: str) -> None:
+def _check_with_library(path: str, text: bytes, size: int) -> None:
+    """Let safetensors judge the same bytes, in an anonymous sparse file of the right size: it maps what it opens, and
+    touching a mapping of a file that somebody cuts meanwhile would kill the process."""
     from safetensors import SafetensorError, safe_open
+    descriptor = os.memfd_create("header", os.MFD_CLOEXEC)
     try:
-        with safe_open(full, framework="np"):
+        os.write(descriptor, len(text).to_bytes(8, "little") + text)
+        os.ftruncate(descriptor, size)
+        with safe_open(f"/proc/self/fd/{descriptor}", framework="np"):
             pass
     except (SafetensorError, OSError) as error:
         raise SourceError(f"{quoted(path)}: safetensors refuses it: {error}") from error
+    finally:
+        os.close(descriptor)

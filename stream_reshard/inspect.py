@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import Problems, SourceError, quoted
-from stream_reshard.execute import MARKER_NAME
+from stream_reshard.staging import MARKER_NAME
 from stream_reshard.header import TensorFile, read_header
 from stream_reshard.layouts.hf_config import CONFIG_NAME, read_json
 from stream_reshard.layouts.hugging_face import open_source

@@ -5,14 +5,17 @@ import mmap
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stream_reshard.casts import cast
+from stream_reshard.durable import NewFile, WriteFault
 from stream_reshard.header import StoredTensor
 from stream_reshard.layouts.base import Fill, offset_in, strides_of
+from stream_reshard.manifest import FileDone
 from stream_reshard.plan import Job, Plan
-from stream_reshard.tensor_file import SourceFile, TargetFile
+from stream_reshard.stop import Stop
+from stream_reshard.tensor_file import Identity, NewTensorFile, SourceFile, digest_of
 from stream_reshard.transfer import Part, Step, run_length, runs, steps
 
 MIN_PIECE_NBYTES = 1024
@@ -22,13 +25,28 @@ _local = threading.local()
 
 
 @dataclass(frozen=True)
-class FileDone:
-    """A file that is durable under its final name."""
+class Work:
+    """What every job of a run needs to know. Picklable."""
 
-    path: str
-    nbytes: int
-    xxh3_128: str
-    """Digest of the whole file, in hex."""
+    plan: Plan
+    staging: Path
+    """The folder under which the files grow."""
+    block_nbytes: int
+    """Size of one buffer; a job holds two."""
+    identities: Mapping[str, Identity]
+    """The source files as the plan saw them, by path."""
+    done: Mapping[str, FileDone] = field(default_factory=dict)
+    """Files that the journal of an earlier attempt names, by path."""
+    stop: Stop = field(default_factory=Stop)
+
+
+@dataclass(frozen=True)
+class JobDone:
+    """The files of a job, all durable."""
+
+    files: tuple[FileDone, ...]
+    was_kept: bool
+    """Whether an earlier attempt had written them."""
 
 
 def _buffers(nbytes: int) -> tuple[memoryview, memoryview]:
@@ -39,29 +57,56 @@ def _buffers(nbytes: int) -> tuple[memoryview, memoryview]:
     return _local.views
 
 
-def run_job(plan: Plan, staging: Path, block_nbytes: int, job: Job) -> tuple[FileDone, ...]:
-    """Write the files of one job; returns them with their digests. Holds two blocks in memory."""
-    views = _buffers(block_nbytes)
+def run_job(work: Work, job: Job) -> JobDone:
+    """Write the files of one job, unless all are there as the journal says; returns them with their digests.
+
+    Holds two blocks in memory. After an I/O error in a file of the destination the job is run once more: the kernel may
+    have dropped what was written, and only the source can give it back.
+    """
+    if kept := _kept(work, job):
+        return JobDone(kept, True)
+    try:
+        return JobDone(_written(work, job), False)
+    except WriteFault:
+        return JobDone(_written(work, job), False)
+
+
+def _kept(work: Work, job: Job) -> tuple[FileDone, ...]:
+    """The files of a job as an earlier attempt left them, read and compared with its journal; () where one differs."""
+    found = []
+    for file in job.files:
+        done, path = work.done.get(file.path), work.staging / file.path
+        if not (done and path.is_file() and path.stat().st_size == done.nbytes == file.nbytes):
+            return ()
+        if digest_of(work.staging, file.path, _buffers(work.block_nbytes)[0], work.stop) != done.xxh3_128:
+            return ()
+        found.append(done)
+    return tuple(found)
+
+
+def _written(work: Work, job: Job) -> tuple[FileDone, ...]:
+    plan, views = work.plan, _buffers(work.block_nbytes)
     with ExitStack() as stack:
+        targets = {file.path: stack.enter_context(NewTensorFile(work.staging, file)) for file in job.files}
         sources: dict[str, SourceFile] = {}
-        targets = {file.path: stack.enter_context(TargetFile(staging, file)) for file in job.files}
         for name in job.parameters:
             wanted = plan.targets_of(job, name)
-            for held in plan.source.slices[name]:
-                if held.tensor.file not in sources:
-                    sources[held.tensor.file] = SourceFile(plan.source.root, held.tensor.file)
-                    stack.callback(sources[held.tensor.file].close)
+            for path in dict.fromkeys(held.tensor.file for held in plan.source.slices[name]):
+                if path not in sources:
+                    sources[path] = stack.enter_context(
+                        SourceFile(plan.source.root, path, work.identities.get(path)))
             if wanted:
                 itemsize = max(plan.source.slices[name][0].tensor.itemsize, wanted[0].tensor.itemsize)
-                for step in steps(plan.source.slices[name], wanted, block_nbytes // itemsize):
+                for step in steps(plan.source.slices[name], wanted, work.block_nbytes // itemsize):
+                    work.stop.check()
                     _run_step(step, sources, targets, views)
             for fill in plan.target.fills.get(name, ()):
                 if fill.tensor.file in targets:
                     _write_zeros(fill, targets[fill.tensor.file], views[1])
-        return tuple(FileDone(path, target.file.nbytes, target.commit(views[0])) for path, target in targets.items())
+        return tuple(FileDone(path, target.nbytes, target.commit(views[0])) for path, target in targets.items())
 
 
-def _run_step(step: Step, sources: Mapping[str, SourceFile], targets: Mapping[str, TargetFile],
+def _run_step(step: Step, sources: Mapping[str, SourceFile], targets: Mapping[str, NewFile],
               views: tuple[memoryview, memoryview]) -> None:
     """Read the windows of a block, then write each target tensor's share of it."""
     dtype = step.parts[0].target.tensor.dtype
@@ -137,7 +182,7 @@ def _arranged(parts: Sequence[Part], windows: Sequence[memoryview], itemsize: in
     return found
 
 
-def _write_zeros(fill: Fill, target: TargetFile, buffer: memoryview) -> None:
+def _write_zeros(fill: Fill, target: NewFile, buffer: memoryview) -> None:
     tensor = fill.tensor
     offset = tensor.begin + offset_in(tensor.shape, fill.place.start) * tensor.itemsize
     end = offset + fill.place.num_elements * tensor.itemsize

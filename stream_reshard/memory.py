@@ -25,6 +25,10 @@ _SLACK = 6 * 2**20
 """What the run needs beside its workers: the journal, the manifest, modules imported late."""
 _TORCH_NBYTES = 230 * 2**20
 """What importing torch adds."""
+_NUMPY_NBYTES = 16 * 2**20
+"""What importing numpy adds."""
+_PARSED_PER_BYTE = 20
+"""Bytes that parsing a byte of JSON takes, at most, with what is made of it."""
 
 
 def parse_nbytes(text: str) -> int:
@@ -97,9 +101,15 @@ class MemoryPlan:
                 + self.num_workers * (_PER_WORKER + buffers * self.block_nbytes))
 
 
-def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool) -> MemoryPlan:
+def parse_limit(allowed: int, reserved: int) -> int:
+    """Bytes of a header or an index that can be parsed in what is left of the limit."""
+    return max(2**16, (allowed - reserved) // _PARSED_PER_BYTE)
+
+
+def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool, needs_numpy: bool = False) -> MemoryPlan:
     """The largest buffers that keep the limit; the smallest ones where none do (compare `projected`)."""
     to_import = _TORCH_NBYTES if casts and "torch" not in sys.modules else 0
+    to_import += _NUMPY_NBYTES if needs_numpy and not casts and "numpy" not in sys.modules else 0
     plan = MemoryPlan(allowed, reserved, num_workers, MAX_BLOCK_NBYTES, casts, to_import)
     while plan.projected > allowed and plan.block_nbytes > MIN_BLOCK_NBYTES:
         plan = replace(plan, block_nbytes=plan.block_nbytes // 2)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from stream_reshard.convert import Conversion
-from stream_reshard.execute import staging_of
 from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.nanotron import stages_of
 from stream_reshard.memory import human
@@ -86,19 +85,30 @@ def _blocks(names: list[str]) -> str:
                      for kind, indices in grouped.items())
 
 
-def summary(conversion: Conversion, seconds: float, peak: int) -> dict[str, Any]:
-    """What a finished run did, as JSON; sizes in bytes."""
-    return as_json(conversion) | {"seconds": round(seconds, 3), "peak_nbytes": peak,
-                                  "torchrun": torchrun_line(conversion)}
+def summary(conversion: Conversion, seconds: float, peak: int, num_kept: int) -> dict[str, Any]:
+    """What a finished run did, as JSON; sizes in bytes. `num_kept` files were there from an earlier attempt."""
+    return as_json(conversion) | {"seconds": round(seconds, 3), "peak_nbytes": peak, "num_files_kept": num_kept,
+                                  "verified": conversion.options.verify, "torchrun": torchrun_line(conversion)}
 
 
-def summary_lines(conversion: Conversion, seconds: float, peak: int) -> Iterator[str]:
+def summary_lines(conversion: Conversion, seconds: float, peak: int, num_kept: int) -> Iterator[str]:
     """What a finished run did, for a person."""
     memory, target = conversion.memory, conversion.plan.target
     yield (f"done     {len(target.files)} files, {human(target.nbytes)} in {seconds:.1f} s "
            f"({human(target.nbytes / max(seconds, 1e-9))}/s), durable in {conversion.options.destination}")
+    if num_kept:
+        yield f"resumed  {num_kept} files were kept from an earlier attempt, each with the digest in its journal"
+    if conversion.options.verify:
+        yield "verified every weight, header and file against the source, before the commit: all equal"
     yield (f"memory   peak {human(peak)} measured, {human(memory.projected)} projected, "
            f"{human(memory.allowed)} allowed")
+    yield "train    " + torchrun_line(conversion)
+
+
+def done_lines(conversion: Conversion) -> Iterator[str]:
+    """What a run says that found its work done."""
+    yield (f"done     {conversion.options.destination} holds this conversion already, complete; `verify` proves it, "
+           f"--overwrite makes it anew")
     yield "train    " + torchrun_line(conversion)
 
 
@@ -108,9 +118,3 @@ def torchrun_line(conversion: Conversion) -> str:
     assert destination is not None
     return (f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc_per_node={conversion.format.topology.world_size} "
             f"run_train.py --config-file {destination.resolve() / 'config.yaml'}")
-
-
-def resume_hint(conversion: Conversion) -> str:
-    """What to do after a stop."""
-    assert conversion.options.destination is not None
-    return f"{staging_of(conversion.options.destination)} keeps what is done; run the same command again to go on"

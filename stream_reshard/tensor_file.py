@@ -1,168 +1,137 @@
-"""Reading and writing the bytes of tensor files: the only module that opens them. How bytes move is decided here.
-
-Order of a write, so that a file under its final name is always whole: a unique temp name in the same folder (one that
-no loader's pattern matches), exclusive create, final size, header, blocks, fsync, rename. Folders are synced at the
-end.
-"""
+"""Reading the bytes of tensor files, and beginning new ones. How bytes are read is decided here."""
 from __future__ import annotations
 
 import errno
 import os
-import uuid
-from collections.abc import Sequence
+import time
 from pathlib import Path
-from types import TracebackType
 
 import xxhash
 
-from stream_reshard.errors import ResourceError, SourceError, StreamReshardError, quoted
+from stream_reshard.durable import NewFile
+from stream_reshard.errors import ResourceError, SourceError, quoted
 from stream_reshard.header import StoredTensor, TensorFile, header_of
+from stream_reshard.stop import Stop
 
-MAX_PIECES = 1024
-"""Pieces one gathered write may have (IOV_MAX on Linux)."""
+Identity = list[int]
+"""What tells a file from another one and from itself after a change: see `identity_of`."""
+
+READ_RETRIES = 3
+"""Times a read that failed in a way that may pass is tried again, each after a longer pause."""
+
+FIRST_PAUSE_SECONDS = 0.1
+
+_MAY_PASS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
+"""What network file systems report when a server or a path to it was away for a moment."""
 
 
-def target_error(path: Path, error: OSError) -> StreamReshardError:
-    """The error a user sees when the destination cannot be written."""
-    cure = "; free some space and run the same command again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-    return ResourceError(f"{quoted(path)}: {error.strerror}{cure}")
+def identity_of(status: os.stat_result) -> Identity:
+    """[device, inode, size in bytes, mtime in ns, ctime in ns]. The last one changes also where a file was written to
+    and its mtime was put back."""
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def changed(path: str, before: Identity, now: Identity | None) -> SourceError:
+    """The error of a source file that is not the one the plan saw; `now` is None where it vanished."""
+    names = ("device", "inode", "size", "mtime", "ctime")
+    if now is None:
+        what = "it vanished"
+    else:
+        name, old, new = next(row for row in zip(names, before, now) if row[1] != row[2])
+        what = f"its {name} was {old}, and is {new}"
+    return SourceError(f"{quoted(path)} changed during the run: {what}; nothing was committed, run again with "
+                       f"--restart once the source is at rest")
 
 
 class SourceFile:
     """A tensor file opened for reading, with positioned reads: safe to share, and a file that shrank is an error
-    instead of a signal."""
+    instead of a signal, which a mapping would give."""
 
-    def __init__(self, root: Path, path: str):
-        self.path = path
+    def __init__(self, root: Path, path: str, identity: Identity | None = None):
+        """Opens `root / path`. Raises SourceError where it is not the file of that `identity`."""
+        self.root, self.path, self.identity = root, path, identity
+        self._descriptor = self._open()
+
+    def _open(self) -> int:
         try:
-            self.descriptor = os.open(root / path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.root / self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            if self.identity:
+                raise changed(self.path, self.identity, None) from error
+            raise SourceError(f"{quoted(self.path)}: {error.strerror}") from error
         except OSError as error:
-            raise SourceError(f"{quoted(path)}: {error.strerror}") from error
+            raise SourceError(f"{quoted(self.path)}: {error.strerror}") from error
+        now = identity_of(os.fstat(descriptor))
+        if self.identity and now != self.identity:
+            os.close(descriptor)
+            raise changed(self.path, self.identity, now)
+        return descriptor
 
     def read_into(self, view: memoryview, offset: int) -> None:
-        """Fill `view` with the bytes from `offset` on. Raises SourceError when there are fewer."""
+        """Fill `view` with the bytes from `offset` on.
+
+        Raises SourceError where there are fewer, ResourceError where reading fails again and again.
+        """
         done = 0
         while done < len(view):
-            try:
-                count = os.preadv(self.descriptor, [view[done:]], offset + done)
-            except OSError as error:
-                raise SourceError(f"{quoted(self.path)}: {error.strerror} at byte {offset + done}") from error
+            count = self._read_some(view[done:], offset + done)
             if not count:
                 raise SourceError(f"{quoted(self.path)} shrank during the run: it ends before byte "
                                   f"{offset + len(view)}; nothing was committed")
             done += count
 
+    def _read_some(self, view: memoryview, offset: int) -> int:
+        pause = FIRST_PAUSE_SECONDS
+        for attempt in range(READ_RETRIES + 1):
+            try:
+                return os.preadv(self._descriptor, [view], offset)
+            except OSError as error:
+                if error.errno not in _MAY_PASS or attempt == READ_RETRIES:
+                    raise ResourceError(f"{quoted(self.path)}: {error.strerror} at byte {offset}, after {attempt + 1} "
+                                        f"attempts to read it") from error
+                stale = error.errno == errno.ESTALE
+            time.sleep(pause)
+            pause *= 3
+            if stale:
+                self.close()
+                self._descriptor = self._open()
+        raise AssertionError("the last attempt returns or raises")
+
     def close(self) -> None:
         """Give the descriptor back."""
-        os.close(self.descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> SourceFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
-class TargetFile:
-    """A tensor file being written. As a context manager it leaves a whole file under its final name, or nothing."""
+class NewTensorFile(NewFile):
+    """A tensor file being written: it begins with its header, and its size is known."""
 
     def __init__(self, root: Path, file: TensorFile):
+        super().__init__(root / file.path, file.nbytes)
         self.file = file
-        self.final = root / file.path
-        self.temp = self.final.with_name(f".{self.final.name}.{uuid.uuid4().hex[:12]}.part")
-        self.digest = xxhash.xxh3_128()
-        self._position = 0
-        """Past the last byte digested; -1 once writes came out of order."""
-        try:
-            self.final.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self.descriptor = os.open(self.temp, flags, 0o666)
-        except OSError as error:
-            raise target_error(self.final, error) from error
 
-    def __enter__(self) -> TargetFile:
+    def __enter__(self) -> NewTensorFile:
+        super().__enter__()
         try:
-            self._reserve()
-            self.write(0, [memoryview(header_of(self.file))])
+            self.write(0, [header_of(self.file)])
         except BaseException:
             self.abandon()
             raise
         return self
-
-    def _reserve(self) -> None:
-        """Take the final size at once, so that a full disk shows itself before the work; not all file systems can."""
-        try:
-            os.posix_fallocate(self.descriptor, 0, self.file.nbytes)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise target_error(self.final, error) from error
-
-    def write(self, offset: int, pieces: Sequence[memoryview]) -> None:
-        """Write the pieces one behind the other from byte `offset` on."""
-        for first in range(0, len(pieces), MAX_PIECES):
-            offset = self._gather(offset, pieces[first:first + MAX_PIECES])
-
-    def _gather(self, offset: int, pieces: Sequence[memoryview]) -> int:
-        if offset == self._position:
-            for piece in pieces:
-                self.digest.update(piece)
-        else:
-            self._position = -1
-        end = offset + sum(map(len, pieces))
-        try:
-            done = os.pwritev(self.descriptor, pieces, offset)
-            if done < end - offset:
-                self._finish_short_write(offset + done, pieces, done)
-        except OSError as error:
-            raise target_error(self.final, error) from error
-        if self._position >= 0:
-            self._position = end
-        return end
-
-    def _finish_short_write(self, offset: int, pieces: Sequence[memoryview], done: int) -> None:
-        for piece in pieces:
-            rest, done = piece[done:], max(0, done - len(piece))
-            while len(rest):
-                count = os.pwrite(self.descriptor, rest, offset)
-                if not count:
-                    raise OSError(errno.EIO, "nothing could be written")
-                rest, offset = rest[count:], offset + count
-
-    def _digest_again(self, buffer: memoryview) -> None:
-        """Digest the file as it stands, for writes that did not come in its order."""
-        self.digest.reset()
-        for offset in range(0, self.file.nbytes, len(buffer)):
-            view = buffer[:min(len(buffer), self.file.nbytes - offset)]
-            if os.preadv(self.descriptor, [view], offset) != len(view):
-                raise OSError(errno.EIO, "what was written cannot be read back")
-            self.digest.update(view)
-
-    def commit(self, buffer: memoryview) -> str:
-        """Make the file durable under its final name; returns its xxh3_128 digest, in hex."""
-        try:
-            if self._position != self.file.nbytes:
-                self._digest_again(buffer)
-            os.fsync(self.descriptor)
-            os.close(self.descriptor)
-            self.descriptor = -1
-            os.rename(self.temp, self.final)
-        except OSError as error:
-            raise target_error(self.final, error) from error
-        return self.digest.hexdigest()
-
-    def abandon(self) -> None:
-        """Remove what was written so far."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
-        self.temp.unlink(missing_ok=True)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        if self.descriptor >= 0 or kind is not None:
-            self.abandon()
 
 
 def same_bytes(root: Path, first: StoredTensor, second: StoredTensor, buffer_nbytes: int = 2**20) -> bool:
     """Whether two tensors of one checkpoint hold the same dtype, shape and bytes; reads both, in bounded memory."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    one, two = SourceFile(root, first.file), SourceFile(root, second.file)
-    try:
+    with SourceFile(root, first.file) as one, SourceFile(root, second.file) as two:
         for offset in range(0, first.nbytes, buffer_nbytes):
             size = min(buffer_nbytes, first.nbytes - offset)
             views = memoryview(bytearray(size)), memoryview(bytearray(size))
@@ -170,19 +139,17 @@ def same_bytes(root: Path, first: StoredTensor, second: StoredTensor, buffer_nby
             two.read_into(views[1], second.begin + offset)
             if views[0] != views[1]:
                 return False
-        return True
-    finally:
-        one.close()
-        two.close()
+    return True
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable. File systems that cannot say EINVAL, which is tolerated."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)
+def digest_of(root: Path, path: str, buffer: memoryview, stop: Stop) -> str:
+    """xxh3_128 of a whole file, in hex, read through `buffer`."""
+    digest = xxhash.xxh3_128()
+    with SourceFile(root, path) as file:
+        nbytes = os.stat(root / path).st_size
+        for offset in range(0, nbytes, len(buffer)):
+            stop.check()
+            view = buffer[:min(len(buffer), nbytes - offset)]
+            file.read_into(view, offset)
+            digest.update(view)
+    return digest.hexdigest()

@@ -36,7 +36,8 @@ def tree(root):
             content = content.replace(str(root).encode(), b"DST")
         if name == "stream_reshard.json":
             manifest = json.loads(content)
-            content = {key: manifest[key] for key in ("files", "plan_sha256", "ignored_tensors")}
+            content = ([file for file in manifest["files"] if file["path"] != "config.yaml"],
+                       manifest["run"]["plan_sha256"], manifest["facts"])
         found[name] = content
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stream_reshard import cli
+from stream_reshard.flags import COMMANDS, parser_of
 from stream_reshard.layouts.nanotron_limits import ALLOWABLE
 
 ROOT = Path(__file__).parents[1]
@@ -20,11 +20,11 @@ def command(name):
 
 
 def test_every_flag_and_command_is_documented():
-    for name in ("convert", *cli._COMMANDS):
-        for action in cli._parser(name)._actions:
+    for name in ("convert", *COMMANDS):
+        for action in parser_of(name)._actions:
             for flag in action.option_strings:
                 assert flag == "-h" or f"`{flag}" in README, flag
-    for name in cli._COMMANDS:
+    for name in COMMANDS:
         assert f"| `{name}" in README
     for name in ALLOWABLE:
         assert f"| `{name}` |" in README

@@ -192,7 +192,7 @@ FOLDERS = [
 @pytest.mark.parametrize("num_shards, change, words", [pytest.param(*row[1:], id=row[0]) for row in FOLDERS])
 def test_folder(tmp_path, capsys, num_shards, change, words):
     change(make_source(tmp_path / "hf", num_shards=num_shards))
-    refuse(capsys, tmp_path, 3, words)
+    refuse(capsys, tmp_path, 3, words, ["--max-memory", "4GiB"])
 
 
 @pytest.mark.parametrize("change", [-1, 1, -1000, 300 - 10**6, 7 - 10**6, -10**7], ids=[

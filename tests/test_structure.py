@@ -6,9 +6,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "stream_reshard"
 
-ORDER = ("errors", "box", "topology", "header", "model", "architectures", "layouts", "transfer", "plan", "memory",
-         "casts", "tensor_file", "jobs", "engines", "execute", "verify", "documents", "convert", "report", "inspect",
-         "demo", "cli", "__main__")
+ORDER = ("errors", "box", "topology", "stop", "durable", "header", "model", "architectures", "layouts", "transfer",
+         "plan", "memory", "casts", "tensor_file", "manifest", "lock", "journal", "staging", "jobs", "engines",
+         "execute", "verify", "source_digests", "destination", "documents", "convert", "report", "inspect", "demo",
+         "flags", "cli", "__main__")
 """A module imports only what stands before it."""
 
 

@@ -35,15 +35,16 @@ class SourceConfig:
     """What was understood in a way worth telling."""
 
 
-def read_json(root: Path, name: str) -> dict[str, Any]:
+def read_json(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTES) -> dict[str, Any]:
     """The JSON object in `root / name`. Raises SourceError when it is absent, too large, or not an object."""
     try:
         with open(root / name, "rb") as stream:
-            text = stream.read(MAX_JSON_NBYTES + 1)
+            text = stream.read(max_nbytes + 1)
     except OSError as error:
         raise SourceError(f"{quoted(name)} in {quoted(root)}: {error.strerror}") from error
-    if len(text) > MAX_JSON_NBYTES:
-        raise SourceError(f"{name} has more than {MAX_JSON_NBYTES} bytes, the limit for such a file")
+    if len(text) > max_nbytes:
+        cure = "" if max_nbytes == MAX_JSON_NBYTES else "; parsing it takes many times that, raise --max-memory"
+        raise SourceError(f"{name} has more than {max_nbytes} bytes, the limit for such a file{cure}")
     try:
         value = strict_json(text)
     except ValueError as error:
@@ -57,7 +58,7 @@ def read_config(root: Path) -> SourceConfig:
     """Read config.json. Raises SourceError or Refused with everything in it that makes no sense."""
     raw = read_json(root, CONFIG_NAME)
     family = _family(raw)
-    reader = _Reader(raw)
+    reader = ConfigReader(raw, CONFIG_NAME)
     config = reader.model_config(family)
     reader.problems.raise_if_any()
     return SourceConfig(raw, family, config, reader.rope, tuple(reader.notes))
@@ -74,17 +75,19 @@ def _family(raw: Mapping[str, Any]) -> Family:
     raise SourceError(f"config.json: {quoted(name)} cannot be converted: {reason}")
 
 
-class _Reader:
+class ConfigReader:
     """Takes values out of a config, and collects what is wrong with them."""
 
-    def __init__(self, raw: Mapping[str, Any]):
-        self.raw = raw
+    def __init__(self, raw: Mapping[str, Any], name: str):
+        """`name` is that of the file, for messages."""
+        self.raw, self.name = raw, name
         self.problems = Problems()
         self.notes: list[str] = []
         self.rope = self._rope()
 
     def complain(self, text: str) -> None:
-        self.problems.append(SourceError(f"config.json: {text}"))
+        """Collect a problem."""
+        self.problems.append(SourceError(f"{self.name}: {text}"))
 
     def number(self, key: str, kind: type[int] | type[float], default: Any = None) -> Any:
         """A positive int or float; `default` where the key is absent or null."""
@@ -103,6 +106,7 @@ class _Reader:
         return kind(value)
 
     def flag(self, key: str, default: bool) -> bool:
+        """True or false; `default` where the key is absent."""
         value = self.raw.get(key, default)
         if not isinstance(value, bool):
             self.complain(f"{key} is {quoted(value)}, not true or false")
@@ -141,6 +145,7 @@ class _Reader:
         return self.positive("rope_theta", value, float)
 
     def model_config(self, family: Family) -> ModelConfig:
+        """What the config says about a model of this family. Complaints are collected in `problems`."""
         heads = self.number("num_attention_heads", int)
         config = ModelConfig(
             family=family.name,

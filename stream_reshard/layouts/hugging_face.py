@@ -12,9 +12,9 @@ from pathlib import Path
 from stream_reshard.architectures import build_model
 from stream_reshard.box import Box
 from stream_reshard.errors import Problems, SourceError, quoted
-from stream_reshard.header import StoredTensor, TensorFile, read_header
+from stream_reshard.header import MAX_HEADER_NBYTES, StoredTensor, TensorFile, read_header
 from stream_reshard.layouts.base import TORCH_DTYPES, Layout, Slice
-from stream_reshard.layouts.hf_config import CONFIG_NAME, SourceConfig, read_config, read_json
+from stream_reshard.layouts.hf_config import CONFIG_NAME, MAX_JSON_NBYTES, SourceConfig, read_config, read_json
 from stream_reshard.model import Model, Parameter
 
 SINGLE_NAME = "model.safetensors"
@@ -55,18 +55,21 @@ def open_config(root: Path) -> SourceConfig:
     return read_config(root)
 
 
-def open_files(root: Path) -> tuple[TensorFile, ...]:
-    """The headers of all shards, checked against the index. Raises SourceError or Refused."""
+def open_files(root: Path, max_nbytes: int = MAX_HEADER_NBYTES) -> tuple[TensorFile, ...]:
+    """The headers of all shards, checked against the index. Raises SourceError or Refused.
+
+    Neither a header nor the index may have more than `max_nbytes`.
+    """
     single, index = (root / SINGLE_NAME).is_file(), (root / INDEX_NAME).is_file()
     if single and index:
         raise SourceError(f"{quoted(root)} holds both {SINGLE_NAME} and {INDEX_NAME}; remove the one that is stale")
     if single:
-        return (read_header(root, SINGLE_NAME),)
+        return (read_header(root, SINGLE_NAME, max_nbytes),)
     if not index:
         raise _without_shards(root)
-    weight_map = _weight_map(root)
+    weight_map = _weight_map(root, max_nbytes)
     problems = Problems()
-    files = [problems.collect(read_header, root, name) for name in sorted(set(weight_map.values()))]
+    files = [problems.collect(read_header, root, name, max_nbytes) for name in sorted(set(weight_map.values()))]
     problems.raise_if_any()
     _check_index(weight_map, files, problems)
     problems.raise_if_any()
@@ -88,8 +91,8 @@ def _without_shards(root: Path) -> SourceError:
                        f"checkpoint")
 
 
-def _weight_map(root: Path) -> Mapping[str, str]:
-    weight_map = read_json(root, INDEX_NAME).get("weight_map")
+def _weight_map(root: Path, max_nbytes: int) -> Mapping[str, str]:
+    weight_map = read_json(root, INDEX_NAME, min(max_nbytes, MAX_JSON_NBYTES)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{INDEX_NAME} has no weight_map")
     problems = Problems()

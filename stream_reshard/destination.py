@@ -1,0 +1,86 @@
+"""What speaks against a destination, and what room it has: looked at before anything is written."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from stream_reshard.errors import DestinationError, StreamReshardError, quoted
+from stream_reshard.layouts.hf_config import CONFIG_NAME
+from stream_reshard.manifest import MANIFEST_NAME
+from stream_reshard.staging import MARKER_NAME, SUFFIX_NBYTES, files_below, staging_of
+
+_MAX_NAME_NBYTES = 255
+
+
+def destination_problems(source: Path, destination: Path, overwrite: bool) -> Iterator[StreamReshardError]:
+    """Everything that speaks against a destination, but for what stands in it (`occupation_problems`)."""
+    *above, own = [len(os.fsencode(part)) for part in destination.absolute().parts]
+    if max(own + SUFFIX_NBYTES, *above) > _MAX_NAME_NBYTES:
+        yield DestinationError(f"{quoted(destination)}: File name too long: {own} bytes, and {SUFFIX_NBYTES} more for "
+                               f"what is put beside it while the run lasts, where {_MAX_NAME_NBYTES} are possible")
+        return
+    real = destination.resolve()
+    if _is_same_or_inside(real, source.resolve()) or _is_same_or_inside(source.resolve(), real):
+        yield DestinationError(f"{quoted(destination)} and the source {quoted(source)} are the same folder or one is "
+                               f"inside the other; choose another DST")
+        return
+    staging, parent = staging_of(real), existing_parent(real)
+    if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
+        yield DestinationError(f"{quoted(staging)} exists and is not a folder; the output grows there, remove it")
+    if destination.exists() and not destination.is_dir():
+        yield DestinationError(f"{quoted(destination)} exists and is not a folder")
+    elif overwrite and os.path.ismount(real):
+        yield DestinationError(f"{quoted(destination)} is a mount point, which no other folder can replace; write to a "
+                               f"folder inside it")
+    if not parent.is_dir():
+        yield DestinationError(f"{quoted(parent)} is not a folder")
+    elif not os.access(parent, os.W_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
+        yield DestinationError(f"{quoted(parent)} cannot be written to")
+
+
+def occupation_problems(destination: Path, overwrite: bool) -> Iterator[StreamReshardError]:
+    """What stands in the destination and may not be replaced."""
+    if not os.path.isdir(destination) or not any(destination.iterdir()):
+        return
+    if not overwrite:
+        yield DestinationError(f"{quoted(destination)} is not empty; Nanotron would merge stale files without a word; "
+                               f"choose another DST, empty it, or --overwrite it")
+    elif not any((destination / name).exists() for name in (MANIFEST_NAME, MARKER_NAME, CONFIG_NAME)):
+        yield DestinationError(f"{quoted(destination)} is not empty and does not look like a checkpoint; --overwrite "
+                               f"replaces checkpoints only")
+
+
+def _is_same_or_inside(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or below it, under whatever name: bind mounts are seen through."""
+    if folder in (path, *path.parents):
+        return True
+    try:
+        wanted = folder.stat()
+    except OSError:
+        return False
+    return any(os.path.samestat(parent.stat(), wanted) for parent in (path, *path.parents) if parent.exists())
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(parent for parent in path.parents if parent.exists())
+
+
+def disk_free(destination: Path) -> int:
+    """Bytes free on the destination's disk, what an interrupted run left there included: it is kept or thrown away."""
+    status = os.statvfs(existing_parent(destination))
+    left = 0
+    staging = staging_of(destination)
+    for path in files_below(staging):
+        try:
+            left += (staging / path).lstat().st_blocks * 512
+        except FileNotFoundError:
+            continue  # Another run is at work there; the lock will say so.
+    return status.f_bavail * status.f_frsize + left
+
+
+def files_free(destination: Path) -> int | None:
+    """Number of files that can still be made there; None where the file system sets no limit."""
+    status = os.statvfs(existing_parent(destination))
+    return status.f_favail if status.f_files else None

@@ -1,0 +1,197 @@
+"""Files and names that survive a power cut whole, or are not there: the one place where the destination is written.
+
+Order of a write, so that a file under its final name is always whole: a unique temp name in the same folder (one that
+no loader's pattern matches), exclusive create that follows no link, final size, blocks, fsync, rename. An fsync that
+failed is never repeated: the kernel may have dropped the pages, so only writing anew helps.
+"""
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import xxhash
+
+from stream_reshard.errors import DestinationError, ResourceError, StreamReshardError, quoted
+
+MAX_PIECES = 1024
+"""Pieces one gathered write may have (IOV_MAX on Linux)."""
+
+TEMP_NAME = re.compile(r"\..+\.[0-9a-f]{12}\.part")
+"""Names of files that were being written when a run was killed."""
+
+_REFUSALS = frozenset({errno.EROFS, errno.EPERM, errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
+                       errno.EISDIR, errno.EEXIST, errno.EXDEV, errno.EBUSY, errno.ENOTEMPTY})
+"""What says that the destination does not take this output at all, rather than not now."""
+
+_CURES = {errno.ENOSPC: "; free some space and run the same command again",
+          errno.EDQUOT: "; raise the quota or free some space, and run the same command again",
+          errno.EFBIG: "; raise the limit on file sizes (ulimit -f) and run the same command again"}
+
+
+class WriteFault(ResourceError):
+    """An I/O error of the destination: what was written may be lost, and only writing it anew can tell."""
+
+
+def target_error(path: Path, error: OSError) -> StreamReshardError:
+    """The error a user sees when `path` of the destination cannot be written."""
+    kind = (WriteFault if error.errno == errno.EIO else
+            DestinationError if error.errno in _REFUSALS else ResourceError)
+    return kind(f"{quoted(path)}: {error.strerror or error}{_CURES.get(error.errno or 0, '')}")
+
+
+class NewFile:
+    """A file being written. As a context manager it leaves a whole file under its final name, or nothing.
+
+    Raises DestinationError or ResourceError, with the OSError as cause, from every method that touches the disk.
+    """
+
+    def __init__(self, final: Path, nbytes: int = 0):
+        """`nbytes`: its final size, where it is known: a full disk shows itself before the work then."""
+        self.final, self.nbytes = final, nbytes
+        self.temp = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.part")
+        self.digest = xxhash.xxh3_128()
+        self._position = 0
+        """Past the last byte digested; -1 once writes came out of order."""
+        self._descriptor = -1
+
+    def __enter__(self) -> NewFile:
+        try:
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._descriptor = os.open(self.temp, flags, 0o666)
+            self._reserve()
+        except OSError as error:
+            self.abandon()
+            raise target_error(self.final, error) from error
+        return self
+
+    def _reserve(self) -> None:
+        """Take the final size at once; not all file systems can."""
+        try:
+            if self.nbytes:
+                os.posix_fallocate(self._descriptor, 0, self.nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+
+    def write(self, offset: int, pieces: Sequence[memoryview | bytes]) -> None:
+        """Write the pieces one behind the other from byte `offset` on."""
+        try:
+            for first in range(0, len(pieces), MAX_PIECES):
+                offset = self._gather(offset, pieces[first:first + MAX_PIECES])
+        except OSError as error:
+            raise target_error(self.final, error) from error
+
+    def _gather(self, offset: int, pieces: Sequence[memoryview | bytes]) -> int:
+        if offset == self._position:
+            for piece in pieces:
+                self.digest.update(piece)
+        else:
+            self._position = -1
+        end = offset + sum(map(len, pieces))
+        done = os.pwritev(self._descriptor, pieces, offset)
+        if done < end - offset:
+            self._finish_short_write(offset + done, pieces, done)
+        if self._position >= 0:
+            self._position = end
+        self.nbytes = max(self.nbytes, end)
+        return end
+
+    def _finish_short_write(self, offset: int, pieces: Sequence[memoryview | bytes], done: int) -> None:
+        for piece in pieces:
+            rest, done = memoryview(piece)[done:], max(0, done - len(piece))
+            write_all(self._descriptor, rest, offset)
+            offset += len(rest)
+
+    def _digest_again(self, buffer: memoryview) -> None:
+        """Digest the file as it stands, for writes that did not come in its order."""
+        self.digest.reset()
+        for offset in range(0, self.nbytes, len(buffer)):
+            view = buffer[:min(len(buffer), self.nbytes - offset)]
+            if os.preadv(self._descriptor, [view], offset) != len(view):
+                raise OSError(errno.EIO, "what was written cannot be read back")
+            self.digest.update(view)
+
+    def commit(self, buffer: memoryview | None = None) -> str:
+        """Make the file durable under its final name; returns its xxh3_128 digest, in hex.
+
+        `buffer` is needed where writes did not come in the file's order. The new name itself is durable only after
+        `sync_folder`.
+        """
+        try:
+            if self._position != self.nbytes:
+                self._digest_again(buffer or memoryview(bytearray(2**20)))
+            os.fsync(self._descriptor)
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
+            os.rename(self.temp, self.final)
+        except OSError as error:
+            self.abandon()
+            raise target_error(self.final, error) from error
+        return self.digest.hexdigest()
+
+    def abandon(self) -> None:
+        """Remove what was written so far; a failure to do so is left to the next run, which removes it."""
+        descriptor, self._descriptor = self._descriptor, -1
+        try:
+            if descriptor >= 0:
+                os.close(descriptor)
+            os.unlink(self.temp)
+        except OSError:
+            pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if self._descriptor >= 0:
+            self.abandon()
+
+
+def write_all(descriptor: int, content: memoryview | bytes, offset: int) -> None:
+    """Write all of `content` from byte `offset` on, however short the writes are."""
+    rest = memoryview(content)
+    while len(rest):
+        count = os.pwrite(descriptor, rest, offset)
+        if not count:
+            raise OSError(errno.EIO, "nothing could be written")
+        rest, offset = rest[count:], offset + count
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable. File systems that cannot say EINVAL, which is tolerated."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and what is missing above it, all of it durable."""
+    missing = [path, *path.parents][:1 + sum(not parent.exists() for parent in path.parents)]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the file system or the C library cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    if call(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(one))

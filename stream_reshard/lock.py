@@ -1,0 +1,137 @@
+"""Lock: one run at a time writes to a destination.
+
+A file beside the destination says who is at work. The kernel's lock on it (flock) goes with the process that holds it,
+so a stale file is told from a live one without guessing on the machine where it was made. A file from another machine
+is respected: only a person knows whether that run is dead (`--break-lock`).
+"""
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from stream_reshard.durable import target_error, write_all
+from stream_reshard.errors import LockedError, quoted
+
+_CANNOT_LOCK = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+"""What network file systems without a lock service answer to flock."""
+
+
+def _boot() -> str:
+    """Names the running kernel: where two processes agree on it, they see each other's locks."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    return True
+
+
+class Lock:
+    """Held while the `with` block runs. Raises LockedError, naming the other run, where it is taken."""
+
+    def __init__(self, path: Path, break_lock: bool = False):
+        """`break_lock`: take it from a run that may be alive on another machine."""
+        self.path, self.break_lock = path, break_lock
+        self._descriptor = -1
+
+    def __enter__(self) -> Lock:
+        try:
+            while not self._taken():
+                pass
+        except OSError as error:
+            raise target_error(self.path, error) from error
+        return self
+
+    def _taken(self) -> bool:
+        """One attempt; False where the file was removed under it. Raises LockedError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor, is_new = os.open(self.path, flags | os.O_EXCL, 0o666), True
+        except FileExistsError:
+            descriptor, is_new = os.open(self.path, flags, 0o666), False
+        try:
+            is_locked = self._flock(descriptor)
+            if not self._is_current(descriptor):
+                return False
+            owner = _owner(descriptor)
+            if is_locked is False or not (is_new or self._is_over(owner, is_locked)):
+                raise self._refusal(owner, is_locked is False)
+            mine = {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot(),
+                    "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+            os.ftruncate(descriptor, 0)
+            write_all(descriptor, json.dumps(mine).encode(), 0)
+            self._descriptor, descriptor = descriptor, -1
+            return True
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    @staticmethod
+    def _flock(descriptor: int) -> bool | None:
+        """True: the kernel gave the lock; False: another process has it; None: this file system knows no locks."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in _CANNOT_LOCK:
+                return None
+            raise
+
+    def _is_current(self, descriptor: int) -> bool:
+        """Whether the path still names the file that was opened: its holder removes it when it ends."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
+
+    def _is_over(self, owner: Mapping[str, Any], is_locked: bool | None) -> bool:
+        """Whether the run that wrote the file has ended, as far as can be known here."""
+        if self.break_lock or (is_locked and not owner):
+            return True
+        if owner.get("boot") == _boot():
+            return bool(is_locked) or not _is_alive(owner.get("pid", 0))
+        return owner.get("host") == socket.gethostname()  # The same machine, started anew since.
+
+    def _refusal(self, owner: Mapping[str, Any], is_alive: bool) -> LockedError:
+        who = (f"process {owner.get('pid')} on {quoted(owner.get('host'))} since {quoted(owner.get('since'))}"
+               if owner else "a process that has not said its name yet")
+        cure = "wait for it" if is_alive else "if that run is dead, --break-lock takes its place"
+        return LockedError(f"{quoted(self.path)}: another run writes to this destination, {who}; {cure}")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        try:
+            if self._is_current(self._descriptor):
+                os.unlink(self.path)
+        except OSError:
+            pass  # The next run finds it stale.
+        finally:
+            os.close(self._descriptor)
+
+
+def _owner(descriptor: int) -> dict[str, Any]:
+    """What a lock file says; empty where it says nothing that makes sense."""
+    try:
+        value = json.loads(os.pread(descriptor, 4096, 0))
+    except (ValueError, RecursionError):
+        return {}
+    known = isinstance(value, dict) and type(value.get("pid")) is int and 0 < value["pid"] < 2**31
+    return value if known else {}

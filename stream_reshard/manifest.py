@@ -1,0 +1,89 @@
+"""The manifest: what a finished conversion says of itself, with a digest of every file and of the manifest too.
+
+It stands beside the files (`stream_reshard.json`), never in tensor headers: Nanotron's reader is strict about those.
+Its first line is the digest of the rest, so that it cannot change without a trace either.
+"""
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from stream_reshard.errors import SourceError, quoted
+from stream_reshard.header import strict_json
+
+MANIFEST_NAME = "stream_reshard.json"
+
+MAX_MANIFEST_NBYTES = 64 * 2**20
+
+_FIRST_LINE = re.compile(rb'\{"xxh3_128": "([0-9a-f]{32})",\n')
+
+
+@dataclass(frozen=True)
+class FileDone:
+    """A file that is durable under its final name."""
+
+    path: str
+    """Relative to the checkpoint's root, with forward slashes."""
+    nbytes: int
+    xxh3_128: str
+    """Digest of the whole file, in hex."""
+
+    @classmethod
+    def parsed(cls, value: Any) -> FileDone:
+        """From JSON. Raises ValueError where it is not one."""
+        if not isinstance(value, dict) or {key: type(item) for key, item in value.items()} != {
+                "path": str, "nbytes": int, "xxh3_128": str}:
+            raise ValueError(f"{quoted(value)} does not describe a file")
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a conversion beyond its output."""
+
+    run: Mapping[str, Any]
+    """What made it: digests of the plan and of the documents, identities of the source files. Equal for equal runs."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the output itself cannot say: its vocabulary without padding, the dtype asked for, what was allowed."""
+    files: Mapping[str, FileDone] = field(default_factory=dict)
+    """Every file of the folder but this one, by its path."""
+
+    def packed(self) -> bytes:
+        """The file's content."""
+        files = [asdict(self.files[path]) for path in sorted(self.files)]
+        rest = json.dumps({"tool": "stream_reshard", "run": self.run, "facts": self.facts, "files": files},
+                          indent=1)[2:].encode() + b"\n"
+        return b'{"xxh3_128": "%s",\n' % xxhash.xxh3_128(rest).hexdigest().encode() + rest
+
+
+def with_files(manifest: Manifest, files: Iterable[FileDone]) -> Manifest:
+    """The same manifest of these files."""
+    return Manifest(manifest.run, manifest.facts, {file.path: file for file in files})
+
+
+def read_manifest(root: Path, max_nbytes: int = MAX_MANIFEST_NBYTES) -> Manifest | None:
+    """The manifest of a folder; None where it has none. Raises SourceError where it is not what was written."""
+    try:
+        with open(root / MANIFEST_NAME, "rb") as stream:
+            content = stream.read(max_nbytes + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SourceError(f"{MANIFEST_NAME} in {quoted(root)}: {error.strerror}") from error
+    if len(content) > max_nbytes:
+        raise SourceError(f"{MANIFEST_NAME} in {quoted(root)} has more than {max_nbytes} bytes, the limit here")
+    match = _FIRST_LINE.match(content)
+    if not match or xxhash.xxh3_128(memoryview(content)[match.end():]).hexdigest() != match[1].decode():
+        raise SourceError(f"{MANIFEST_NAME} in {quoted(root)} does not have its own digest: it was damaged or edited")
+    try:
+        value = strict_json(content)
+        files = [FileDone.parsed(file) for file in value["files"]]
+        return with_files(Manifest(dict(value["run"]), dict(value["facts"])), files)
+    except (ValueError, KeyError, TypeError) as error:
+        raise SourceError(f"{MANIFEST_NAME} in {quoted(root)} is not one of this version: {error}") from error

@@ -1,0 +1,65 @@
+"""Checking a source against sha256 sums made elsewhere: the only way to notice that it was damaged before we saw it."""
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from stream_reshard.errors import SourceError, StreamReshardError, UsageError, quoted
+from stream_reshard.stop import Stop
+from stream_reshard.tensor_file import SourceFile
+
+CACHE = "cache"
+"""Instead of a file's name: take the sums from the names of the blobs that a Hugging Face cache links to."""
+
+MAX_SUMS_NBYTES = 10 * 2**20
+
+_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
+_BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+def expected_sums(root: Path, names: Sequence[str], told: str) -> dict[str, str]:
+    """sha256 by file name, for those of `names` that have one. Raises UsageError where `told` gives none at all."""
+    if told == CACHE:
+        targets = {name: os.path.basename(os.readlink(root / name)) for name in names if (root / name).is_symlink()}
+        sums = {name: blob for name, blob in targets.items() if _BLOB.fullmatch(blob)}
+    else:
+        sums = {name: digest for name, digest in _read_sums(Path(told)).items() if name in names}
+    if not sums:
+        raise UsageError(f"--source-sha256 {quoted(told)} gives no sum for any of the {len(names)} shards")
+    return sums
+
+
+def _read_sums(path: Path) -> dict[str, str]:
+    try:
+        with open(path, "rb") as stream:
+            text = stream.read(MAX_SUMS_NBYTES).decode(errors="replace")
+    except OSError as error:
+        raise UsageError(f"--source-sha256 {quoted(path)}: {error.strerror}") from error
+    matches = map(_LINE.fullmatch, text.splitlines())
+    return {match[2]: match[1].lower() for match in matches if match}
+
+
+def sum_problems(root: Path, names: Sequence[str], sums: Mapping[str, str],
+                 stop: Stop) -> Iterator[StreamReshardError]:
+    """Shards that do not have the sum they should have, or for which none is given."""
+    for name in names:
+        if name not in sums:
+            yield SourceError(f"{quoted(name)} has no sum in --source-sha256")
+        elif (found := _sha256(root, name, stop)) != sums[name]:
+            yield SourceError(f"{quoted(name)} has the sha256 {found}, but {sums[name]} is expected: it was damaged or "
+                              f"is another file")
+
+
+def _sha256(root: Path, name: str, stop: Stop) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
+    with SourceFile(root, name) as file:
+        nbytes = (root / name).stat().st_size
+        for offset in range(0, nbytes, len(buffer)):
+            stop.check()
+            view = buffer[:min(len(buffer), nbytes - offset)]
+            file.read_into(view, offset)
+            digest.update(view)
+    return digest.hexdigest()

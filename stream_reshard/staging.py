@@ -1,0 +1,184 @@
+"""The staging folder `DST.partial`: where the destination grows, and how it becomes the destination.
+
+It holds a journal while files are missing, and a manifest once all are there; either says which run it belongs to.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from stream_reshard.durable import TEMP_NAME, NewFile, WriteFault, exchange, make_folder, sync_folder, target_error
+from stream_reshard.errors import DestinationError, SourceError, quoted
+from stream_reshard.journal import JOURNAL_NAME, Journal
+from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest, read_manifest
+
+MARKER_NAME = "model_config.json"
+"""The file whose presence makes a folder a checkpoint to Nanotron; written last."""
+
+SUFFIX_NBYTES = len("..0123456789ab.replaced")
+"""By how much the longest name that is put beside a destination is longer than its own."""
+
+COPY_NBYTES = 2**20
+"""Files that are copied pass in pieces of this size: a tokenizer can be larger than the memory that is left."""
+
+
+def staging_of(destination: Path) -> Path:
+    """The sibling folder in which the destination grows."""
+    return destination.with_name(destination.name + ".partial")
+
+
+def lock_of(destination: Path) -> Path:
+    """The sibling file that says who writes."""
+    return destination.with_name(destination.name + ".partial.lock")
+
+
+def _replaced(destination: Path) -> Iterator[Path]:
+    """Overwritten destinations that a stopped run did not come to remove."""
+    pattern = re.compile(rf"\.{re.escape(destination.name)}\.[0-9a-f]{{12}}\.replaced")
+    return (path for path in destination.parent.iterdir() if pattern.fullmatch(path.name))
+
+
+def holds(folder: Path, run: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of a folder that is the finished output of this very run: all its files are there, each of the
+    right size. None for anything else."""
+    try:
+        manifest = read_manifest(folder)
+    except SourceError:
+        return None
+    if manifest is None or manifest.run != _as_json(run) or not (folder / MARKER_NAME).is_file():
+        return None
+    found = {path: (folder / path).lstat().st_size for path in files_below(folder) if path != MANIFEST_NAME}
+    return manifest if found == {path: file.nbytes for path, file in manifest.files.items()} else None
+
+
+def _as_json(value: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def files_below(root: Path) -> Iterator[str]:
+    """Paths, relative and with forward slashes, of everything below a folder that is not a folder itself. What NFS
+    keeps of removed files that are still open (`.nfs...`) is not there."""
+    for folder, names, files in os.walk(root):
+        links = [name for name in names if os.path.islink(os.path.join(folder, name))]
+        for name in sorted(files + links):
+            if not name.startswith(".nfs"):
+                yield os.path.relpath(os.path.join(folder, name), root)
+
+
+class Staging:
+    """The staging folder of a run. The caller holds the destination's lock."""
+
+    def __init__(self, destination: Path, run: Mapping[str, Any], restart: bool):
+        """Make the folder, or take up what an earlier attempt at the same run left. Raises DestinationError for
+        anything else that stands there, and for links in it: nothing is ever written through one."""
+        self.destination, self.path, self.run = destination, staging_of(destination), _as_json(run)
+        try:
+            if self.path.is_symlink():
+                raise DestinationError(f"{quoted(self.path)} is a link; the output grows there, remove it")
+            if restart and self.path.exists():
+                shutil.rmtree(self.path)
+            make_folder(self.path)
+            self._refuse_links()
+            done = self._done_by_manifest()
+            if not done and not (self.path / JOURNAL_NAME).exists() and any(self.path.iterdir()):
+                raise DestinationError(f"{quoted(self.path)} was not left by an interrupted run; remove it, or "
+                                       f"--restart")
+            self.journal = Journal(self.path, self.run)
+            self.journal.done |= done
+            # Files may be written anew, and until they are this is no checkpoint.
+            (self.path / MARKER_NAME).unlink(missing_ok=True)
+            self._remove_temps()
+        except OSError as error:
+            raise target_error(self.path, error) from error
+
+    def _done_by_manifest(self) -> Mapping[str, FileDone]:
+        """The files of a run that was stopped just before its last rename."""
+        try:
+            manifest = read_manifest(self.path)
+        except SourceError:
+            return {}
+        return manifest.files if manifest and manifest.run == self.run else {}
+
+    def _refuse_links(self) -> None:
+        for path in files_below(self.path):
+            if (self.path / path).is_symlink():
+                raise DestinationError(f"{quoted(self.path / path)} is a link, and nothing is written through links; "
+                                       f"remove it, or --restart")
+
+    def _remove_temps(self) -> None:
+        for path in files_below(self.path):
+            if TEMP_NAME.fullmatch(path.rpartition("/")[2]):
+                (self.path / path).unlink()  # Left by a run that was killed.
+
+    def write(self, name: str, content: BinaryIO, check: Callable[[], None]) -> FileDone:
+        """Write a file beside the weights, durably, and once more after an I/O error; `check` is called between
+        pieces."""
+        try:
+            return self._written(name, content, check)
+        except WriteFault:
+            content.seek(0)
+            return self._written(name, content, check)
+
+    def _written(self, name: str, content: BinaryIO, check: Callable[[], None]) -> FileDone:
+        with NewFile(self.path / name) as file:
+            offset = 0
+            while piece := content.read(COPY_NBYTES):
+                check()
+                file.write(offset, [piece])
+                offset += len(piece)
+            return FileDone(name, offset, file.commit())
+
+    def sync(self) -> None:
+        """Make every name below durable."""
+        for folder, names, _ in os.walk(self.path):
+            sync_folder(Path(folder))
+
+    def refuse_strangers(self, expected: Collection[str]) -> None:
+        """Raises DestinationError where a file stands there that this run did not write: it would be committed."""
+        known = {*expected, JOURNAL_NAME, MANIFEST_NAME, MARKER_NAME}
+        for path in files_below(self.path):
+            if path not in known:
+                raise DestinationError(f"{quoted(self.path / path)} was not written by this run; move it away and run "
+                                       f"the same command again, or --restart")
+
+    def disown(self) -> None:
+        """What is here must never become the destination: no marker, and nothing to take up again."""
+        (self.path / MARKER_NAME).unlink(missing_ok=True)
+        (self.path / MANIFEST_NAME).unlink(missing_ok=True)
+        self.journal.remove()
+
+    def deliver(self, overwrite: bool) -> None:
+        """Rename the folder to the destination. With `overwrite` one that is there already is replaced: in the same
+        step where the file system can swap two names, else it is missing between two renames."""
+        self.journal.remove()
+        sync_folder(self.path)
+        if overwrite and self.destination.exists():
+            replaced = self.destination.with_name(f".{self.destination.name}.{uuid.uuid4().hex[:12]}.replaced")
+            if exchange(self.path, self.destination):
+                os.rename(self.path, replaced)
+            else:
+                os.rename(self.destination, replaced)
+                os.rename(self.path, self.destination)
+        else:
+            os.rename(self.path, self.destination)
+        sync_folder(self.destination.parent)
+
+
+def was_stopped_in_a_swap(destination: Path) -> bool:
+    """Whether the staging folder is a whole checkpoint, which beside a finished destination can only be the old one."""
+    staging = staging_of(destination)
+    return (staging / MARKER_NAME).exists() and not (staging / JOURNAL_NAME).exists()
+
+
+def clear_leftovers(destination: Path) -> None:
+    """Remove old checkpoints that the finished one at `destination` has replaced."""
+    if was_stopped_in_a_swap(destination):
+        shutil.rmtree(staging_of(destination))
+    for path in _replaced(destination):
+        shutil.rmtree(path)

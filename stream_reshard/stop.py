@@ -1,0 +1,55 @@
+"""Stop: a request to stop, made by a signal handler and honoured between two blocks, so that nothing is torn."""
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stream_reshard.errors import Interrupted
+
+
+class Stop:
+    """Whether someone asked the run to stop. Shared by all threads; in another process it is a copy that stays silent,
+    so that a worker there finishes the job it has."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.signal_number = 0
+        """The signal that asked; 0 where a failure elsewhere in the run did."""
+        self.is_awaited = False
+        """Whether the work now looks at this request often; where it does not, a handler has to raise by itself."""
+
+    def __reduce__(self) -> tuple[type[Stop], tuple[()]]:
+        return Stop, ()
+
+    def request(self, signal_number: int = 0) -> None:
+        """Ask for a stop; the first request counts."""
+        if not self._event.is_set():
+            self.signal_number = signal_number
+        self._event.set()
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raises Interrupted once a stop was asked for."""
+        if self._event.is_set():
+            raise self.interruption()
+
+    def interruption(self) -> Interrupted:
+        """The error that ends a stopped run."""
+        if not self.signal_number:
+            return Interrupted("stopped, because another part of the run failed")
+        return Interrupted(f"interrupted by {signal.Signals(self.signal_number).name}", self.signal_number)
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """While this lasts the work calls `check` between blocks."""
+        before, self.is_awaited = self.is_awaited, True
+        try:
+            yield
+        finally:
+            self.is_awaited = before

@@ -1,0 +1,192 @@
+"""A Nanotron checkpoint, read through the slice metadata in its own headers, and held against Nanotron's own rules.
+
+At the topology it was saved for, Nanotron copies each file without looking at its header; at another one it trusts the
+headers alone. So both must say the same: every rank's file holds the part that `create_sharded_parameter`
+(nanotron/parallel/sharded_parameters.py) gives that rank, and stands on the stage that `build_model`
+(nanotron/models/base.py) gives its block.
+"""
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from stream_reshard.architectures import build_model
+from stream_reshard.box import Box, tiling_fault
+from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.header import TensorFile, read_header
+from stream_reshard.layouts.hf_config import read_json
+from stream_reshard.layouts.nanotron import NanotronFormat, stages_of
+from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config
+from stream_reshard.layouts.nanotron_files import WeightFile, parse_path, parse_weight_file
+from stream_reshard.model import Parameter
+from stream_reshard.staging import files_below
+from stream_reshard.topology import Topology
+from stream_reshard.verify.checkpoint import Checkpoint, Piece, Weight, matrix_of
+
+METADATA_NAME = "checkpoint_metadata.json"
+
+
+def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, problems: Problems) -> Checkpoint | None:
+    """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared."""
+    if not (root / MODEL_CONFIG_NAME).is_file():
+        problems.append(SourceError(f"{quoted(root)} holds no {MODEL_CONFIG_NAME}: it is not a committed checkpoint"))
+        return None
+    config = problems.collect(read_model_config, root)
+    files = [file for path in files_below(root / "model")
+             if (file := problems.collect(_weight_file, root, f"model/{path}", max_header_nbytes))]
+    if config is None:
+        return None
+    num_before = len(problems)
+    by_name: dict[str, list[WeightFile]] = defaultdict(list)
+    for file in files:
+        by_name[file.parameter].append(file)
+    groups: dict[str, list[Parameter]] = defaultdict(list)
+    for parameter in build_model(config.family, config.model).stored():
+        groups[parameter.nanotron].append(parameter)
+    for name in sorted(groups.keys() - by_name.keys()):
+        problems.append(SourceError(f"{name} is missing in {quoted(root)}"))
+    for name in sorted(by_name.keys() - groups.keys()):
+        problems.append(SourceError(f"{quoted(by_name[name][0].file.path)} holds a parameter that the model does not "
+                                    f"have"))
+    problems.extend(problems.collect(lambda: list(_disagreements(root, files, config))) or ())
+    weights: dict[str, Weight] = {}
+    for name in sorted(groups.keys() & by_name.keys()):
+        faults = list(_Group(groups[name], by_name[name]).faults())
+        problems.extend(SourceError(fault) for fault in faults)
+        if not faults:
+            interleaved = config.rope_interleaved or {file.version for file in by_name[name]} == {"1.2"}
+            weights |= {weight.parameter.name: weight
+                        for weight in _weights(groups[name], by_name[name], interleaved)}
+    if len(problems) > num_before and not weights:
+        return None
+    return Checkpoint(root, "Nanotron", config.model, vocab_size, config.extras, tuple(file.file for file in files),
+                      weights)
+
+
+def _weight_file(root: Path, path: str, max_header_nbytes: int) -> WeightFile:
+    return parse_weight_file(read_header(root, path, max_header_nbytes))
+
+
+def _disagreements(root: Path, files: list[WeightFile], config: NanotronModelConfig) -> Iterator[SourceError]:
+    """What the files say of the whole checkpoint, against each other and checkpoint_metadata.json."""
+    placed = [file for file in files if file.place]
+    places = [file.place for file in files if file.place]
+    told: dict[str, set[Any]] = {"version": {file.version for file in placed}, "tp": {place.num_tp for place in places},
+                                 "pp": {place.num_pp for place in places}}
+    for what, values in told.items():
+        if len(values) > 1:
+            yield SourceError(f"files with several values of {what} stand together: "
+                              f"{', '.join(sorted(map(str, values)))}; Nanotron would merge them without a word")
+    metadata = read_json(root, METADATA_NAME) if (root / METADATA_NAME).is_file() else None
+    for what in ("version", "tp"):
+        if metadata is not None and len(told[what]) == 1 and metadata.get(what) not in told[what]:
+            yield SourceError(f"{METADATA_NAME} says {what} {quoted(metadata.get(what))}, the weight files say "
+                              f"{quoted(min(told[what]))}")
+    if len(told["pp"]) == 1:
+        yield from _wrong_stages(placed, config, min(told["pp"]))
+
+
+def _wrong_stages(files: list[WeightFile], config: NanotronModelConfig, num_pp: int) -> Iterator[SourceError]:
+    stages = stages_of(config.model, NanotronFormat(Topology(pp=num_pp)))
+    for file in files:
+        stage = stages.get(file.parameter.split(".pp_block")[0])
+        if file.place and stage is not None and stage != file.place.pp:
+            yield SourceError(f"{quoted(file.file.path)} is on stage {file.place.pp}, Nanotron's balancing looks for "
+                              f"it on stage {stage}")
+
+
+def topology_of(files: Sequence[TensorFile]) -> Topology | None:
+    """The topology that the names of these files tell; None where they are not Nanotron's."""
+    for file in files:
+        if file.path.startswith("model/") and (place := parse_path(file.path)[1]):
+            return Topology(place.num_tp, place.num_pp)
+    return None
+
+
+class _Group:
+    """The files of one Nanotron parameter, and the parameters fused in it."""
+
+    def __init__(self, fused: list[Parameter], files: list[WeightFile]):
+        self.fused, self.files = fused, files
+        self.first = files[0].file.path
+        self.rows = [matrix_of(parameter.matrix_shape)[0] for parameter in fused]
+
+    def faults(self) -> Iterator[str]:
+        """Everything that keeps Nanotron from loading what the headers say."""
+        split = self.fused[0].split
+        if any((file.place is None) != (split is None) for file in self.files):
+            yield f"{quoted(self.first)}: {'has no' if split else 'has'} ranks in its name, unlike Nanotron's own file"
+        elif len({(file.unsharded_shape, file.tensor.dtype) for file in self.files}) > 1:
+            yield f"{quoted(self.first)} and its other ranks disagree on unsharded_shape or dtype"
+        elif fault := self._shape_fault() or self._rank_fault():
+            yield fault
+        else:
+            for file in self.files:
+                yield from self._slice_faults(file)
+
+    def _shape_fault(self) -> str | None:
+        found, own = self.files[0].unsharded_shape, (sum(self.rows), *self.fused[0].matrix_shape[1:])
+        if found != own:
+            return f"{quoted(self.first)}: unsharded shape {found}, but {MODEL_CONFIG_NAME} asks for {own}"
+        return None
+
+    def _rank_fault(self) -> str | None:
+        if self.fused[0].split is None:
+            return None
+        ranks = sorted(file.place.tp for file in self.files if file.place)
+        size = max(file.place.num_tp for file in self.files if file.place)
+        if ranks != list(range(size)):
+            return f"{quoted(self.first)}: of {size} tensor-parallel ranks there are {ranks}"
+        origins = [origin for file in self.files for _, origin in file.pairs]
+        if fault := tiling_fault(origins, Box.whole(self.files[0].unsharded_shape)):
+            return f"{quoted(self.first)} and its other ranks do not make up the parameter: {fault}"
+        return None
+
+    def _slice_faults(self, file: WeightFile) -> Iterator[str]:
+        """The part that Nanotron gives a rank: of each fused parameter its tp-th part, one below the other."""
+        if file.place is None:
+            return
+        dim = self._split_dim()
+        chunks = self.rows if dim == 0 else [file.unsharded_shape[1]]
+        expected, local, begin = [], 0, 0
+        for chunk in chunks:
+            part = chunk // file.place.num_tp
+            origin = begin + file.place.tp * part
+            expected.append((local, origin, part))
+            local, begin = local + part, begin + chunk
+        found = [(here.start[dim], there.start[dim], here.shape[dim]) for here, there in file.pairs]
+        is_whole = all(there.shape[k] == n for _, there in file.pairs
+                       for k, n in enumerate(file.unsharded_shape) if k != dim)
+        if found != expected or not is_whole:
+            yield (f"{quoted(file.file.path)}: its header takes (local, global, extent) {found} of dim {dim}, but "
+                   f"Nanotron gives tensor-parallel rank {file.place.tp} of {file.place.num_tp} {expected}")
+
+    def _split_dim(self) -> int:
+        """The dim of the stored array that tensor parallelism splits."""
+        parameter = self.fused[0]
+        split = parameter.dims.index(parameter.split or "")
+        return next(dim for dim, group in enumerate(parameter.matrix) if split in group)
+
+
+def _weights(fused: list[Parameter], files: list[WeightFile], interleaved: bool) -> Iterator[Weight]:
+    """The matrix of each fused parameter: its rows of the unsharded array, in pieces from the files."""
+    begin = 0
+    for parameter in fused:
+        num_rows, num_columns = matrix_of(parameter.matrix_shape)
+        window = Box((begin, 0), (begin + num_rows, num_columns))
+        pieces = []
+        for file in files:
+            for local, origin in ((_flat(here), _flat(there)) for here, there in file.pairs):
+                if common := origin.overlap(window):
+                    inside = common.seen_from(origin)
+                    corner = tuple(a + b for a, b in zip(local.start, inside.start))
+                    stop = tuple(a + n for a, n in zip(corner, common.shape))
+                    pieces.append(Piece(common.seen_from(window), file.tensor, Box(corner, stop)))
+        yield Weight(parameter, num_rows, tuple(pieces), interleaved and "half" in parameter.dims)
+        begin += num_rows
+
+
+def _flat(box: Box) -> Box:
+    return Box((*box.start, 0), (*box.stop, 1)) if len(box.start) == 1 else box
