@@ -9,7 +9,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from stream_reshard import memory
@@ -101,8 +102,7 @@ def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
         num_kept = run_conversion(conversion, advance, stop)
     except StreamReshardError as error:
         if error.exit_code == ResourceError.exit_code or error.exit_code > 128:
-            print(f"{staging_of(arguments.destination)} keeps what is done; to go on: {_resume_command(arguments)}",
-                  file=sys.stderr)
+            error.hint = f"{staging_of(arguments.destination)} keeps what is done; to go on: {_resume_command(arguments)}"
         raise
     finally:
         close()
@@ -161,7 +161,8 @@ _RUN = {"convert": convert_command, "plan": plan_command, "verify": verify_comma
         "demo": demo_command}
 
 
-def _listen(stop: Stop) -> None:
+@contextmanager
+def _listening(stop: Stop) -> Iterator[None]:
     """Let signals ask for a stop: between blocks while files are written, at once while nothing is. A second one ends
     the process as it stands, which costs the files under way and nothing else."""
     def handle(number: int, frame: object) -> None:
@@ -171,8 +172,12 @@ def _listen(stop: Stop) -> None:
         if not stop.is_awaited:
             raise stop.interruption()
 
-    for number in _SIGNALS:
-        signal.signal(number, handle)
+    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,9 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser_of(command).parse_args(rest)
     arguments.argv = argv
     stop = Stop()
-    _listen(stop)
     try:
-        _RUN[command](arguments, stop)
+        with _listening(stop):
+            _RUN[command](arguments, stop)
         return 0
     except StreamReshardError as error:
         lines = str(error).splitlines()
@@ -192,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {line}", file=sys.stderr)
         if len(lines) > _MAX_LINES:
             print(f"error: and {len(lines) - _MAX_LINES} more", file=sys.stderr)
+        if error.hint:
+            print(error.hint, file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()

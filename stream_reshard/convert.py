@@ -11,7 +11,7 @@ from pathlib import Path
 from stream_reshard import memory
 from stream_reshard.architectures import Family
 from stream_reshard.casts import import_torch
-from stream_reshard.destination import destination_problems, disk_free, files_free, occupation_problems
+from stream_reshard.destination import destination_problems, disk_free, occupation_problems
 from stream_reshard.documents import documents
 from stream_reshard.errors import Problems, ResourceError, SourceError, StreamReshardError, UsageError, quoted
 from stream_reshard.execute import How, Output, run
@@ -96,7 +96,7 @@ class Conversion:
     @property
     def disk_free(self) -> int | None:
         """Bytes that the destination's disk has free; None where no destination is given."""
-        return disk_free(self.options.destination.resolve()) if self.options.destination else None
+        return disk_free(self.options.destination.resolve())[0] if self.options.destination else None
 
     @property
     def dtype(self) -> str:
@@ -261,11 +261,11 @@ def _resource_problems(conversion: Conversion) -> Iterator[StreamReshardError]:
                             f"{' and torch for casts' if budget.casts else ''}; raise it, or lower --workers")
     if conversion.options.destination is None:
         return
-    destination, free = conversion.options.destination.resolve(), conversion.disk_free or 0
+    free, num_free = disk_free(conversion.options.destination.resolve())
     if conversion.disk_nbytes > free:
         yield ResourceError(f"the destination needs {memory.human(conversion.disk_nbytes)}, its disk has "
                             f"{memory.human(free)} free")
-    num_files, num_free = len(conversion.plan.target.files), files_free(destination)
+    num_files = len(conversion.plan.target.files)
     if num_free is not None and num_files > num_free:
         yield ResourceError(f"the destination needs {num_files} files, its disk has room for {num_free}")
 

@@ -27,7 +27,8 @@ def destination_problems(source: Path, destination: Path, overwrite: bool) -> It
         return
     staging, parent = staging_of(real), existing_parent(real)
     if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
-        yield DestinationError(f"{quoted(staging)} exists and is not a folder; the output grows there, remove it")
+        kind = "is a link" if staging.is_symlink() else "exists and is not a folder"
+        yield DestinationError(f"{quoted(staging)} {kind}; the output grows there, remove it")
     if destination.exists() and not destination.is_dir():
         yield DestinationError(f"{quoted(destination)} exists and is not a folder")
     elif overwrite and os.path.ismount(real):
@@ -67,20 +68,16 @@ def existing_parent(path: Path) -> Path:
     return next(parent for parent in path.parents if parent.exists())
 
 
-def disk_free(destination: Path) -> int:
-    """Bytes free on the destination's disk, what an interrupted run left there included: it is kept or thrown away."""
+def disk_free(destination: Path) -> tuple[int, int | None]:
+    """(bytes, files) that the destination's disk has room for, what an interrupted run left there included: it is kept
+    or thrown away. None where the file system sets no limit on files."""
     status = os.statvfs(existing_parent(destination))
-    left = 0
+    num_files = nbytes = 0
     staging = staging_of(destination)
     for path in files_below(staging):
         try:
-            left += (staging / path).lstat().st_blocks * 512
+            nbytes += (staging / path).lstat().st_blocks * 512
+            num_files += 1
         except FileNotFoundError:
             continue  # Another run is at work there; the lock will say so.
-    return status.f_bavail * status.f_frsize + left
-
-
-def files_free(destination: Path) -> int | None:
-    """Number of files that can still be made there; None where the file system sets no limit."""
-    status = os.statvfs(existing_parent(destination))
-    return status.f_favail if status.f_files else None
+    return status.f_bavail * status.f_frsize + nbytes, status.f_favail + num_files if status.f_files else None

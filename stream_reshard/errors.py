@@ -17,6 +17,7 @@ An error's text is one line: what, where, the two numbers, what to do.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import PurePath
 
 
 class StreamReshardError(Exception):
@@ -25,6 +26,8 @@ class StreamReshardError(Exception):
     exit_code = 1
     severity = 9
     """Where it stands in a list of problems: lower is worse and is printed first."""
+    hint = ""
+    """What to do next, on a line of its own."""
 
 
 class UsageError(StreamReshardError):
@@ -108,6 +111,8 @@ class Problems(list[StreamReshardError]):
 
 
 def quoted(name: object) -> str:
-    """A name from a file, safe to print: no control characters, no surprises from other scripts, not endless."""
+    """A name from a file, safe to print: no control characters, no surprises from other scripts, not endless. Of a long
+    path the end is kept."""
     text = ascii(str(name))
-    return text if len(text) <= 120 else f"{text[:100]}...{text[-12:]}"
+    head, tail = (200, 300) if isinstance(name, PurePath) else (100, 12)
+    return text if len(text) <= head + tail + 8 else f"{text[:head]}...{text[-tail:]}"

@@ -50,10 +50,12 @@ class JobDone:
 
 
 def _buffers(nbytes: int) -> tuple[memoryview, memoryview]:
-    """This thread's buffers: one for what was read, one for what must be put in order first. Touched as needed."""
+    """This thread's buffers: one for what was read, one for what must be put in order first. Touched as needed, and
+    private: Python's default would let a forked process write into its parent's."""
     if getattr(_local, "nbytes", 0) != nbytes:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         _local.nbytes = nbytes
-        _local.views = memoryview(mmap.mmap(-1, nbytes)), memoryview(mmap.mmap(-1, nbytes))
+        _local.views = memoryview(mmap.mmap(-1, nbytes, flags)), memoryview(mmap.mmap(-1, nbytes, flags))
     return _local.views
 
 

@@ -227,6 +227,17 @@ def test_linked_sources_are_followed(tmp_path, source):
     assert main(["verify", str(source), str(tmp_path / "nt"), "--quiet"]) == 0
 
 
+def test_buffers_are_not_shared_with_forked_processes():
+    """Two forks of a process that has run a job must not write into one buffer: their output would be mixed."""
+    view = jobs._buffers(4096)[0]
+    view[:4] = b"ours"
+    if not (pid := os.fork()):
+        jobs._buffers(4096)[0][:4] = b"fork"
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert bytes(view[:4]) == b"ours"
+
+
 def test_each_source_byte_is_read_once(tmp_path, source, monkeypatch):
     plan, real, read = conversion(source, tmp_path / "nt"), jobs.SourceFile.read_into, []
 
