@@ -48,7 +48,7 @@ class Output:
     def run(self) -> dict[str, Any]:
         """Which run this is. Equal for two attempts at the same output, and for nothing else."""
         documents = hashlib.sha256(repr(sorted(self.documents.items())).encode()).hexdigest()
-        return {"plan_sha256": self.plan.digest, "documents_sha256": documents, "source": str(self.plan.source.root),
+        return {"plan_sha256": self.plan.digest, "documents_sha256": documents, "source": str(self.plan.source.root.resolve()),
                 "identities": dict(self.identities)}
 
     def is_done(self) -> bool:

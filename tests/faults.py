@@ -30,8 +30,8 @@ FLAGS = ("--tp", "2", "--pp", "2", "--quiet", "--workers", "1", "--max-memory", 
 class Faults:
     """Counts the calls that change the disk; `act(number, name, call)` decides what becomes of each."""
 
-    def __init__(self, root, act):
-        self.root, self.act, self.number = str(root), act, 0
+    def __init__(self, destination, act):
+        self.destination, self.act, self.number = destination, act, 0
         self._ours = set()
         for name in OPERATIONS:
             setattr(os, name, self._wrapped(name, getattr(os, name)))
@@ -51,11 +51,12 @@ class Faults:
         return call
 
     def _changes_the_disk(self, name, args):
-        if name == "open":
-            return bool(args[1] & (os.O_CREAT | os.O_DIRECTORY)) and str(args[0]).startswith(self.root)
         if isinstance(args[0], int):
             return args[0] in self._ours
-        return str(args[0]).startswith(self.root) or name == "rmdir"
+        is_ours = str(args[0]).startswith(str(self.destination)) or str(args[0]) == str(self.destination.parent)
+        if name == "open":
+            return is_ours and bool(args[1] & (os.O_CREAT | os.O_DIRECTORY))
+        return is_ours or name == "rmdir"
 
 
 def plain(number, name, call):
@@ -138,11 +139,12 @@ class Case:
             os.dup2(out, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             prepare()
-            Faults(self.destination.parent, act)
+            Faults(self.destination, act)
             code = main([str(self.source), str(self.destination), *self.flags, *flags])
         except BaseException:
             traceback.print_exc()
         finally:
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
 

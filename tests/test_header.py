@@ -1,14 +1,18 @@
 """Headers: read strictly, packed to the byte; nothing gets in that safetensors refuses, or that its spec forbids."""
-import json
 import random
+import subprocess
+import sys
+import time
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors
 from safetensors.numpy import load
-from sources import raw_file
+from sources import INDEX, make_source, raw_file
 
+from stream_reshard import memory
 from stream_reshard.errors import SourceError
 from stream_reshard.header import MAX_HEADER_NBYTES, header_of, pack_header, planned_file, read_header
 
@@ -209,57 +213,94 @@ def test_library_loads_what_was_packed():
     assert np.array_equal(loaded["data"], values)
 
 
-TOKENS = [b"0", b"-", b"9", b"1e9", b"NaN", b'"', b"{", b"}", b"[", b"]", b",", b":", b"null", b"true", b" ", b"\n",
-          b"\\u0000", b"\\ud800", b"\xff", b"\0", b'"a"', b"F32", b"BF16", b"F8_E4M3", b'"dtype"', b"__metadata__"]
+BOX = """import atexit, sys
+from pathlib import Path
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+"""
+WATCHED = BOX + """atexit.register(lambda: print(status("VmHWM"), file=sys.stderr))
+from stream_reshard.cli import script
+script()"""
+MEASURED = BOX + """import numpy, safetensors
+from stream_reshard.errors import SourceError
+from stream_reshard.header import parse_header, read_header
+from stream_reshard.layouts.hf_config import read_json
+parse_header("x", b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 62)
+root, before = Path(sys.argv[1]), status("VmRSS")
+try:
+    found = read_json(root, "json") if sys.argv[2] == "json" else read_header(root, "header")
+except SourceError:
+    pass
+print(status("VmHWM") - before, file=sys.stderr)"""
 
 
-def mutate(rng, content):
-    """One to three edits: a token put in or over, bytes cut out or doubled, a bit flipped, a number changed."""
-    for _ in range(rng.randint(1, 3)):
-        at, end = (min(rng.randint(0, 160), len(content)) for _ in range(2))
-        token, kind = rng.choice(TOKENS), rng.randrange(6)
-        if kind == 0:
-            content = content[:at] + token + content[at:]
-        elif kind == 1:
-            content = content[:at] + token + content[at + len(token):]
-        elif kind == 2:
-            content = content[:at] + content[max(at, min(end, at + 9)):]
-        elif kind == 3:
-            content = content[:at] + content[min(at, end):max(at, end)] + content[at:]
-        elif kind == 4 and content:
-            at = min(at, len(content) - 1)
-            content = content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1:]
-        else:
-            old = rng.choice([b"0", b"2", b"4", b"8"])
-            content = content.replace(old, str(rng.choice([0, 1, 2, 4, 8, 2**48, 2**64])).encode(), 1)
-    return content
+def watched(code, *arguments):
+    """(exit code, lines of stderr, seconds, bytes that it says at its end) of a fresh interpreter."""
+    begin = time.monotonic()
+    run = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=Path(__file__).parents[1],
+                         capture_output=True, text=True, timeout=60)
+    *lines, nbytes = run.stderr.splitlines()
+    return run.returncode, lines, time.monotonic() - begin, int(nbytes)
 
 
-def with_true_length(rng, content, seed_data):
-    """Most mutants get the right length in front again, so that they reach the parser behind that check."""
-    if rng.random() < 0.8 and seed_data in content:
-        text = content[8:content.rindex(seed_data)]
-        return raw_file(text, content[8 + len(text):])
-    return content
+def filled(frame, unit, nbytes):
+    """A text of about `nbytes`: the frame, with `unit` in it many times; `%x` in that is a number."""
+    count = max(1, (nbytes - len(frame)) // len(unit.replace("%x", "00000") + ","))
+    return (frame % ",".join(unit.replace("%x", f"{i:05x}") for i in range(count))).encode()
 
 
-def test_mutants(tmp_path):
-    """Of 3,000 broken headers none gets through that safetensors or the spec refuses; only SourceError is raised."""
-    rng = random.Random(20240607)
-    seeds = [raw_file(one(), DATA), raw_file(two(), DATA), raw_file(WITH_METADATA % '{"k":"v"}', DATA)]
-    accepted = 0
-    path = tmp_path / "x.safetensors"
-    for _ in range(3000):
-        content = with_true_length(rng, mutate(rng, rng.choice(seeds)), DATA)
-        write_anew(path, content)
-        try:
-            file = read_header(tmp_path, path.name)
-        except SourceError:
-            continue
-        accepted += 1
-        assert library_accepts(content), content
-        assert_same_as_library(file, content)
-        assert content[8:9] == b"{"
-        pairs = json.loads(content[8:8 + int.from_bytes(content[:8], "little")], object_pairs_hook=list)
-        assert len(dict(pairs)) == len(pairs), content
-    assert 20 < accepted < 2000, "the mutants are all alike; they test nothing"
+NONE, DIMS = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}', '{"a":{"dtype":"U8","shape":[%s],"data_offsets":[0,0]}}'
+BOMBS = {
+    "tensors": ("{%s}", '"%x":' + NONE), "long names": ("{%s}", f'"{"n" * 9999}%x":{NONE}'), "dims": (DIMS, "0"),
+    "wide letters": ("{%s}", f'"{"n" * 9999}\U0001f600%x":{NONE}'), "metadata": ('{"__metadata__":{%s},"a":' + NONE + "}", '"%x":""'),
+    "huge dims": (DIMS, str(2**47 + 1)), "offsets": (DIMS.replace("0,0", "%s").replace("%s", "1", 1), "0"), "keys": ("{%s}", '"%x":0'),
+    "digits": (DIMS, "9" * 4300), "lists": ('{"a":[%s]}', "[]"), "deep lists": ('{"a":[%s]}', "[" * 99 + "]" * 99),
+    "deep objects": ('{"a":[%s]}', '{"":' * 20 + "0" + "}" * 20), "one key": ("{%s}", '"a":0'), "floats": ('{"a":[%s]}', "1e9"),
+    "too deep": ("%s", "[" * 10**5)}
+"""Texts that cost whoever parses them: (frame, what stands in it many times)."""
+
+MAPS = {"names": '"%x":"a.safetensors"', "shards": '"%x":"%x.safetensors"', "paths": '"%x":"../%x"', "lists": '"%x":[[],[]]',
+        "deep": '"%x":' + "[" * 50 + "]" * 50}
+"""What the map of an index may hold many times."""
+
+
+def write_index(root, text):
+    (root / "model.safetensors").rename(root / "a.safetensors")
+    (root / INDEX).write_bytes(text)
+
+
+def write_shards(root, text):
+    """An index of 40 shards, each with this header."""
+    write_index(root, filled('{"weight_map":{%s}}', '"%x":"%x.safetensors"', 1100))
+    for i in range(40):
+        (root / f"{i:05x}.safetensors").write_bytes(raw_file(text))
+
+
+WRITE = {"header": lambda root, text: (root / "model.safetensors").write_bytes(raw_file(text)), "index": write_index, "shards": write_shards,
+         "config": lambda root, text: (root / "config.json").write_bytes(b'{"a":%s,%s' % (text, (root / "config.json").read_bytes()[1:]))}
+EACH = [*[("header", bomb, 1_200_000, "64MiB") for bomb in BOMBS], ("header", "deep lists", 24_999_000, "512MiB"),
+        ("header", "tensors", 24_999_000, "64MiB"), *[("index", bomb, 1_200_000, "64MiB") for bomb in MAPS],
+        ("index", "deep", 10_480_000, "512MiB"), ("shards", "tensors", 600_000, "64MiB"), ("config", "deep lists", 10_480_000, "64MiB")]
+
+
+@pytest.mark.parametrize("what, bomb, nbytes, limit", EACH, ids=lambda value: str(value))
+def test_bomb(tmp_path, what, bomb, nbytes, limit):
+    """A source that says too much is refused at once, in few words, within the limit on memory."""
+    text = filled('{"weight_map":{%s}}', MAPS[bomb], nbytes) if what == "index" else filled(*BOMBS[bomb], nbytes)
+    WRITE[what](make_source(tmp_path / "hf"), text)
+    code, lines, seconds, peak = watched(WATCHED, tmp_path / "hf", tmp_path / "nt", "--max-memory", limit)
+    assert peak <= memory.parse_nbytes(limit) and seconds < 3, f"{seconds:.1f} s, {peak / 2**20:.1f} MiB"
+    assert code == 3 and lines and not (tmp_path / "nt").exists(), (code, lines[-1:])
+    assert len(lines) <= 51 and all(line.isprintable() and len(line) < 700 for line in lines), (len(lines), max(map(len, lines)))
+
+
+@pytest.mark.parametrize("what", ["header", "json"])
+@pytest.mark.parametrize("bomb", [pytest.param(bomb, marks=[] if bomb in ("tensors", "metadata", "dims", "deep lists") else pytest.mark.heavy)
+                                  for bomb in BOMBS if bomb != "huge dims"])
+def test_what_parsing_takes(tmp_path, what, bomb):
+    """No byte of JSON takes more memory than the limits on what is parsed reckon with."""
+    text = filled(*BOMBS[bomb], 2_000_000)
+    (tmp_path / what).write_bytes(raw_file(text) if what == "header" else text)
+    factor = watched(MEASURED, tmp_path, what)[3] / len(text)
+    print(f"{what}, {bomb}: {factor:.1f} bytes per byte")
+    assert factor <= memory._PARSED_PER_BYTE
