@@ -102,7 +102,9 @@ def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
         num_kept = run_conversion(conversion, advance, stop)
     except StreamReshardError as error:
         if error.exit_code == ResourceError.exit_code or error.exit_code > 128:
-            error.hint = f"{staging_of(arguments.destination)} keeps what is done; to go on: {_resume_command(arguments)}"
+            kept = staging_of(arguments.destination.resolve())
+            error.hint = (f"{quoted(kept)} keeps what is done; " if kept.exists() else "") + (
+                f"to go on: {_resume_command(arguments)}")
         raise
     finally:
         close()

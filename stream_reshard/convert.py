@@ -140,7 +140,7 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     if casts:
         problems.collect(import_torch)
     budget = memory.plan_memory(options.allowed_memory, memory.resident(), options.num_workers, casts,
-                                needs_numpy=options.verify)
+                                needs_numpy=options.verify, num_phases=1 + options.verify)
     copies = {name: options.source / name for name in COMPANIONS if (options.source / name).is_file()}
     names = [CONFIG_NAME, *(file.path for file in source.files)]
     names += [INDEX_NAME, *copies]

@@ -92,13 +92,15 @@ class MemoryPlan:
     """Whether results of casts will be held."""
     to_import: int
     """What modules that are imported later will add."""
+    num_phases: int = 1
+    """Sets of buffers that are held at once: a comparison before the commit has its own."""
 
     @property
     def projected(self) -> int:
         """What the process tree will reach."""
         buffers = 2 + 2 * self.casts
         return (self.reserved + self.to_import + _SLACK
-                + self.num_workers * (_PER_WORKER + buffers * self.block_nbytes))
+                + self.num_workers * self.num_phases * (_PER_WORKER + buffers * self.block_nbytes))
 
 
 def parse_limit(allowed: int, reserved: int) -> int:
@@ -106,11 +108,12 @@ def parse_limit(allowed: int, reserved: int) -> int:
     return max(2**16, (allowed - reserved) // _PARSED_PER_BYTE)
 
 
-def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool, needs_numpy: bool = False) -> MemoryPlan:
+def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool, needs_numpy: bool = False,
+                num_phases: int = 1) -> MemoryPlan:
     """The largest buffers that keep the limit; the smallest ones where none do (compare `projected`)."""
     to_import = _TORCH_NBYTES if casts and "torch" not in sys.modules else 0
     to_import += _NUMPY_NBYTES if needs_numpy and not casts and "numpy" not in sys.modules else 0
-    plan = MemoryPlan(allowed, reserved, num_workers, MAX_BLOCK_NBYTES, casts, to_import)
+    plan = MemoryPlan(allowed, reserved, num_workers, MAX_BLOCK_NBYTES, casts, to_import, num_phases)
     while plan.projected > allowed and plan.block_nbytes > MIN_BLOCK_NBYTES:
         plan = replace(plan, block_nbytes=plan.block_nbytes // 2)
     return plan

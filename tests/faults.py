@@ -53,7 +53,8 @@ class Faults:
     def _changes_the_disk(self, name, args):
         if isinstance(args[0], int):
             return args[0] in self._ours
-        is_ours = str(args[0]).startswith(str(self.destination)) or str(args[0]) == str(self.destination.parent)
+        is_ours = (str(args[0]).startswith(str(self.destination))
+                   or Path(args[0]) in (self.destination.parent, self.destination.parent.parent))
         if name == "open":
             return is_ours and bool(args[1] & (os.O_CREAT | os.O_DIRECTORY))
         return is_ours or name == "rmdir"
@@ -165,6 +166,8 @@ class Case:
 
     def beside(self):
         """Names that stand beside the destination and belong to it."""
+        if not self.destination.parent.exists():
+            return []
         return sorted(path.name for path in self.destination.parent.iterdir()
                       if path.name.startswith((self.destination.name + ".", f".{self.destination.name}.")))
 
@@ -182,7 +185,9 @@ def after_fault(case, allowed=(None,)):
 
     `allowed` are the trees that may stand at the destination beside the wanted one; None is no tree.
     """
-    tree = case.tree()
+    tree, partial = case.tree(), tree_of(staging.staging_of(case.destination))
+    if partial and staging.MARKER_NAME in partial and not case.wanted.items() <= partial.items() and partial not in allowed:
+        return "the staging folder holds the marker of a whole checkpoint, and is none"
     if tree != case.wanted and tree not in allowed:
         differ = [path for path in tree if tree[path] != case.wanted.get(path)]
         return f"the destination holds {len(tree)} files, of {len(case.wanted)}; these differ: {differ[:5]}"

@@ -3,7 +3,7 @@ import errno
 import json
 import os
 import shutil
-import stat
+import signal
 
 import pytest
 
@@ -13,6 +13,7 @@ from stream_reshard.convert import Options, plan_conversion, run_conversion
 from stream_reshard.demo import CONFIG, write_random_source
 from stream_reshard.errors import Interrupted, Refused, ResourceError, SourceError
 from stream_reshard.staging import staging_of
+from stream_reshard.stop import Stop
 from stream_reshard.topology import Topology
 
 
@@ -142,12 +143,18 @@ def test_a_name_that_no_file_system_takes_is_one_line(tmp_path, source, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1 and "File name too long" in error
 
 
-def test_a_source_that_changes_is_noticed_before_the_commit(tmp_path, source):
-    def change(job):
-        os.utime(source / "model.safetensors", ns=(1, 1))
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_source_that_changes_is_noticed_before_the_commit(tmp_path, source, name):
+    """Also after the last of it was read."""
+    plan, seen = conversion(source, tmp_path / "nt", num_workers=1), []
 
-    with pytest.raises(SourceError, match="changed during the run"):
-        run_conversion(conversion(source, tmp_path / "nt"), change)
+    def change(job):
+        seen.append(job)
+        if len(seen) == len(plan.plan.jobs):
+            os.utime(source / name, ns=(1, 1))
+
+    with pytest.raises(SourceError, match=f"{name}' changed during the run"):
+        run_conversion(plan, change)
     assert not (tmp_path / "nt").exists()
 
 
@@ -186,6 +193,25 @@ def test_a_write_that_fails_is_resumable(tmp_path, source, monkeypatch, code, la
     assert main(["verify", str(source), str(tmp_path / "nt"), "--quiet"]) == 0
 
 
+@pytest.mark.parametrize("call", ["pwritev", "fsync", "close", "rename"])
+def test_an_io_error_is_met_by_writing_the_file_anew(tmp_path, source, monkeypatch, call):
+    """Once: after a failed fsync the kernel may have dropped the pages, and a second fsync would say that all is well."""
+    plan, real, failed = conversion(source, tmp_path / "nt", num_workers=1), getattr(os, call), []
+
+    def failing(first, *arguments):
+        name = first if call == "rename" else os.readlink(f"/proc/self/fd/{first}")
+        if not failed and "o_proj" in str(name) and str(name).endswith(".part"):
+            failed.append(str(name))
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(first, *arguments)
+
+    monkeypatch.setattr(os, call, failing)
+    run_conversion(plan)
+    monkeypatch.undo()
+    assert failed and not list(tmp_path.rglob("*.part"))
+    assert main(["verify", str(source), str(tmp_path / "nt"), "--quiet"]) == 0
+
+
 def test_short_writes_are_finished(tmp_path, monkeypatch):
     """Wherever a gathered write stops: inside its first piece, inside a later one, or between two."""
     write_random_source(tmp_path / "hf", CONFIG | {"num_hidden_layers": 1, "hidden_size": 1024,
@@ -204,16 +230,6 @@ def test_short_writes_are_finished(tmp_path, monkeypatch):
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-def test_modes_follow_the_umask(tmp_path, source):
-    before = os.umask(0o027)
-    try:
-        run_conversion(conversion(source, tmp_path / "nt"))
-    finally:
-        os.umask(before)
-    for path in (tmp_path / "nt").rglob("*"):
-        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
-
-
 def test_linked_sources_are_followed(tmp_path, source):
     """The cache of huggingface_hub is a folder of links to blobs."""
     snapshot = tmp_path / "snapshot"
@@ -225,6 +241,27 @@ def test_linked_sources_are_followed(tmp_path, source):
         (snapshot / path.name).symlink_to(blob)
     run_conversion(conversion(snapshot, tmp_path / "nt"))
     assert main(["verify", str(source), str(tmp_path / "nt"), "--quiet"]) == 0
+
+
+def test_a_stop_does_not_wait_for_the_end_of_a_job(tmp_path, source, monkeypatch):
+    """Between two blocks the run sees the request: a job of many GB must not keep a batch system waiting."""
+    plan, real, stop, after = conversion(source, tmp_path / "nt"), os.pwritev, Stop(), []
+
+    def asking(*arguments):
+        if stop.is_requested:
+            after.append(1)
+        elif staging_of(tmp_path / "nt").exists():
+            stop.request(signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(durable.os, "pwritev", asking)
+    largest = max(plan.plan.jobs, key=lambda job: job.nbytes)
+    work = jobs.Work(plan.plan, staging_of(tmp_path / "nt"), 64, plan.identities, {}, stop)
+    staging_of(tmp_path / "nt").mkdir()
+    with pytest.raises(Interrupted, match="interrupted by SIGTERM"):
+        jobs.run_job(work, largest)
+    assert len(after) <= len(largest.files) < largest.nbytes / 64 / 10
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_buffers_are_not_shared_with_forked_processes():

@@ -108,7 +108,7 @@ def unreadable(case, point):
 
     case.clear()
     ended, err = case.run(plain, prepare)
-    expected = 0 if times <= tensor_file.READ_RETRIES else 6
+    expected = 0 if times <= 3 else 6
     wrong = clean_error(ended, err, (expected,))
     if expected == 6 and ".safetensors" not in err:
         wrong = f"no file named: {err}"

@@ -10,7 +10,6 @@ import socket
 import sys
 import traceback
 from collections import Counter, namedtuple
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,7 +27,7 @@ ONE, TWO, NORM = "model-00001-of-00002.safetensors", "model-00002-of-00002.safet
 FORMAT = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
           "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
 WORD = re.compile(r'[ \t\n\r]*("(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"|0|[1-9][0-9]*|[][{},:])[ \t\n\r]*')
-"""The words of the subset of JSON for which the format has a use."""
+"""The words of the subset of JSON that the format uses."""
 
 
 def unescaped(text):
@@ -43,9 +42,8 @@ def value_of(words):
     word = words.pop()
     if word not in ("[", "{"):
         return unescaped(word) if word[0] == '"' else int(word)
-    items, closing, comma = [], {"[": "]", "{": "}"}[word], ","
-    if words[-1] == closing:
-        comma = words.pop()
+    items, closing = [], {"[": "]", "{": "}"}[word]
+    comma = words.pop() if words[-1] == closing else ","
     while comma == ",":
         key, colon = (value_of(words), words.pop()) if closing == "}" else (str(len(items)), ":")
         items.append((key, value_of(words)))
@@ -156,9 +154,8 @@ SYSTEM = re.compile(r"/proc/(\d+/statm?|self/status|stat|meminfo)|/sys/fs/cgroup
 """What a plan may open beside its source: how much memory there is, and is held."""
 
 FOREIGN = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "socket.connect", "import"}
-"""What runs code of others, or could."""
-
 Run = namedtuple("Run", "code out err opened foreign")
+"""`foreign`: what ran code of others, or could."""
 
 
 def in_child(*arguments, seconds=10):
@@ -172,8 +169,7 @@ def in_child(*arguments, seconds=10):
     os.close(writing)
     with open(reading, "rb") as stream:
         told = stream.read()
-    os.waitpid(pid, 0)
-    assert told, f"killed after {seconds} s"
+    assert os.waitpid(pid, 0)[1] == 0, f"killed after {seconds} s"
     return Run(*json.loads(told))
 
 
@@ -235,18 +231,16 @@ def test_name_of_a_shard(tmp_path, source, name):
         bait.exists() or bait.write_bytes((source / TWO).read_bytes())
     except (TypeError, ValueError, OSError):
         pass
-    (source / INDEX).write_text((source / INDEX).read_text().replace(f'"{TWO}"', json.dumps(name)))
+    edit_text(source / INDEX, f'"{TWO}"', json.dumps(name))
     run = refused(source, INDEX, "names")
     assert set(run.opened) & {f"{source}/{ONE}", os.path.abspath(os.path.join(source, str(name)))} == set()
 
 
 def edited(old, new):
-    """Changes the text of the index."""
     return lambda root: edit_text(root / INDEX, old, new)
 
 
 def instead(name, make, *arguments):
-    """Something else stands under a name: a link, a pipe, a folder."""
     return lambda root: replace(root / name, make, *arguments)
 
 

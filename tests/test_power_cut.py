@@ -55,12 +55,16 @@ class Disk:
 def maker(kind):
     def make(folder):
         disk = Disk(folder, kind)
-        (disk.mounted / "above").mkdir()
-        run("sync", "-f", disk.mounted)
-        case = Case(folder, destination=disk.mounted / "above" / "nt")
+        case = Case(folder, destination=disk.mounted / "made" / "too" / "nt", before=lambda case: remove_above(disk))
         case.disk = disk
         return case
     return make
+
+
+def remove_above(disk):
+    """The folders above the destination are made by the run too, and must be as durable as what is in them."""
+    shutil.rmtree(disk.mounted / "made", ignore_errors=True)
+    run("sync", "-f", disk.mounted)
 
 
 def cut(case, at):

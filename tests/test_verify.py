@@ -16,7 +16,7 @@ from sources import edit_config, make_source
 from test_golden import GOLDEN
 from test_memory import write_sparse_source
 from trees import (KINDS, Oracle, call, deadline, edit_header, edit_json, edit_yaml, every, forge, make, measured, opened,
-                   poke, raw_of, rename, replace, swap)
+                   poke, raw_of, rename, replace, swap, unshard)
 
 from stream_reshard import execute, memory, tensor_file, verify as package
 from stream_reshard.errors import ResourceError
@@ -163,6 +163,7 @@ BARE = [
         (0, 9), (1, 0), (9, 1))], ["model.layers.0.mlp.down_proj.weight", "the source has"]),
     ("a folder with a dot", lambda c: (c / "model/model/decoder/0").rename(c / "model/model/decoder.0"), ["decoder.0"]),
     ("no ranks in the name", lambda c: rename(c, "o_proj", "_pp-rank-0-of-2_tp-rank-0-of-2", ""), ["o_proj"]),
+    ("a whole where parts belong", partial(unshard, word="lm_head"), ["lm_head", "has no ranks in its name"]),
     ("shape of one rank", lambda c: edit_header(c, "(32, 16)", "(48, 16)", "qkv", count=1), ["qkv_proj"]),
     ("shape of all ranks", lambda c: edit_header(c, "(32, 16)", "(48, 16)", "/0/", "qkv"), ["(48, 16)", "(32, 16)"]),
     ("slices of one rank", lambda c: edit_header(c, "#0,8,", "#8,16,", "qkv", count=1), ["qkv_proj"]),
@@ -170,7 +171,8 @@ BARE = [
     ("version of one rank", lambda c: edit_header(c, '"1.5"', '"1.4"', "qkv", count=1), ["version", "1.4, 1.5"]),
     ("version of all", lambda c: edit_header(c, '"1.5"', '"1.4"', "-rank-"), ["version '1.5'", "'1.4'"]),
     ("one more header field", lambda c: edit_header(c, '"version"', '"x":"y","version"', "qkv", count=1), ["'x'"]),
-    ("dtype of one rank", lambda c: edit_header(c, '"BF16"', '"F16"', "o_proj", count=1), ["o_proj", "dtype"]),
+    *[(f"dtype of rank {n}", lambda c, n=n: edit_header(c, '"BF16"', '"F16"', "/0/", "o_proj", f"tp-rank-{n}"), ["o_proj", "dtype"])
+      for n in (0, 1)],
     ("dtype of one parameter", lambda c: edit_header(c, '"BF16"', '"F16"', NORM), ["norm", "F16", "BF16"]),
     ("dtype of all", lambda c: edit_header(c, '"BF16"', '"I16"'), ["lm_head", "I16", "BF16"]),
     ("metadata's version", lambda c: edit_json(c, "checkpoint_metadata.json", version="1.4"), ["version '1.4'", "'1.5'"]),
@@ -339,7 +341,8 @@ LONG = [
     ("manifest", lambda c: forge(c, lambda m: m.update(x=[[]] * 500_000))),
     ("config.yaml", lambda c: (c / "config.yaml").write_text(f"[{'1,' * 50_000}]")),
     ("config.yaml of references", lambda c: (c / "config.yaml").write_text("".join(
-        ["a0: &a0 x\n", *(f"a{i}: &a{i} [{f'*a{i - 1},' * 10}]\n" for i in range(1, 8)), "model: {model_config: {hidden_size: *a7}}"])))]
+        ["a0: &a0 x\n", *(f"a{i}: &a{i} [{f'*a{i - 1},' * 10}]\n" for i in range(1, 8)),
+         (c / "config.yaml").read_text().replace("hidden_size: 16", "hidden_size: *a7")])))]
 
 
 @pytest.mark.parametrize("change", [pytest.param(change, id=remark) for remark, change in LONG])

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import xxhash
-from sources import CONFIG, make_source, make_tensors, shapes_of
+from sources import CONFIG, make_source, make_tensors, raw_file, shapes_of
 
 from stream_reshard.cli import main
 
@@ -235,6 +235,17 @@ def swap(root, word, data_only=False):
     (_, a, first), (_, b, second) = raw_of(one), raw_of(other)
     one.write_bytes(first[:a] + second[b:] if data_only else second)
     other.write_bytes(second[:b] + first[a:] if data_only else first)
+
+
+def unshard(root, word):
+    """One file, as of a parameter that is not sharded, in place of the rank files of one that is split by rows."""
+    paths = every(root, word, "-rank-")
+    data = b"".join(raw[begin:] for _, begin, raw in map(raw_of, paths))
+    entry = raw_of(paths[0])[0]["data"] | {"data_offsets": [0, len(data)]}
+    entry["shape"][0] *= len(paths)
+    paths[0].with_name("model_weight.safetensors").write_bytes(raw_file(json.dumps({"data": entry}), data))
+    for path in paths:
+        path.unlink()
 
 
 def rename(root, word, old, new):

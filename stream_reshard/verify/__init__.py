@@ -24,6 +24,7 @@ from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
 from stream_reshard.manifest import FileDone, Manifest, read_manifest
+from stream_reshard.staging import files_below
 from stream_reshard.stop import Stop
 from stream_reshard.tensor_file import digest_of
 from stream_reshard.verify.agreement import (
@@ -158,8 +159,9 @@ def _tasks(original: _Side, other: _Side, how: How, budget: memory.MemoryPlan,
            stop: Stop) -> Iterator[Callable[[], Compared]]:
     """What there is to read, file by file: its digest, then the weights in it while they are still in memory."""
     source, copy, manifest = original.checkpoint, other.checkpoint, other.manifest
+    found = set(files_below(other.root))  # A path in a manifest is a name to look up, never one to open.
     told = {path: file for path, file in (manifest.files if manifest else {}).items()
-            if path not in how.edited and (other.root / path).is_file()}
+            if path in found and path not in how.edited and (other.root / path).is_file()}
     tensor_files = {file.path for file in copy.files} if copy else set()
     if how.sample < 1:
         told = {path: file for path, file in told.items() if path not in tensor_files}
