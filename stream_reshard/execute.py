@@ -101,9 +101,10 @@ def _write(output: Output, how: How) -> int:
         check_identities(output.plan.source.root, output.identities)
         staging.sync()
         staging.write(MARKER_NAME, io.BytesIO(output.documents[MARKER_NAME]), how.stop.check)
+        staging.refuse_strangers(manifest.files)
+        staging.journal.remove()  # From here on the manifest says which run this is.
         if how.check:
             _check(output, how.check, staging)
-        staging.refuse_strangers({MANIFEST_NAME, *manifest.files})
         staging.deliver(how.overwrite)
         return num_kept
     finally:

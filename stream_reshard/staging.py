@@ -156,7 +156,6 @@ class Staging:
     def deliver(self, overwrite: bool) -> None:
         """Rename the folder to the destination. With `overwrite` one that is there already is replaced: in the same
         step where the file system can swap two names, else it is missing between two renames."""
-        self.journal.remove()
         sync_folder(self.path)
         if overwrite and self.destination.exists():
             replaced = self.destination.with_name(f".{self.destination.name}.{uuid.uuid4().hex[:12]}.replaced")

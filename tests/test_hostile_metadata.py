@@ -266,7 +266,7 @@ def test_names_in_a_source(tmp_path, capsys, name):
 @pytest.mark.parametrize("name", ["n" * 233, "n" * 256, "a/" * 2100, "/"], ids=["233", "256", "a long path", "root"])
 def test_folders_that_cannot_be(tmp_path, capsys, name):
     """Too long for a name, or no folder to write to: a line or two, and the exit code of the side that it is on."""
-    root = make_source(tmp_path / "hf")
+    root = make_source(tmp_path / ("s" * 255))
     assert call(root, tmp_path / name, "--quiet") == 4 and said(capsys)[1].count("\n") <= 2
     assert call("plan", tmp_path / name) == 3 and said(capsys)[1].count("\n") <= 2
 
@@ -331,6 +331,7 @@ SUMS = [
     ("as sha256sum writes it", "{a}  {ONE}\n{b}  {TWO}\n", 0, []), ("empty", "", 2, ["no sum"]), ("junk", "\0\x1b[2J" * 9999, 2, ["no sum"]),
     ("binary, in a folder, with others", "{Z} *x\n{a} *./{ONE}\n\n# x\n{B}  {TWO}\r\n", 0, []), ("wrong", "{a}  {ONE}\n{Z}  {TWO}\n", 3, ["{TWO}", "{Z}", "{b}"]),
     ("exchanged", "{b}  {ONE}\n{a}  {TWO}\n", 3, ["{ONE}", "{TWO}", "{a}", "{b}"]), ("one missing", "{a}  {ONE}\n", 3, ["{TWO}", "no sum"]),
+    ("last digits wrong", "{a}  {ONE}\n{b:.56}{Z:.8}  {TWO}\n", 3, ["{TWO}", "{b}"]),
     ("of other folders", "{a}  x/{ONE}\n{b}  ../{TWO}\n", 2, ["no sum"]), ("twice", "{b}  {TWO}\n{a}  {ONE}\n{Z}  {TWO}\n", 3, ["{TWO}", "{Z}"]),
     ("twice, right at last", "{Z}  {TWO}\n{a}  {ONE}\n{b}  {TWO}\n", 3, ["{TWO}", "{Z}"])]
 
@@ -394,6 +395,7 @@ PATHS_TO = [
     ("through a link", "hf", "link/nt", lambda f: (f / "link").symlink_to("hf")), ("a link", "link", "hf/nt", lambda f: (f / "link").symlink_to("hf")),
     ("dangling", "hf", "link", lambda f: (f / "link").symlink_to("hf/nt")), ("bound", "hf", "bound", bind), ("below bound", "hf", "bound/nt", bind),
     ("source bound", "bound", "hf", bind), ("around bound", "bound", "hf/..", bind), ("staging", "nt.partial", "nt", move("nt.partial")),
+    ("around, a checkpoint", "nt/hf", "nt", lambda f: (move("nt/hf")(f), shutil.copy(f / "nt/hf/config.json", f / "nt"))),
     ("in staging", "nt.partial/hf", "nt", move("nt.partial/hf")), ("staging linked", "hf", "nt", lambda f: (f / "nt.partial").symlink_to("hf")),
     ("replaced", REPLACED, "nt", move(REPLACED)), ("in replaced", f"{REPLACED}/hf", "nt", move(f"{REPLACED}/hf"))]
 """(remark, SRC, DST, what is done before): a conversion there would write into its own source, or remove it."""
