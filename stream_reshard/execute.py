@@ -48,7 +48,8 @@ class Output:
     def run(self) -> dict[str, Any]:
         """Which run this is. Equal for two attempts at the same output, and for nothing else."""
         documents = hashlib.sha256(repr(sorted(self.documents.items())).encode()).hexdigest()
-        return {"plan_sha256": self.plan.digest, "documents_sha256": documents, "source": str(self.plan.source.root.resolve()),
+        source = str(self.plan.source.root.resolve())
+        return {"plan_sha256": self.plan.digest, "documents_sha256": documents, "source": source,
                 "identities": dict(self.identities)}
 
     def is_done(self) -> bool:

@@ -1,8 +1,8 @@
 """Inspect: what a checkpoint folder holds, of either format, from its headers alone."""
 from __future__ import annotations
 
-import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,7 @@ from stream_reshard.staging import MARKER_NAME
 from stream_reshard.header import TensorFile, read_header
 from stream_reshard.layouts.hf_config import CONFIG_NAME, read_json
 from stream_reshard.layouts.hugging_face import open_source
-from stream_reshard.topology import Rank
-
-_RANK = re.compile(r"_pp-rank-(\d+)-of-(\d+)_tp-rank-(\d+)-of-(\d+)\.safetensors$")
+from stream_reshard.layouts.nanotron_files import Place, parse_path
 
 
 def inspect(root: Path) -> dict[str, Any]:
@@ -43,33 +41,31 @@ def _inspect_nanotron(root: Path) -> dict[str, Any]:
     problems = Problems()
     paths = sorted(path.relative_to(root).as_posix() for path in (root / "model").rglob("*.safetensors"))
     files = tuple(file for path in paths if (file := problems.collect(read_header, root, path)))
-    sizes, ranks = set(), set()
-    for match in filter(None, map(_RANK.search, paths)):
-        pp, num_pp, tp, num_tp = map(int, match.groups())
-        sizes.add((num_tp, num_pp))
-        ranks.add(Rank(pp, tp))
-    faults = list(map(str, problems))
+    named = [found for path in paths if (found := problems.collect(parse_path, path))]
+    places = [place for _, place in named if place]
+    sizes = sorted({(place.num_tp, place.num_pp) for place in places})
     if len(sizes) > 1:
-        faults.append(f"files of several topologies (TP, PP) stand together: {sorted(sizes)}")
-    if not (root / MARKER_NAME).is_file():
-        faults.append(f"{MARKER_NAME} is missing: Nanotron does not take this folder for a checkpoint")
-        config: dict[str, Any] = {}
+        problems.append(SourceError(f"files of several topologies (TP, PP) stand together: {sizes}"))
+    config: dict[str, Any] = {}
+    if (root / MARKER_NAME).is_file():
+        config = problems.collect(read_json, root, MARKER_NAME) or {}
     else:
-        config = read_json(root, MARKER_NAME)
-    faults += _holes(paths)
+        problems.append(SourceError(f"{MARKER_NAME} is missing: Nanotron does not take this folder for a checkpoint"))
+    problems.extend(_holes(named))
     return {"format": "Nanotron", "config_class": next((key for key in config if key.startswith("is_")), None),
             "versions": sorted({v for file in files if (v := dict(file.metadata).get("version"))}),
-            "topologies_tp_pp": sorted(sizes), "num_ranks": len(ranks), "vocab_size_padded": config.get("vocab_size"),
-            "tied": config.get("tie_word_embeddings"), "rope_interleaved": config.get("rope_interleaved"),
-            "dtypes": _dtypes(files), "num_files": len(paths), "nbytes": sum(file.nbytes for file in files),
-            "faults": faults}
+            "topologies_tp_pp": sizes, "num_ranks": len({(place.pp, place.tp) for place in places}),
+            "vocab_size_padded": config.get("vocab_size"), "tied": config.get("tie_word_embeddings"),
+            "rope_interleaved": config.get("rope_interleaved"), "dtypes": _dtypes(files), "num_files": len(paths),
+            "nbytes": sum(file.nbytes for file in files), "faults": list(map(str, problems))}
 
 
-def _holes(paths: list[str]) -> list[str]:
+def _holes(named: list[tuple[str, Place | None]]) -> Iterator[SourceError]:
     """Parameters of which some tensor-parallel rank has no file."""
     found: dict[tuple[str, int], set[int]] = {}
-    for path in paths:
-        if match := _RANK.search(path):
-            found.setdefault((path[:match.start()], int(match[4])), set()).add(int(match[3]))
-    return [f"{stem}: {len(ranks)} of {size} tensor-parallel ranks are there" for (stem, size), ranks in found.items()
-            if len(ranks) != size]
+    for parameter, place in named:
+        if place:
+            found.setdefault((parameter, place.num_tp), set()).add(place.tp)
+    for (parameter, size), ranks in found.items():
+        if len(ranks) != size:
+            yield SourceError(f"{quoted(parameter)}: {len(ranks)} of {size} tensor-parallel ranks are there")

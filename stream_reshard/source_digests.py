@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stream_reshard.errors import SourceError, StreamReshardError, UsageError, quoted
 from stream_reshard.stop import Stop
-from stream_reshard.tensor_file import SourceFile
+from stream_reshard.tensor_file import digest_of
 
 CACHE = "cache"
 """Instead of a file's name: take the sums from the names of the blobs that a Hugging Face cache links to."""
@@ -45,21 +45,10 @@ def _read_sums(path: Path) -> dict[str, str]:
 def sum_problems(root: Path, names: Sequence[str], sums: Mapping[str, str],
                  stop: Stop) -> Iterator[StreamReshardError]:
     """Shards that do not have the sum they should have, or for which none is given."""
+    buffer = memoryview(bytearray(2**20))
     for name in names:
         if name not in sums:
             yield SourceError(f"{quoted(name)} has no sum in --source-sha256")
-        elif (found := _sha256(root, name, stop)) != sums[name]:
+        elif (found := digest_of(root, name, buffer, stop, hashlib.sha256)) != sums[name]:
             yield SourceError(f"{quoted(name)} has the sha256 {found}, but {sums[name]} is expected: it was damaged or "
                               f"is another file")
-
-
-def _sha256(root: Path, name: str, stop: Stop) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(2**20))
-    with SourceFile(root, name) as file:
-        nbytes = (root / name).stat().st_size
-        for offset in range(0, nbytes, len(buffer)):
-            stop.check()
-            view = buffer[:min(len(buffer), nbytes - offset)]
-            file.read_into(view, offset)
-            digest.update(view)
-    return digest.hexdigest()

@@ -4,7 +4,9 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -146,9 +148,10 @@ def same_bytes(root: Path, first: StoredTensor, second: StoredTensor, buffer_nby
     return True
 
 
-def digest_of(root: Path, path: str, buffer: memoryview, stop: Stop) -> str:
-    """xxh3_128 of a whole file, in hex, read through `buffer` from the disk and not from the cache."""
-    digest = xxhash.xxh3_128()
+def digest_of(root: Path, path: str, buffer: memoryview, stop: Stop,
+              algorithm: Callable[[], Any] = xxhash.xxh3_128) -> str:
+    """Digest of a whole file, in hex, read through `buffer` from the disk and not from the cache."""
+    digest = algorithm()
     with SourceFile(root, path) as file:
         file.forget()
         nbytes = os.stat(root / path).st_size

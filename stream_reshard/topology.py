@@ -9,16 +9,6 @@ from stream_reshard.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Rank:
-    """A position on the parallel axes that weights are cut along. (Data-parallel ranks hold the same weights.)"""
-
-    pp: int
-    """Pipeline stage."""
-    tp: int
-    """Position on the tensor-parallel axis."""
-
-
-@dataclass(frozen=True)
 class Topology:
     """The sizes of the parallel axes."""
 
