@@ -7,6 +7,7 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - topology:       sizes of the parallel axes, parts of a dim, pipeline stages
 - stop:           a request to stop, honoured between blocks
 - durable:        files and names that survive a power cut whole, or are not there
+- small_files:    files that somebody else made: read up to a cap, parsed strictly
 - header:         a safetensors file as its header tells it
 - model:          logical weights with their true dims
 - architectures:  one small table per model family

@@ -5,7 +5,6 @@ import argparse
 import json
 import os
 import re
-import shlex
 import signal
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 from stream_reshard import memory
 from stream_reshard.convert import Conversion, Options, plan_conversion, run_conversion
-from stream_reshard.errors import ResourceError, StreamReshardError, UsageError, quoted
+from stream_reshard.errors import ResourceError, StreamReshardError, UsageError, quoted, shell_word
 from stream_reshard.flags import COMMANDS, parser_of
 from stream_reshard.plan import Job
 from stream_reshard.report import as_json, done_lines, plan_lines, summary, summary_lines
@@ -115,7 +114,7 @@ def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
 def _resume_command(arguments: argparse.Namespace) -> str:
     """The command that takes up an interrupted run: the same, but for what would throw it away."""
     kept = [word for word in arguments.argv if word not in ("--restart", "--break-lock")]
-    return shlex.join(["python", "-m", "stream_reshard", *kept])
+    return " ".join(map(shell_word, ["python", "-m", "stream_reshard", *kept]))
 
 
 def plan_command(arguments: argparse.Namespace, stop: Stop) -> None:

@@ -1,6 +1,7 @@
 """A conversion: from options to a plan that is proved and fits, and from there to a checkpoint."""
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from stream_reshard.destination import destination_problems, disk_free, occupati
 from stream_reshard.documents import documents
 from stream_reshard.errors import Problems, ResourceError, SourceError, StreamReshardError, UsageError, quoted
 from stream_reshard.execute import How, Output, run
+from stream_reshard.journal import JOURNAL_NAME
 from stream_reshard.layouts.base import TORCH_DTYPES, Layout
 from stream_reshard.layouts.hf_config import CONFIG_NAME, SourceConfig
 from stream_reshard.layouts.hugging_face import INDEX_NAME, layout_of, model_of, open_config, open_files
@@ -128,9 +130,9 @@ class Conversion:
 def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     """Read the source's headers and make the plan. Raises Refused with every problem found; writes nothing."""
     problems = Problems()
-    identities = _identities(options.source) if options.source.is_dir() else {}
+    identities = _identities(options.source) if os.path.isdir(options.source) else {}
     config, format, source = _open(options, problems)
-    if options.source_sha256:
+    if options.source_sha256 is not None:
         shards = [file.path for file in source.files]
         sums = expected_sums(options.source, shards, options.source_sha256)
         problems.extend(sum_problems(options.source, shards, sums, stop or Stop()))
@@ -155,9 +157,9 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
 
 def _open(options: Options, problems: Problems) -> tuple[SourceConfig, NanotronFormat, Layout]:
     """The source and the format, or Refused with everything that is wrong with source, flags and destination."""
-    config = problems.collect(open_config, options.source)
     limit = memory.parse_limit(options.allowed_memory, memory.resident())
-    files = problems.collect(open_files, options.source, limit) if options.source.is_dir() else None
+    config = problems.collect(open_config, options.source, limit)
+    files = problems.collect(open_files, options.source, limit) if os.path.isdir(options.source) else None
     if options.destination is not None:
         problems.extend(destination_problems(options.source, options.destination, options.overwrite))
     format, source = NanotronFormat(options.topology), None
@@ -203,7 +205,7 @@ def _check(conversion: Conversion, stop: Stop, folder: Path) -> None:
     from stream_reshard.verify import How as HowToVerify
     from stream_reshard.verify import verify
     options = conversion.options
-    verify(options.source, folder, HowToVerify(options.max_memory, options.num_workers), stop)
+    verify(options.source, folder, HowToVerify(options.max_memory, options.num_workers, ignored=(JOURNAL_NAME,)), stop)
 
 
 def _format_of(options: Options, family: Family) -> NanotronFormat:

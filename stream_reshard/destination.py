@@ -8,7 +8,7 @@ from pathlib import Path
 from stream_reshard.errors import DestinationError, StreamReshardError, quoted
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.manifest import MANIFEST_NAME
-from stream_reshard.staging import MARKER_NAME, SUFFIX_NBYTES, files_below, staging_of
+from stream_reshard.staging import MARKER_NAME, SUFFIX_NBYTES, files_below, replaced_beside, staging_of
 
 _MAX_NAME_NBYTES = 255
 
@@ -16,7 +16,7 @@ _MAX_NAME_NBYTES = 255
 def destination_problems(source: Path, destination: Path, overwrite: bool) -> Iterator[StreamReshardError]:
     """Everything that speaks against a destination, but for what stands in it (`occupation_problems`)."""
     *above, own = [len(os.fsencode(part)) for part in destination.absolute().parts]
-    if max(own + SUFFIX_NBYTES, *above) > _MAX_NAME_NBYTES:
+    if max([own + SUFFIX_NBYTES, *above]) > _MAX_NAME_NBYTES:
         yield DestinationError(f"{quoted(destination)}: File name too long: {own} bytes, and {SUFFIX_NBYTES} more for "
                                f"what is put beside it while the run lasts, where {_MAX_NAME_NBYTES} are possible")
         return
@@ -26,10 +26,15 @@ def destination_problems(source: Path, destination: Path, overwrite: bool) -> It
                                f"inside the other; choose another DST")
         return
     staging, parent = staging_of(real), existing_parent(real)
+    for folder in (staging, *replaced_beside(real)):
+        if _is_same_or_inside(source.resolve(), folder):
+            yield DestinationError(f"the source {quoted(source)} is in {quoted(folder)}, which a run for "
+                                   f"{quoted(destination)} removes; choose another DST")
+            return
     if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
         kind = "is a link" if staging.is_symlink() else "exists and is not a folder"
         yield DestinationError(f"{quoted(staging)} {kind}; the output grows there, remove it")
-    if destination.exists() and not destination.is_dir():
+    if os.path.exists(destination) and not os.path.isdir(destination):
         yield DestinationError(f"{quoted(destination)} exists and is not a folder")
     elif overwrite and os.path.ismount(real):
         yield DestinationError(f"{quoted(destination)} is a mount point, which no other folder can replace; write to a "
@@ -60,12 +65,12 @@ def _is_same_or_inside(path: Path, folder: Path) -> bool:
         wanted = folder.stat()
     except OSError:
         return False
-    return any(os.path.samestat(parent.stat(), wanted) for parent in (path, *path.parents) if parent.exists())
+    return any(os.path.samestat(parent.stat(), wanted) for parent in (path, *path.parents) if os.path.exists(parent))
 
 
 def existing_parent(path: Path) -> Path:
     """The nearest folder above a path that is there."""
-    return next(parent for parent in path.parents if parent.exists())
+    return next(parent for parent in (*path.parents, path) if os.path.exists(parent))
 
 
 def disk_free(destination: Path) -> tuple[int, int | None]:

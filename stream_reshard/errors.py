@@ -16,6 +16,7 @@ An error's text is one line: what, where, the two numbers, what to do.
 """
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from pathlib import PurePath
 
@@ -114,5 +115,15 @@ def quoted(name: object) -> str:
     """A name from a file, safe to print: no control characters, no surprises from other scripts, not endless. Of a long
     path the end is kept."""
     text = ascii(str(name))
-    head, tail = (200, 300) if isinstance(name, PurePath) else (100, 12)
+    head, tail = (200, 300) if isinstance(name, PurePath) else (120, 60)
     return text if len(text) <= head + tail + 8 else f"{text[:head]}...{text[-tail:]}"
+
+
+def shown(path: object) -> str:
+    """A path for people: as it is where it can be printed, else quoted."""
+    return str(path) if str(path).isprintable() else quoted(path)
+
+
+def shell_word(text: object) -> str:
+    """A word for a command line that a person copies; one that cannot be printed is spelled as bash reads it."""
+    return shlex.quote(str(text)) if str(text).isprintable() else "$" + ascii(str(text))

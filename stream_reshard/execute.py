@@ -23,7 +23,7 @@ from stream_reshard.jobs import Work, run_job
 from stream_reshard.lock import Lock
 from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest, with_files
 from stream_reshard.plan import Job, Plan
-from stream_reshard.staging import MARKER_NAME, Staging, clear_leftovers, holds, lock_of, was_stopped_in_a_swap
+from stream_reshard.staging import MARKER_NAME, Staging, clear_old, holds, lock_of, was_swapped
 from stream_reshard.stop import Stop
 from stream_reshard.tensor_file import Identity, changed, identity_of
 
@@ -54,7 +54,12 @@ class Output:
 
     def is_done(self) -> bool:
         """Whether the destination holds this very output already."""
-        return holds(self.destination, self.run) is not None
+        return holds(self.destination, self.run, self.max_files) is not None
+
+    @property
+    def max_files(self) -> int:
+        """More files than its manifest can name."""
+        return len(self.plan.target.files) + len(self.documents) + len(self.copies) + len(self.identities) + 8
 
 
 @dataclass(frozen=True)
@@ -83,19 +88,24 @@ def run(output: Output, how: How) -> int:
     destination = output.destination
     try:
         make_folder(destination.parent)
-        with Lock(lock_of(destination), how.break_lock), how.stop.awaited():
-            if output.is_done() and (not how.overwrite or was_stopped_in_a_swap(destination)):
-                num_kept = len(output.plan.target.files)
-            else:
-                num_kept = _write(output, how)
-            clear_leftovers(destination)
+        with Lock(lock_of(destination), how.break_lock) as lock, how.stop.awaited():
+            swapped = was_swapped(destination, lock.note)
+            if swapped:
+                clear_old(destination, swapped)
+                lock.write_note(None)
+            if output.is_done() and (swapped or not how.overwrite):
+                if how.check:
+                    how.check(destination)
+                return len(output.plan.target.files)
+            num_kept = _write(output, how, lock)
+            clear_old(destination, was_swapped=False)
             return num_kept
     except OSError as error:
         raise target_error(destination, error) from error
 
 
-def _write(output: Output, how: How) -> int:
-    staging = Staging(output.destination, output.run, how.restart)
+def _write(output: Output, how: How, lock: Lock) -> int:
+    staging = Staging(output.destination, output.run, output.max_files, how.restart)
     try:
         num_kept = _run_jobs(output, how, staging)
         manifest = _add_small_files(output, how, staging)
@@ -103,10 +113,9 @@ def _write(output: Output, how: How) -> int:
         staging.sync()
         staging.write(MARKER_NAME, io.BytesIO(output.documents[MARKER_NAME]), how.stop.check)
         staging.refuse_strangers(manifest.files)
-        staging.journal.remove()  # From here on the manifest says which run this is.
         if how.check:
             _check(output, how.check, staging)
-        staging.deliver(how.overwrite)
+        staging.deliver(how.overwrite, lock.write_note)
         return num_kept
     finally:
         staging.journal.close()
@@ -153,10 +162,11 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _check(output: Output, check: Callable[[Path], object], staging: Staging) -> None:
-    """Run the check; a folder that fails it is never taken up again."""
+    """Run the check; a folder that fails it is never taken up again, unless it was the source that changed."""
     try:
         check(staging.path)
     except (DifferenceError, Refused) as error:
+        check_identities(output.plan.source.root, output.identities)
         staging.disown()
         raise DifferenceError(f"{error}\n{quoted(staging.path)} was not committed; run again with --restart to write "
                               f"it anew") from error

@@ -5,6 +5,7 @@ The format: 8 bytes with the header's length n (little endian), n bytes of JSON,
 """
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import SourceError, quoted
+from stream_reshard.small_files import open_regular, strict_json
 
 ITEMSIZE: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -22,6 +24,9 @@ ITEMSIZE: Mapping[str, int] = {
 
 MAX_HEADER_NBYTES = 25_000_000
 """The cap that huggingface_hub sets; parsing takes some 14 times a header's size in memory."""
+
+MAX_DIMS = 8
+"""No weight has more."""
 
 _MAX_INTEGER = 1 << 48
 
@@ -107,17 +112,18 @@ def read_header(root: Path, path: str, max_nbytes: int = MAX_HEADER_NBYTES) -> T
     Raises SourceError, with the file's name, also where the file is shorter or longer than the header says.
     """
     try:
-        with open(root / path, "rb") as stream:
+        with open_regular(root / path) as stream:
             size = os.fstat(stream.fileno()).st_size
-            return parse_header(path, _header_text(stream.read(8), size, max_nbytes, stream.read), size)
+            return parse_header(path, _header_text(stream.read(8), size, max_nbytes, stream.read), size, root / path)
     except OSError as error:
         raise SourceError(f"{quoted(path)}: {error.strerror}") from error
     except _Malformed as error:
         raise SourceError(f"{quoted(path)}: {error}") from error
 
 
-def parse_header(path: str, text: bytes, size: int) -> TensorFile:
-    """The tensors of a file of `size` bytes, from its header without the 8 bytes of its length.
+def parse_header(path: str, text: bytes, size: int, full: Path | None = None) -> TensorFile:
+    """The tensors of a file of `size` bytes, from its header without the 8 bytes of its length. `full` is where the
+    file stands, if anywhere.
 
     Our own strict reading and safetensors' must both accept it. Raises SourceError, with the file's name, for anything
     the format forbids, and for what it should: a key that occurs twice, an unknown field, a header that does not start
@@ -127,7 +133,7 @@ def parse_header(path: str, text: bytes, size: int) -> TensorFile:
         file = _parsed(path, text, size)
     except (_Malformed, ValueError, RecursionError) as error:
         raise SourceError(f"{quoted(path)}: not a valid safetensors header: {error}") from error
-    _check_with_library(path, text, size)
+    _check_with_library(path, text, size, full)
     return file
 
 
@@ -147,30 +153,11 @@ def _header_text(prefix: bytes, size: int, max_nbytes: int, read: Callable[[int]
     return read(length)
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise _Malformed("a key occurs twice")
-    return table
-
-
-def _no_constant(name: str) -> None:
-    raise _Malformed(f"{name} is not a number that a header may hold")
-
-
-def strict_json(text: bytes) -> Any:
-    """JSON without the extensions of Python's reader: no NaN or Infinity, no key twice. Raises ValueError."""
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_no_twins, parse_constant=_no_constant)
-    except (_Malformed, RecursionError) as error:
-        raise ValueError(str(error)) from error
-
-
 def _parsed(path: str, text: bytes, size: int) -> TensorFile:
     if text[:1] != b"{":
         raise _Malformed("it does not start with '{'")
     table = strict_json(text)
-    metadata = table.pop("__metadata__", None) or {}
+    metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _Malformed("__metadata__ holds something else than strings")
     if not table:
@@ -198,21 +185,30 @@ def _entry(key: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
             raise _Malformed(f"{quoted(key)} has a shape or offsets that are not plain sizes")
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise _Malformed(f"{quoted(key)} has the unsupported dtype {quoted(dtype)}")
+    if len(shape) > MAX_DIMS:
+        raise _Malformed(f"{quoted(key)} has {len(shape)} dims, the limit is {MAX_DIMS}")
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
-        raise _Malformed(f"{quoted(key)} of {nbytes} bytes has the offsets {offsets}")
+        raise _Malformed(f"{quoted(key)} of {nbytes} bytes has the offsets {quoted(offsets[:3])}")
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
-def _check_with_library(path: str, text: bytes, size: int) -> None:
+def _check_with_library(path: str, text: bytes, size: int, full: Path | None) -> None:
     """Let safetensors judge the same bytes, in an anonymous sparse file of the right size: it maps what it opens, and
-    touching a mapping of a file that somebody cuts meanwhile would kill the process."""
+    touching a mapping of a file that somebody cuts meanwhile would kill the process. Under a limit on file sizes
+    (ulimit -f) that cannot be made, and the file itself is judged."""
     from safetensors import SafetensorError, safe_open
     descriptor = os.memfd_create("header", os.MFD_CLOEXEC)
     try:
-        os.write(descriptor, len(text).to_bytes(8, "little") + text)
-        os.ftruncate(descriptor, size)
-        with safe_open(f"/proc/self/fd/{descriptor}", framework="np"):
+        try:
+            os.write(descriptor, len(text).to_bytes(8, "little") + text)
+            os.ftruncate(descriptor, size)
+            judged: str | Path = f"/proc/self/fd/{descriptor}"
+        except OSError as error:
+            if full is None or error.errno != errno.EFBIG:
+                raise
+            judged = full
+        with safe_open(judged, framework="np"):
             pass
     except (SafetensorError, OSError) as error:
         raise SourceError(f"{quoted(path)}: safetensors refuses it: {error}") from error

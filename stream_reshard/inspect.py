@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.small_files import read_json
 from stream_reshard.staging import MARKER_NAME
 from stream_reshard.header import TensorFile, read_header
-from stream_reshard.layouts.hf_config import CONFIG_NAME, read_json
+from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.hugging_face import open_source
 from stream_reshard.layouts.nanotron_files import Place, parse_path
 
@@ -52,12 +53,19 @@ def _inspect_nanotron(root: Path) -> dict[str, Any]:
     else:
         problems.append(SourceError(f"{MARKER_NAME} is missing: Nanotron does not take this folder for a checkpoint"))
     problems.extend(_holes(named))
-    return {"format": "Nanotron", "config_class": next((key for key in config if key.startswith("is_")), None),
+    config_class = next((key for key in config if key.startswith("is_")), None)
+    return {"format": "Nanotron", "config_class": _scalar(config_class),
             "versions": sorted({v for file in files if (v := dict(file.metadata).get("version"))}),
             "topologies_tp_pp": sizes, "num_ranks": len({(place.pp, place.tp) for place in places}),
-            "vocab_size_padded": config.get("vocab_size"), "tied": config.get("tie_word_embeddings"),
-            "rope_interleaved": config.get("rope_interleaved"), "dtypes": _dtypes(files), "num_files": len(paths),
+            "vocab_size_padded": _scalar(config.get("vocab_size")),
+            "tied": _scalar(config.get("tie_word_embeddings")),
+            "rope_interleaved": _scalar(config.get("rope_interleaved")), "dtypes": _dtypes(files), "num_files": len(paths),
             "nbytes": sum(file.nbytes for file in files), "faults": list(map(str, problems))}
+
+
+def _scalar(value: Any) -> Any:
+    """A number, a truth value or nothing as it is; what a config should not hold there, quoted."""
+    return value if value is None or isinstance(value, (bool, int, float)) else quoted(value)
 
 
 def _holes(named: list[tuple[str, Place | None]]) -> Iterator[SourceError]:

@@ -3,6 +3,9 @@
 A file beside the destination says who is at work. The kernel's lock on it (flock) goes with the process that holds it,
 so a stale file is told from a live one without guessing on the machine where it was made. A file from another machine
 is respected: only a person knows whether that run is dead (`--break-lock`).
+
+The file also keeps what a run notes of a swap of two folders, so that after a stop in its middle the next run knows
+which of them is the new one.
 """
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from stream_reshard.durable import target_error, write_all
+from stream_reshard.durable import sync_folder, target_error, write_all
 from stream_reshard.errors import LockedError, quoted
 
 _CANNOT_LOCK = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -49,6 +52,9 @@ class Lock:
         """`break_lock`: take it from a run that may be alive on another machine."""
         self.path, self.break_lock = path, break_lock
         self._descriptor = -1
+        self._mine: dict[str, Any] = {}
+        self.note: list[int] | None = None
+        """What the run before this one, which was stopped, or this one has noted."""
 
     def __enter__(self) -> Lock:
         try:
@@ -72,15 +78,24 @@ class Lock:
             owner = _owner(descriptor)
             if is_locked is False or not (is_new or self._is_over(owner, is_locked)):
                 raise self._refusal(owner, is_locked is False)
-            mine = {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot(),
-                    "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-            os.ftruncate(descriptor, 0)
-            write_all(descriptor, json.dumps(mine).encode(), 0)
+            self._mine = {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot(),
+                          "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
             self._descriptor, descriptor = descriptor, -1
+            self.write_note(owner.get("note"))
             return True
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
+
+    def write_note(self, note: list[int] | None) -> None:
+        """Keep a note for the next run, durably, in case this one does not come to an end."""
+        self.note = note
+        content = json.dumps(self._mine | {"note": note}).encode()
+        write_all(self._descriptor, content, 0)
+        os.ftruncate(self._descriptor, len(content))
+        if note:
+            os.fsync(self._descriptor)
+            sync_folder(self.path.parent)
 
     @staticmethod
     def _flock(descriptor: int) -> bool | None:

@@ -6,6 +6,7 @@ Its first line is the digest of the rest, so that it cannot change without a tra
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,12 +16,16 @@ from typing import Any
 import xxhash
 
 from stream_reshard.errors import SourceError, quoted
-from stream_reshard.header import strict_json
+from stream_reshard.small_files import read_capped, strict_json
 
 MANIFEST_NAME = "stream_reshard.json"
 
 MAX_MANIFEST_NBYTES = 64 * 2**20
 
+MAX_FILE_NBYTES = 1024
+"""What the manifest says of one file has fewer bytes."""
+
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _FIRST_LINE = re.compile(rb'\{"xxh3_128": "([0-9a-f]{32})",\n')
 
 
@@ -40,6 +45,8 @@ class FileDone:
         if not isinstance(value, dict) or {key: type(item) for key, item in value.items()} != {
                 "path": str, "nbytes": int, "xxh3_128": str}:
             raise ValueError(f"{quoted(value)} does not describe a file")
+        if not _DIGEST.fullmatch(value["xxh3_128"]):
+            raise ValueError(f"{quoted(value['xxh3_128'])} is not a digest")
         return cls(**value)
 
 
@@ -69,21 +76,24 @@ def with_files(manifest: Manifest, files: Iterable[FileDone]) -> Manifest:
 
 def read_manifest(root: Path, max_nbytes: int = MAX_MANIFEST_NBYTES) -> Manifest | None:
     """The manifest of a folder; None where it has none. Raises SourceError where it is not what was written."""
-    try:
-        with open(root / MANIFEST_NAME, "rb") as stream:
-            content = stream.read(max_nbytes + 1)
-    except FileNotFoundError:
+    if not os.path.lexists(root / MANIFEST_NAME):
         return None
-    except OSError as error:
-        raise SourceError(f"{MANIFEST_NAME} in {quoted(root)}: {error.strerror}") from error
-    if len(content) > max_nbytes:
-        raise SourceError(f"{MANIFEST_NAME} in {quoted(root)} has more than {max_nbytes} bytes, the limit here")
+    content = read_capped(root, MANIFEST_NAME, max_nbytes)
     match = _FIRST_LINE.match(content)
     if not match or xxhash.xxh3_128(memoryview(content)[match.end():]).hexdigest() != match[1].decode():
         raise SourceError(f"{MANIFEST_NAME} in {quoted(root)} does not have its own digest: it was damaged or edited")
     try:
         value = strict_json(content)
         files = [FileDone.parsed(file) for file in value["files"]]
-        return with_files(Manifest(dict(value["run"]), dict(value["facts"])), files)
+        return with_files(Manifest(dict(value["run"]), _checked(dict(value["facts"]))), files)
     except (ValueError, KeyError, TypeError) as error:
         raise SourceError(f"{MANIFEST_NAME} in {quoted(root)} is not one of this version: {error}") from error
+
+
+def _checked(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts, each of its kind. Raises ValueError."""
+    vocab_size, allowed = facts.get("vocab_size"), facts.get("allowed")
+    if not (type(vocab_size) is int and 0 < vocab_size < 2**48 and isinstance(facts.get("dtype"), str)
+            and isinstance(allowed, list) and all(isinstance(name, str) for name in allowed)):
+        raise ValueError(f"{quoted(facts)} are not the facts of a conversion")
+    return facts

@@ -27,8 +27,8 @@ _TORCH_NBYTES = 230 * 2**20
 """What importing torch adds."""
 _NUMPY_NBYTES = 16 * 2**20
 """What importing numpy adds."""
-_PARSED_PER_BYTE = 20
-"""Bytes that parsing a byte of JSON takes, at most, with what is made of it."""
+_PARSED_PER_BYTE = 56
+"""Bytes that parsing a byte of JSON takes, at most: nested empty lists in a text with one wide character."""
 
 
 def parse_nbytes(text: str) -> int:
@@ -106,6 +106,11 @@ class MemoryPlan:
 def parse_limit(allowed: int, reserved: int) -> int:
     """Bytes of a header or an index that can be parsed in what is left of the limit."""
     return max(2**16, (allowed - reserved) // _PARSED_PER_BYTE)
+
+
+def yaml_limit(allowed: int, reserved: int) -> int:
+    """Bytes of a YAML file that can be parsed in what is left of the limit: PyYAML takes some 340 for each."""
+    return max(2**15, (allowed - reserved) // 512)
 
 
 def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool, needs_numpy: bool = False,

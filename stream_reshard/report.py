@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stream_reshard.convert import Conversion
+from stream_reshard.errors import shell_word, shown
 from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.nanotron import stages_of
 from stream_reshard.memory import human
@@ -52,10 +53,10 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
     """The plan for a person."""
     facts = as_json(conversion)
     source, target, memory = facts["source"], facts["target"], facts["memory"]
-    yield (f"source   {source['path']}  ({source['format']}, {source['family']}, "
+    yield (f"source   {shown(source['path'])}  ({source['format']}, {source['family']}, "
            f"{facts['num_parameters'] / 1e6:,.1f} M parameters, {source['num_shards']} shards, "
            f"{human(source['nbytes'])})")
-    yield (f"target   {target['path'] or '(not given)'}  ({target['format']} {target['config_class']}, format "
+    yield (f"target   {shown(target['path'] or '(not given)')}  ({target['format']} {target['config_class']}, format "
            f"{target['version']}, {conversion.format.topology}, {target['dtype']}, RoPE "
            f"{'interleaved' if target['rope_interleaved'] else 'as in Hugging Face'})")
     yield "stage    blocks                                             files       bytes"
@@ -95,7 +96,8 @@ def summary_lines(conversion: Conversion, seconds: float, peak: int, num_kept: i
     """What a finished run did, for a person."""
     memory, target = conversion.memory, conversion.plan.target
     yield (f"done     {len(target.files)} files, {human(target.nbytes)} in {seconds:.1f} s "
-           f"({human(target.nbytes / max(seconds, 1e-9))}/s), durable in {conversion.options.destination}")
+           f"({human(target.nbytes / max(seconds, 1e-9))}/s), durable in "
+           f"{shown(conversion.options.destination)}")
     if num_kept:
         yield f"resumed  {num_kept} files were kept from an earlier attempt, each with the digest in its journal"
     if conversion.options.verify:
@@ -107,7 +109,8 @@ def summary_lines(conversion: Conversion, seconds: float, peak: int, num_kept: i
 
 def done_lines(conversion: Conversion) -> Iterator[str]:
     """What a run says that found its work done."""
-    yield (f"done     {conversion.options.destination} holds this conversion already, complete; `verify` proves it, "
+    proof = "and equals the source" if conversion.options.verify else "`verify` proves it"
+    yield (f"done     {shown(conversion.options.destination)} holds this conversion already, complete; {proof}, "
            f"--overwrite makes it anew")
     yield "train    " + torchrun_line(conversion)
 
@@ -117,4 +120,4 @@ def torchrun_line(conversion: Conversion) -> str:
     destination = conversion.options.destination
     assert destination is not None
     return (f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc_per_node={conversion.format.topology.world_size} "
-            f"run_train.py --config-file {destination.resolve() / 'config.yaml'}")
+            f"run_train.py --config-file {shell_word(destination.resolve() / 'config.yaml')}")

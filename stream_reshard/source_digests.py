@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from stream_reshard.errors import SourceError, StreamReshardError, UsageError, quoted
+from stream_reshard.small_files import open_regular
 from stream_reshard.stop import Stop
 from stream_reshard.tensor_file import digest_of
 
@@ -34,12 +35,15 @@ def expected_sums(root: Path, names: Sequence[str], told: str) -> dict[str, str]
 
 def _read_sums(path: Path) -> dict[str, str]:
     try:
-        with open(path, "rb") as stream:
+        with open_regular(path) as stream:
             text = stream.read(MAX_SUMS_NBYTES).decode(errors="replace")
     except OSError as error:
         raise UsageError(f"--source-sha256 {quoted(path)}: {error.strerror}") from error
-    matches = map(_LINE.fullmatch, text.splitlines())
-    return {match[2]: match[1].lower() for match in matches if match}
+    sums: dict[str, str] = {}
+    for match in filter(None, map(_LINE.fullmatch, text.splitlines())):
+        if sums.setdefault(match[2], match[1].lower()) != match[1].lower():
+            raise UsageError(f"--source-sha256 {quoted(path)} gives two sums for {quoted(match[2])}")
+    return sums
 
 
 def sum_problems(root: Path, names: Sequence[str], sums: Mapping[str, str],

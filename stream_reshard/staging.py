@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from stream_reshard.durable import TEMP_NAME, NewFile, WriteFault, exchange, make_folder, sync_folder, target_error
 from stream_reshard.errors import DestinationError, SourceError, quoted
 from stream_reshard.journal import JOURNAL_NAME, Journal
-from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest, read_manifest
+from stream_reshard.manifest import MANIFEST_NAME, MAX_FILE_NBYTES, FileDone, Manifest, read_manifest
 
 MARKER_NAME = "model_config.json"
 """The file whose presence makes a folder a checkpoint to Nanotron; written last."""
@@ -38,20 +38,27 @@ def lock_of(destination: Path) -> Path:
     return destination.with_name(destination.name + ".partial.lock")
 
 
-def _replaced(destination: Path) -> Iterator[Path]:
+def replaced_beside(destination: Path) -> Iterator[Path]:
     """Overwritten destinations that a stopped run did not come to remove."""
     pattern = re.compile(rf"\.{re.escape(destination.name)}\.[0-9a-f]{{12}}\.replaced")
-    return (path for path in destination.parent.iterdir() if pattern.fullmatch(path.name))
+    beside = destination.parent.iterdir() if destination.parent.is_dir() else ()
+    return (path for path in beside if pattern.fullmatch(path.name))
 
 
-def holds(folder: Path, run: Mapping[str, Any]) -> Manifest | None:
-    """The manifest of a folder that is the finished output of this very run: all its files are there, each of the
-    right size. None for anything else."""
+def _manifest_of(folder: Path, run: Mapping[str, Any], max_files: int) -> Manifest | None:
+    """The manifest of a folder, if it is that of this run; None for anything else."""
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, max_files * MAX_FILE_NBYTES)
     except SourceError:
         return None
-    if manifest is None or manifest.run != _as_json(run) or not (folder / MARKER_NAME).is_file():
+    return manifest if manifest is not None and manifest.run == _as_json(run) else None
+
+
+def holds(folder: Path, run: Mapping[str, Any], max_files: int) -> Manifest | None:
+    """The manifest of a folder that is the finished output of this very run: all its files are there, each of the
+    right size. None for anything else."""
+    manifest = _manifest_of(folder, run, max_files)
+    if manifest is None or not (folder / MARKER_NAME).is_file():
         return None
     found = {path: (folder / path).lstat().st_size for path in files_below(folder) if path != MANIFEST_NAME}
     return manifest if found == {path: file.nbytes for path, file in manifest.files.items()} else None
@@ -74,7 +81,7 @@ def files_below(root: Path) -> Iterator[str]:
 class Staging:
     """The staging folder of a run. The caller holds the destination's lock."""
 
-    def __init__(self, destination: Path, run: Mapping[str, Any], restart: bool):
+    def __init__(self, destination: Path, run: Mapping[str, Any], max_files: int, restart: bool):
         """Make the folder, or take up what an earlier attempt at the same run left. Raises DestinationError for
         anything else that stands there, and for links in it: nothing is ever written through one."""
         self.destination, self.path, self.run = destination, staging_of(destination), _as_json(run)
@@ -85,7 +92,9 @@ class Staging:
                 shutil.rmtree(self.path)
             make_folder(self.path)
             self._refuse_links()
-            done = self._done_by_manifest()
+            # A run that was stopped just before its last rename has left a manifest and no journal.
+            manifest = _manifest_of(self.path, self.run, max_files)
+            done = manifest.files if manifest else {}
             if not done and not (self.path / JOURNAL_NAME).exists() and any(self.path.iterdir()):
                 raise DestinationError(f"{quoted(self.path)} was not left by an interrupted run; remove it, or "
                                        f"--restart")
@@ -96,14 +105,6 @@ class Staging:
             self._remove_temps()
         except OSError as error:
             raise target_error(self.path, error) from error
-
-    def _done_by_manifest(self) -> Mapping[str, FileDone]:
-        """The files of a run that was stopped just before its last rename."""
-        try:
-            manifest = read_manifest(self.path)
-        except SourceError:
-            return {}
-        return manifest.files if manifest and manifest.run == self.run else {}
 
     def _refuse_links(self) -> None:
         for path in files_below(self.path):
@@ -153,11 +154,14 @@ class Staging:
         (self.path / MANIFEST_NAME).unlink(missing_ok=True)
         self.journal.remove()
 
-    def deliver(self, overwrite: bool) -> None:
+    def deliver(self, overwrite: bool, note: Callable[[list[int]], None]) -> None:
         """Rename the folder to the destination. With `overwrite` one that is there already is replaced: in the same
-        step where the file system can swap two names, else it is missing between two renames."""
+        step where the file system can swap two names, else it is missing between two renames. `note` keeps beforehand
+        which folder is the new one."""
+        self.journal.remove()
         sync_folder(self.path)
         if overwrite and self.destination.exists():
+            note(_identity(self.path))
             replaced = self.destination.with_name(f".{self.destination.name}.{uuid.uuid4().hex[:12]}.replaced")
             if exchange(self.path, self.destination):
                 os.rename(self.path, replaced)
@@ -169,15 +173,20 @@ class Staging:
         sync_folder(self.destination.parent)
 
 
-def was_stopped_in_a_swap(destination: Path) -> bool:
-    """Whether the staging folder is a whole checkpoint, which beside a finished destination can only be the old one."""
-    staging = staging_of(destination)
-    return (staging / MARKER_NAME).exists() and not (staging / JOURNAL_NAME).exists()
+def _identity(folder: Path) -> list[int]:
+    status = folder.stat()
+    return [status.st_dev, status.st_ino]
 
 
-def clear_leftovers(destination: Path) -> None:
+def was_swapped(destination: Path, note: list[int] | None) -> bool:
+    """Whether the destination is the new folder that the note of a stopped run tells of. What stands in the staging
+    folder, if anything, is the old one then."""
+    return note is not None and destination.is_dir() and _identity(destination) == note
+
+
+def clear_old(destination: Path, was_swapped: bool) -> None:
     """Remove old checkpoints that the finished one at `destination` has replaced."""
-    if was_stopped_in_a_swap(destination):
+    if was_swapped and staging_of(destination).exists():
         shutil.rmtree(staging_of(destination))
-    for path in _replaced(destination):
+    for path in replaced_beside(destination):
         shutil.rmtree(path)

@@ -56,7 +56,7 @@ class SourceFile:
 
     def _open(self) -> int:
         try:
-            descriptor = os.open(self.root / self.path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.root / self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:
             if self.identity:
                 raise changed(self.path, self.identity, None) from error

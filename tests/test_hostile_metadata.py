@@ -323,6 +323,16 @@ def test_nothing_of_a_source_is_run(tmp_path):
     assert canary.exists(), "the canary cannot sing"
 
 
+def test_no_module_of_the_working_folder_is_run(tmp_path):
+    """`python -m` looks there first; all that it may find is the package itself."""
+    root, canary = make_source(tmp_path / "hf"), tmp_path / "canary"
+    for name in ("safetensors", "numpy", "xxhash", "psutil", "tqdm", "yaml", "json", "torch", "ctypes"):
+        (root / f"{name}.py").write_text(f"open({str(canary)!r}, 'w')\n")
+    run = subprocess.run([sys.executable, "-m", "stream_reshard", ".", tmp_path / "nt", "--quiet"], cwd=root, capture_output=True,
+                         env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0 and not canary.exists(), run.stderr
+
+
 def sha(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -332,8 +342,8 @@ SUMS = [
     ("binary, in a folder, with others", "{Z} *x\n{a} *./{ONE}\n\n# x\n{B}  {TWO}\r\n", 0, []), ("wrong", "{a}  {ONE}\n{Z}  {TWO}\n", 3, ["{TWO}", "{Z}", "{b}"]),
     ("exchanged", "{b}  {ONE}\n{a}  {TWO}\n", 3, ["{ONE}", "{TWO}", "{a}", "{b}"]), ("one missing", "{a}  {ONE}\n", 3, ["{TWO}", "no sum"]),
     ("last digits wrong", "{a}  {ONE}\n{b:.56}{Z:.8}  {TWO}\n", 3, ["{TWO}", "{b}"]),
-    ("of other folders", "{a}  x/{ONE}\n{b}  ../{TWO}\n", 2, ["no sum"]), ("twice", "{b}  {TWO}\n{a}  {ONE}\n{Z}  {TWO}\n", 3, ["{TWO}", "{Z}"]),
-    ("twice, right at last", "{Z}  {TWO}\n{a}  {ONE}\n{b}  {TWO}\n", 3, ["{TWO}", "{Z}"])]
+    ("of other folders", "{a}  x/{ONE}\n{b}  ../{TWO}\n", 2, ["no sum"]), ("twice", "{b}  {TWO}\n{a}  {ONE}\n{Z}  {TWO}\n", 2, ["{TWO}", "two sums"]),
+    ("twice, right at last", "{Z}  {TWO}\n{a}  {ONE}\n{b}  {TWO}\n", 2, ["{TWO}", "two sums"])]
 
 
 @pytest.mark.parametrize("text, code, words", [pytest.param(*row[1:], id=row[0]) for row in SUMS])

@@ -232,15 +232,24 @@ def test_the_same_in_the_source_is_the_sources_fault(made, copied, verify, chang
     assert code == 3 and all(word in "\n".join(problems) for word in words), problems
 
 
+WINDOWS = ["full_attention", "sliding_attention"] * 20
+
 SAYINGS = [("rms_norm_eps", 1e-6), ("rope_theta", 1e4), ("tie_word_embeddings", True), ("eos_token_id", 9), ("head_dim", 8),
-           ("mlp_bias", True), ("rope_scaling", {"rope_type": "llama3", "factor": 16.0}), ("sliding_window", 9)]
+           ("mlp_bias", True), ("rope_scaling", {"rope_type": "llama3", "factor": 16.0}), ("sliding_window", 9),
+           ("layer_types", [*WINDOWS[:9], "full_attention", *WINDOWS[10:]])]
 
 
 @pytest.mark.parametrize("key, value", [pytest.param(*row, id=row[0]) for row in SAYINGS])
 def test_two_configs_of_hugging_face_that_compute_different_things(made, tmp_path, differs, key, value):
-    edit_config(source := shutil.copytree(made("hf"), tmp_path / "hf"), {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}})
+    edit_config(source := shutil.copytree(made("hf"), tmp_path / "hf"), {
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "layer_types": WINDOWS})
     edit_config(copy := shutil.copytree(source, tmp_path / "copy"), {key: value})
     differs(source, copy, [key])
+
+
+def test_a_source_of_whole_numbers_is_not_cast(made, copied, verify):
+    edit_header(root := copied("tp1"), '"BF16"', '"I16"')
+    assert verify(root, made("hf"), "--dtype", "bfloat16")[0] in (3, 5)
 
 
 def test_what_was_allowed_at_the_conversion_need_not_be_allowed_again(tmp_path, verify, differs):
@@ -425,6 +434,23 @@ def test_a_stop_shortly_before_the_commit(made, tmp_path, capsys, monkeypatch, d
     assert not (tmp_path / "nt").exists()
     differs(made("hf"), tmp_path / "nt.partial", [])
     assert call(made("hf"), tmp_path / "nt", "--quiet", "--verify") == 0
+
+
+def test_a_stop_in_the_check_before_a_swap_is_not_one_in_the_swap(made, tmp_path, capsys, monkeypatch, verify):
+    """The damaged checkpoint that was to be replaced must not be taken for the one that has replaced another."""
+    source, root = made("hf"), tmp_path / "nt"
+    assert call(source, root, "--quiet") == 0
+    poke(every(root, "o_proj")[0], -1)
+
+    def failing(*arguments):
+        raise ResourceError("the disk is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "verify", failing)
+        assert call(source, root, "--quiet", "--overwrite", "--verify") == 6
+    capsys.readouterr()
+    assert call(source, root, "--quiet", "--overwrite", "--verify") == 0
+    assert verify(source, root)[0] == 0
 
 
 @pytest.mark.parametrize("flags", [(), ("--tp", "2", "--pp", "2"), ("--rope", "interleaved", "--dtype", "float32")], ids=str)

@@ -8,13 +8,10 @@ from typing import Any
 
 from stream_reshard.architectures import FAMILIES, UNSUPPORTED, Family
 from stream_reshard.errors import Problems, SourceError, quoted
-from stream_reshard.header import strict_json
 from stream_reshard.model import ModelConfig
+from stream_reshard.small_files import MAX_JSON_NBYTES, read_json
 
 CONFIG_NAME = "config.json"
-MAX_JSON_NBYTES = 10 * 2**20
-"""Cap on config and index files, as huggingface_hub has for an index."""
-
 MAX_NUMBER = 1 << 48
 """Numbers in a config stay below this, as sizes in a header do; infinities do not."""
 
@@ -35,28 +32,10 @@ class SourceConfig:
     """What was understood in a way worth telling."""
 
 
-def read_json(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTES) -> dict[str, Any]:
-    """The JSON object in `root / name`. Raises SourceError when it is absent, too large, or not an object."""
-    try:
-        with open(root / name, "rb") as stream:
-            text = stream.read(max_nbytes + 1)
-    except OSError as error:
-        raise SourceError(f"{quoted(name)} in {quoted(root)}: {error.strerror}") from error
-    if len(text) > max_nbytes:
-        cure = "" if max_nbytes == MAX_JSON_NBYTES else "; parsing it takes many times that, raise --max-memory"
-        raise SourceError(f"{name} has more than {max_nbytes} bytes, the limit for such a file{cure}")
-    try:
-        value = strict_json(text)
-    except ValueError as error:
-        raise SourceError(f"{name} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise SourceError(f"{name} holds a {type(value).__name__}, not an object")
-    return value
-
-
-def read_config(root: Path) -> SourceConfig:
-    """Read config.json. Raises SourceError or Refused with everything in it that makes no sense."""
-    raw = read_json(root, CONFIG_NAME)
+def read_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
+    """Read config.json, of at most `max_nbytes`. Raises SourceError or Refused with everything in it that makes no
+    sense."""
+    raw = read_json(root, CONFIG_NAME, max_nbytes)
     family = _family(raw)
     reader = ConfigReader(raw, CONFIG_NAME)
     config = reader.model_config(family)
@@ -116,9 +95,10 @@ class ConfigReader:
         """A token id; of several, the first: Nanotron's configs hold one."""
         value = self.raw.get(key)
         if isinstance(value, list) and value:
-            self.notes.append(f"{key} {value} is a list; Nanotron's config holds one id, {value[0]} is taken")
+            self.notes.append(f"{key} {quoted(value)} is a list; Nanotron's config holds one id, {quoted(value[0])} is "
+                              f"taken")
             value = value[0]
-        if value is not None and type(value) is not int:
+        if value is not None and not (type(value) is int and -1 <= value < MAX_NUMBER):
             self.complain(f"{key} is {quoted(value)}, not a token id")
             return None
         return value

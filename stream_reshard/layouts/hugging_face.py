@@ -5,8 +5,10 @@ as the cache of huggingface_hub consists of them.
 """
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 from stream_reshard.architectures import build_model
@@ -14,8 +16,9 @@ from stream_reshard.box import Box
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.header import MAX_HEADER_NBYTES, StoredTensor, TensorFile, read_header
 from stream_reshard.layouts.base import TORCH_DTYPES, Layout, Slice
-from stream_reshard.layouts.hf_config import CONFIG_NAME, MAX_JSON_NBYTES, SourceConfig, read_config, read_json
+from stream_reshard.layouts.hf_config import CONFIG_NAME, SourceConfig, read_config
 from stream_reshard.model import Model, Parameter
+from stream_reshard.small_files import MAX_JSON_NBYTES, read_json
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -24,6 +27,9 @@ _IGNORED = re.compile(r"(model\.layers\.\d+\.self_attn\.|model\.)rotary_emb\.inv
 """Buffers that old versions of transformers saved; they follow from config.json."""
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
+
+MAX_PROBLEMS = 1000
+"""More of one kind are not listed: a hostile index must not fill the memory with what is wrong with it."""
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -46,19 +52,19 @@ def model_of(config: SourceConfig, files: tuple[TensorFile, ...]) -> Model:
     return build_model(config.family, config.model)
 
 
-def open_config(root: Path) -> SourceConfig:
-    """The config of a Hugging Face folder. Raises SourceError or Refused."""
-    if not root.is_dir():
+def open_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
+    """The config of a Hugging Face folder, of at most `max_nbytes`. Raises SourceError or Refused."""
+    if not os.path.isdir(root):
         raise SourceError(f"{quoted(root)} is not a folder")
     if not (root / CONFIG_NAME).is_file():
         raise SourceError(f"{quoted(root)} holds no {CONFIG_NAME}: it is not a Hugging Face checkpoint")
-    return read_config(root)
+    return read_config(root, max_nbytes)
 
 
 def open_files(root: Path, max_nbytes: int = MAX_HEADER_NBYTES) -> tuple[TensorFile, ...]:
     """The headers of all shards, checked against the index. Raises SourceError or Refused.
 
-    Neither a header nor the index may have more than `max_nbytes`.
+    Neither the index nor all headers together may have more than `max_nbytes`.
     """
     single, index = (root / SINGLE_NAME).is_file(), (root / INDEX_NAME).is_file()
     if single and index:
@@ -68,8 +74,11 @@ def open_files(root: Path, max_nbytes: int = MAX_HEADER_NBYTES) -> tuple[TensorF
     if not index:
         raise _without_shards(root)
     weight_map = _weight_map(root, max_nbytes)
-    problems = Problems()
-    files = [problems.collect(read_header, root, name, max_nbytes) for name in sorted(set(weight_map.values()))]
+    problems, files, left = Problems(), [], max_nbytes
+    for name in sorted(set(weight_map.values())):
+        if (file := problems.collect(read_header, root, name, left)) is not None:
+            files.append(file)
+            left = max(0, left - file.tensors[0].begin)
     problems.raise_if_any()
     _check_index(weight_map, files, problems)
     problems.raise_if_any()
@@ -92,7 +101,7 @@ def _without_shards(root: Path) -> SourceError:
 
 
 def _weight_map(root: Path, max_nbytes: int) -> Mapping[str, str]:
-    weight_map = read_json(root, INDEX_NAME, min(max_nbytes, MAX_JSON_NBYTES)).get("weight_map")
+    weight_map = read_json(root, INDEX_NAME, max_nbytes).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{INDEX_NAME} has no weight_map")
     problems = Problems()
@@ -112,11 +121,11 @@ def _check_index(weight_map: Mapping[str, str], files: list[TensorFile], problem
         if tensor.key in found:
             problems.append(SourceError(f"{quoted(tensor.key)} is in both {found[tensor.key]} and {tensor.file}"))
         found[tensor.key] = tensor.file
-    for key in sorted(found.keys() | weight_map.keys()):
+    differ = (key for key in sorted(found.keys() | weight_map.keys()) if weight_map.get(key) != found.get(key))
+    for key in islice(differ, MAX_PROBLEMS):
         told, actual = weight_map.get(key), found.get(key)
-        if told != actual:
-            problems.append(SourceError(f"{quoted(key)} is in {actual or 'no shard'}, but {INDEX_NAME} says "
-                                        f"{quoted(told) if told else 'nothing of it'}"))
+        problems.append(SourceError(f"{quoted(key)} is in {actual or 'no shard'}, but {INDEX_NAME} says "
+                                    f"{quoted(told) if told else 'nothing of it'}"))
 
 
 def layout_of(root: Path, model: Model, files: tuple[TensorFile, ...]) -> Layout:

@@ -22,6 +22,9 @@ from stream_reshard.topology import Topology, assign_stages, padded_size, part_o
 VERSIONS = ("1.5", "1.4", "1.2")
 """Checkpoint format versions this module writes: main, trees from April 2024 on, release 0.4 and before."""
 
+MAX_TP = 1024
+"""Up to where a usable number of tensor-parallel ranks is looked for."""
+
 _KEY = "data"
 """Key of the one tensor in a file (nanotron/serialize/weights.py)."""
 
@@ -71,7 +74,7 @@ def topology_problems(model: Model, format: NanotronFormat) -> Problems:
             if size % tp:
                 uneven.setdefault((parameter.split, size), parameter.name)
     for (dim, size), name in uneven.items():
-        usable = [n for n in range(1, size + 1) if all(s % n == 0 for _, s in uneven)]
+        usable = [n for n in range(1, min(size, MAX_TP) + 1) if all(s % n == 0 for _, s in uneven)]
         problems.append(UsageError(f"--tp {tp} cannot split the {size} {dim} of {name}; "
                                    f"--tp can be {_listed(usable)}"))
     empty = _empty_stages(config, format)

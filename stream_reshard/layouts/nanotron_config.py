@@ -8,8 +8,10 @@ from typing import Any
 
 from stream_reshard.architectures import FAMILIES, Family
 from stream_reshard.errors import SourceError, quoted
-from stream_reshard.layouts.hf_config import ConfigReader, read_json
+from stream_reshard.layouts.hf_config import ConfigReader
+from stream_reshard.layouts.nanotron_limits import Limit
 from stream_reshard.model import ModelConfig
+from stream_reshard.small_files import MAX_JSON_NBYTES, read_json
 
 MODEL_CONFIG_NAME = "model_config.json"
 
@@ -17,7 +19,7 @@ _FAMILY_OF = {("is_llama_config", False): "LlamaForCausalLM", ("is_qwen2_config"
               ("is_qwen2_config", True): "Qwen2ForCausalLM"}
 """By the marker of Nanotron's config class, and whether it has attention biases."""
 
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope_scaling": (None,), "rope_seq_len_interpolation_factor": (None, 1, 1.0), "sliding_window_size": (None,),
     "no_rope_layer": (None,), "moe_config": (None,), "_use_qkv_packed": (True,)}
 """Settings that change what the weights mean, and the values at which they do not."""
@@ -32,32 +34,37 @@ class NanotronModelConfig:
     """`vocab_size` is the padded one here: Nanotron keeps no other."""
     rope_interleaved: bool
     """Whether a head is kept as (pair, half); trees before September 2024 know nothing else, and have no field."""
-    extras: Mapping[str, str]
-    """Settings beyond the common ones that change the forward pass, by name, in words."""
+    extras: Mapping[str, Limit]
+    """Settings beyond the common ones that change the forward pass, by name."""
 
 
-def read_model_config(root: Path) -> NanotronModelConfig:
-    """Read model_config.json. Raises SourceError or Refused with everything in it that makes no sense."""
-    raw = read_json(root, MODEL_CONFIG_NAME)
-    reader = ConfigReader(raw, MODEL_CONFIG_NAME)
-    family = _family(raw)
+def read_model_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> NanotronModelConfig:
+    """Read model_config.json, of at most `max_nbytes`. Raises SourceError or Refused with everything in it that makes
+    no sense."""
+    return parse_model_config(read_json(root, MODEL_CONFIG_NAME, max_nbytes), MODEL_CONFIG_NAME)
+
+
+def parse_model_config(raw: Mapping[str, Any], name: str) -> NanotronModelConfig:
+    """The meaning of a model config of Nanotron's, which stands in the file of this name. Raises as the above."""
+    reader = ConfigReader(raw, name)
+    family = _family(raw, name)
     config = reader.model_config(family)
     interleaved = reader.flag("rope_interleaved", True)
     reader.problems.raise_if_any()
-    return NanotronModelConfig(family, config, interleaved, dict(_extras(raw)))
+    return NanotronModelConfig(family, config, interleaved, {limit.name: limit for limit in _extras(raw)})
 
 
-def _family(raw: Mapping[str, Any]) -> Family:
+def _family(raw: Mapping[str, Any], name: str) -> Family:
     markers = [key for key in raw if key.startswith("is_") and key.endswith("_config")]
     has_bias = bool(raw.get("attention_bias", False))
     if len(markers) != 1 or raw[markers[0]] is not True or (markers[0], has_bias) not in _FAMILY_OF:
-        raise SourceError(f"{MODEL_CONFIG_NAME}: a config with {quoted(markers)} and attention_bias {has_bias} is not "
+        raise SourceError(f"{name}: a config with {quoted(markers)} and attention_bias {has_bias} is not "
                           f"of a class known here (LlamaConfig, Qwen2Config)")
     return FAMILIES[_FAMILY_OF[markers[0], has_bias]]
 
 
-def _extras(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, neutral in _NEUTRAL.items():
+def _extras(raw: Mapping[str, Any]) -> Iterator[Limit]:
+    for key, neutral in NEUTRAL.items():
         value = raw.get(key, neutral[0])
         if value not in neutral:
-            yield key, f"{key} is {quoted(value)}"
+            yield Limit(key, f"{key} is {quoted(value)}", value)

@@ -10,20 +10,21 @@ from dataclasses import dataclass
 
 from stream_reshard.box import Box, tiling_fault
 from stream_reshard.errors import SourceError, quoted
-from stream_reshard.header import StoredTensor, TensorFile
+from stream_reshard.header import MAX_DIMS, StoredTensor, TensorFile
 
 WEIGHTS_FOLDER = ("model", "model")
 """The folders above every weight: that of the checkpoint's weights, and the attribute of the model class."""
 
+_FOLDER = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
+_RANK = r"(0|[1-9]\d{0,5})"
 _FILE_NAME = re.compile(r"model_([A-Za-z_][A-Za-z0-9_]*?)"
-                        r"(?:_pp-rank-(\d{1,6})-of-(\d{1,6})_tp-rank-(\d{1,6})-of-(\d{1,6}))?\.safetensors", re.ASCII)
+                        rf"(?:_pp-rank-{_RANK}-of-{_RANK}_tp-rank-{_RANK}-of-{_RANK})?\.safetensors", re.ASCII)
 _NUMBER = r"(?:np\.int64\((\d{1,15})\)|(\d{1,15}))"
 _SHAPE = re.compile(rf"\({_NUMBER}(?:, {_NUMBER})*,?\)", re.ASCII)
 _SLICE = re.compile(r"(?:(\d{1,15}),(\d{1,15})|None,None),(?:None|1)", re.ASCII)
 _FIELDS = {"version", "unsharded_shape", "local_global_slices_pairs"}
 _VERSION = re.compile(r"\d{1,3}\.\d{1,3}", re.ASCII)
 
-MAX_DIMS = 8
 MAX_PAIRS = 64
 """Far more than any parameter of Nanotron has; caps what a hostile header can make us do."""
 
@@ -63,7 +64,7 @@ def parse_path(path: str) -> tuple[str, Place | None]:
     """(parameter, place) of a path below the checkpoint's root. Raises SourceError for what Nanotron does not write."""
     *folders, name = path.split("/")
     match = _FILE_NAME.fullmatch(name)
-    if tuple(folders[:2]) != WEIGHTS_FOLDER or len(folders) == 2 or not match:
+    if tuple(folders[:2]) != WEIGHTS_FOLDER or not folders[2:] or not all(map(_FOLDER.fullmatch, folders)) or not match:
         raise SourceError(f"{quoted(path)} is not a file that Nanotron writes")
     place = Place(*map(int, match.groups()[1:])) if match[2] else None
     if place and not (place.pp < place.num_pp and place.tp < place.num_tp):
@@ -129,8 +130,8 @@ def parse_pairs(text: str, shape: tuple[int, ...], unsharded: tuple[int, ...]) -
 def _box(text: str, shape: tuple[int, ...]) -> Box:
     matches = [_SLICE.fullmatch(part) for part in text.split("|")]
     if len(matches) != len(shape) or not all(matches):
-        raise SourceError(f"{quoted(text)} does not slice an array of shape {shape}")
+        raise SourceError(f"{quoted(text)} does not slice an array of shape {quoted(shape)}")
     bounds = [(int(m[1]), int(m[2])) if m and m[1] else (0, n) for m, n in zip(matches, shape)]
     if any(a > b or b > n for (a, b), n in zip(bounds, shape)):
-        raise SourceError(f"{quoted(text)} reaches out of an array of shape {shape}")
+        raise SourceError(f"{quoted(text)} reaches out of an array of shape {quoted(shape)}")
     return Box(tuple(a for a, _ in bounds), tuple(b for _, b in bounds))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted
 from stream_reshard.layouts.hf_config import SourceConfig
@@ -47,6 +48,8 @@ class Limit:
     """What `--allow` takes, where it may be allowed."""
     text: str
     """What the config says and what Nanotron would do."""
+    value: Any = None
+    """What the config says, whole: two configs agree where these are equal."""
 
 
 def limits(config: SourceConfig, format: NanotronFormat) -> Iterator[Limit]:
@@ -55,14 +58,16 @@ def limits(config: SourceConfig, format: NanotronFormat) -> Iterator[Limit]:
     yield from _attention_limits(config)
     raw, hidden_act = config.raw, config.model.hidden_act
     if raw.get("mlp_bias"):
-        yield Limit("mlp_bias", "mlp_bias is true; Nanotron's MLP has no biases")
+        yield Limit("mlp_bias", "mlp_bias is true; Nanotron's MLP has no biases", True)
     if hidden_act not in ("silu", "swish"):
-        yield Limit("hidden_act", f"hidden_act is {quoted(hidden_act)}; Nanotron's Llama is known to agree with silu")
+        yield Limit("hidden_act", f"hidden_act is {quoted(hidden_act)}; Nanotron's Llama is known to agree with silu",
+                    hidden_act)
     if raw.get("quantization_config"):
-        yield Limit("quantization", "quantization_config says the weights are quantised; dequantise them first")
+        yield Limit("quantization", "quantization_config says the weights are quantised; dequantise them first",
+                    raw["quantization_config"])
     for key in ("num_local_experts", "num_experts"):
         if raw.get(key):
-            yield Limit("experts", f"{key} is {quoted(raw[key])}; a mixture of experts cannot be converted")
+            yield Limit("experts", f"{key} is {quoted(raw[key])}; a mixture of experts cannot be converted", raw[key])
 
 
 def _rope_limits(config: SourceConfig, format: NanotronFormat) -> Iterator[Limit]:
@@ -70,13 +75,16 @@ def _rope_limits(config: SourceConfig, format: NanotronFormat) -> Iterator[Limit
     kind = rope.get("rope_type", "default")
     if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
         yield Limit("rope_scaling", f"rope_type is {quoted(kind)}; Nanotron stores rope_scaling and ignores it, so q "
-                                    f"and k would be turned with unscaled frequencies")
+                                    f"and k would be turned with unscaled frequencies",
+                    {key: value for key, value in rope.items() if key not in ("type", "rope_theta")})
     factor = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if factor not in (None, 1, 1.0):
-        yield Limit("partial_rotary_factor", f"partial_rotary_factor is {quoted(factor)}; Nanotron turns whole heads")
+        yield Limit("partial_rotary_factor", f"partial_rotary_factor is {quoted(factor)}; Nanotron turns whole heads",
+                    factor)
     if format.version == "1.2" and config.model.rope_theta != RELEASE_04_ROPE_THETA:
         yield Limit("rope_theta", f"rope_theta is {config.model.rope_theta:g}; release 0.4, which reads format 1.2, "
-                                  f"only knows {RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5")
+                                  f"only knows {RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5",
+                    config.model.rope_theta)
 
 
 def _attention_limits(config: SourceConfig) -> Iterator[Limit]:
@@ -84,16 +92,17 @@ def _attention_limits(config: SourceConfig) -> Iterator[Limit]:
     head_dim = raw.get("head_dim")
     if head_dim not in (None, model.head_dim):
         yield Limit("head_dim", f"head_dim is {quoted(head_dim)}; Nanotron only knows hidden_size / "
-                                f"num_attention_heads = {model.head_dim}")
+                                f"num_attention_heads = {model.head_dim}", head_dim)
     if raw.get("attention_bias") and not config.family.has_attention_bias:
         yield Limit("attention_bias", "attention_bias is true; that adds a bias to o_proj, which Nanotron does not "
-                                      "have (and LlamaConfig has no biases at all)")
+                                      "have (and LlamaConfig has no biases at all)", True)
     for key in ("qk_norm", "use_qk_norm", "qk_layernorm"):
         if raw.get(key):
-            yield Limit("qk_norm", f"{key} is {quoted(raw[key])}; Nanotron has no norms on q and k")
+            yield Limit("qk_norm", f"{key} is {quoted(raw[key])}; Nanotron has no norms on q and k", raw[key])
     if _has_sliding_window(config):
         said = ", ".join(f"{key} is {quoted(raw[key])}" for key in _WINDOW_KEYS if key in raw)
-        yield Limit("sliding_window", f"{said}; Nanotron would attend to everything")
+        yield Limit("sliding_window", f"{said}; Nanotron would attend to everything",
+                    {key: raw.get(key) for key in _WINDOW_KEYS})
 
 
 def _has_sliding_window(config: SourceConfig) -> bool:
@@ -124,7 +133,8 @@ def not_honoured(config: SourceConfig, format: NanotronFormat) -> list[str]:
     """What the user should know although the conversion goes on: accepted limits, dropped settings, unknown keys."""
     notes = [f"accepted: {limit.text}" for limit in limits(config, format)]
     if config.raw.get("attention_dropout"):
-        notes.append(f"attention_dropout {config.raw['attention_dropout']}: Nanotron trains without it")
+        notes.append(f"attention_dropout {quoted(config.raw['attention_dropout'])}: Nanotron trains without it")
     if unknown := sorted(set(config.raw) - _UNDERSTOOD - _WITHOUT_EFFECT):
-        notes.append(f"config.json keys not understood, ignored: {', '.join(map(quoted, unknown))}")
+        more = f" and {len(unknown) - 30} more" if len(unknown) > 30 else ""
+        notes.append(f"config.json keys not understood, ignored: {', '.join(map(quoted, unknown[:30]))}{more}")
     return notes + list(config.notes)

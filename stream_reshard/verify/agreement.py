@@ -1,16 +1,20 @@
 """What two checkpoints must agree on beyond their weights, and what one must be by its own manifest."""
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import DifferenceError, SourceError, quoted
+from stream_reshard.layouts.nanotron_config import parse_model_config
 from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest
 from stream_reshard.model import ModelConfig
+from stream_reshard.small_files import read_capped
 from stream_reshard.staging import files_below
-from stream_reshard.topology import Topology
+from stream_reshard.topology import Topology, padded_size
 from stream_reshard.verify.checkpoint import Checkpoint
 
 _SETTLED_ELSEWHERE = {"vocab_size", "family"}
@@ -31,10 +35,10 @@ def config_differences(source: Checkpoint, copy: Checkpoint, allowed: Collection
             yield DifferenceError(f"{field.name} is {quoted(mine)} in {quoted(copy.root)}, {quoted(theirs)} in the "
                                   f"source")
     for name in sorted(source.extras.keys() | copy.extras.keys()):
-        mine, theirs = copy.extras.get(name), source.extras.get(name)
-        if mine != theirs and name not in allowed:
-            yield DifferenceError(f"{name}: the source says: {theirs or 'nothing'}; {quoted(copy.root)} says: "
-                                  f"{mine or 'nothing'} (--allow {name} accepts it)")
+        own, other = copy.extras.get(name), source.extras.get(name)
+        if (own and own.value) != (other and other.value) and name not in allowed:
+            yield DifferenceError(f"{name}: the source says: {other.text if other else 'nothing'}; {quoted(copy.root)} "
+                                  f"says: {own.text if own else 'nothing'} (--allow {name} accepts it)")
     mine, theirs = copy.vocab_size, source.vocab_size
     if None not in (mine, theirs) and mine != theirs:
         yield DifferenceError(f"the vocabulary has {mine} rows in {quoted(copy.root)}, {theirs} in the source")
@@ -48,17 +52,20 @@ def parameter_differences(source: Checkpoint, copy: Checkpoint) -> Iterator[Diff
                               f"{quoted(other.root)}")
 
 
-def file_set_problems(root: Path, manifest: Manifest | None, tensor_files: Collection[str]) -> Iterator[SourceError]:
-    """Files that are missing or extra. Without a manifest only the tensor files can be judged, which their reader
+def file_set_problems(root: Path, manifest: Manifest | None, tensor_files: Collection[str],
+                      ignored: Collection[str]) -> Iterator[SourceError]:
+    """Files that are missing or extra, but for the ignored ones. Without a manifest only the tensor files can be judged, which their reader
     does for Nanotron; in a Hugging Face folder no shard may stand outside the index."""
-    found = set(files_below(root)) - {MANIFEST_NAME}
+    found = set(files_below(root)) - {MANIFEST_NAME, *ignored}
     if manifest is None:
         shards = {path for path in found if path.endswith(".safetensors") and "/" not in path}
         for path in sorted(shards - set(tensor_files)):
             yield SourceError(f"{quoted(path)} is extra: no index names it")
         return
-    for path in sorted(manifest.files.keys() - found):
-        yield SourceError(f"{quoted(path)} is missing: {MANIFEST_NAME} names it")
+    for path in sorted(manifest.files.keys()):
+        if path not in found or not (root / path).is_file():
+            what = "no file" if path in found else "missing"
+            yield SourceError(f"{quoted(path)} is {what}: {MANIFEST_NAME} names it")
     for path in sorted(found - manifest.files.keys()):
         yield SourceError(f"{quoted(path)} is extra: {MANIFEST_NAME} does not name it")
 
@@ -73,41 +80,60 @@ def digest_problem(root: Path, file: FileDone, digest: str) -> SourceError | Non
                        f"of {file.xxh3_128}{hint}")
 
 
-def training_config_problems(root: Path, checkpoint: Checkpoint, topology: Topology) -> Iterator[SourceError]:
-    """Where the config.yaml that Nanotron trains from does not describe the weights beside it."""
-    text = _yaml(root)
+def training_config_problems(root: Path, checkpoint: Checkpoint, topology: Topology,
+                             max_nbytes: int) -> Iterator[SourceError]:
+    """Where the config.yaml that Nanotron trains from, if there is one, does not describe the weights beside it.
+
+    Raises SourceError or Refused where it makes no sense at all.
+    """
+    text = _yaml(root, max_nbytes)
     if text is None:
         return
-    model = _below(text, "model", "model_config")
-    for field in fields(ModelConfig):
-        if field.name in {*_SETTLED_ELSEWHERE, *_MAY_BE_UNSAID} or field.name not in model:
-            continue
-        if model[field.name] != getattr(checkpoint.config, field.name):
-            yield SourceError(f"{CONFIG_YAML}: {field.name} is {quoted(model[field.name])}, model_config.json says "
-                              f"{quoted(getattr(checkpoint.config, field.name))}")
-    vocab = model.get("vocab_size")
-    if vocab not in (checkpoint.config.vocab_size, checkpoint.vocab_size or vocab):
-        yield SourceError(f"{CONFIG_YAML}: vocab_size is {quoted(vocab)}, the weights have "
-                          f"{checkpoint.config.vocab_size} rows")
-    for axis, size in (("tp", topology.tp), ("pp", topology.pp)):
-        told = _below(text, "parallelism").get(axis)
-        if told is not None and told != size:
-            yield SourceError(f"{CONFIG_YAML}: {axis} is {quoted(told)}, the weight files are cut for {size}")
+    told = parse_model_config(_below(text, "model", "model_config"), f"{CONFIG_YAML}: model_config")
+    pairs = {field.name: (getattr(told.model, field.name), getattr(checkpoint.config, field.name))
+             for field in fields(ModelConfig) if field.name not in {"vocab_size", *_MAY_BE_UNSAID}}
+    pairs["rope_interleaved"] = told.rope_interleaved, checkpoint.interleaved
+    pairs |= {name: (told.extras.get(name), checkpoint.extras.get(name))
+              for name in told.extras.keys() | checkpoint.extras.keys()}
+    parallelism, multiple = _below(text, "parallelism"), _below(text, "model").get("make_vocab_size_divisible_by", 1)
+    pairs |= {axis: (parallelism.get(axis), size) for axis, size in (("tp", topology.tp), ("pp", topology.pp))}
+    if not (type(multiple) is int and multiple > 0):
+        yield SourceError(f"{CONFIG_YAML}: make_vocab_size_divisible_by is {_told(multiple)}, not a positive int")
+    else:
+        pairs["vocab_size, padded,"] = (padded_size(told.model.vocab_size, topology.tp * multiple),
+                                        checkpoint.config.vocab_size)
+    for name, (mine, needed) in pairs.items():
+        if mine != needed:
+            yield SourceError(f"{CONFIG_YAML}: {name} is {_told(mine)}, the weights beside it need {_told(needed)}")
 
 
-def _yaml(root: Path) -> Any:
-    """config.yaml, parsed as data; None where it is absent or PyYAML is not installed (its digest speaks then)."""
-    try:
-        import yaml
-    except ImportError:
+def _told(value: Any) -> str:
+    """A scalar; of anything else its kind only, for aliases can make a short text an endless value."""
+    return quoted(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
+
+
+def _yaml(root: Path, max_nbytes: int) -> Any:
+    """config.yaml, parsed as data; None where it is absent or PyYAML is not installed."""
+    if not has_yaml() or not os.path.lexists(root / CONFIG_YAML):
         return None
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Without merge keys, which let a short text grow without end."""
+
+        def flatten_mapping(self, node: Any) -> None:
+            """Leave `<<` as it stands."""
+
+    content = read_capped(root, CONFIG_YAML, max_nbytes)
     try:
-        with open(root / CONFIG_YAML, "rb") as stream:
-            return yaml.safe_load(stream.read(2**20))
-    except FileNotFoundError:
-        return None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        return yaml.load(content, Loader) or {}
+    except Exception as error:  # PyYAML's constructors raise whatever they stumble over.
         raise SourceError(f"{CONFIG_YAML} cannot be parsed: {quoted(error)}") from error
+
+
+def has_yaml() -> bool:
+    """Whether config.yaml can be read; without PyYAML only its digest is compared."""
+    return importlib.util.find_spec("yaml") is not None
 
 
 def _below(value: Any, *keys: str) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from stream_reshard.box import Box
 from stream_reshard.header import ITEMSIZE, StoredTensor, TensorFile
+from stream_reshard.layouts.nanotron_limits import Limit
 from stream_reshard.model import ModelConfig, Parameter
 from stream_reshard.tensor_file import SourceFile
 
@@ -91,8 +92,10 @@ class Checkpoint:
     """Of Nanotron's, `vocab_size` is the padded one."""
     vocab_size: int | None
     """Rows of the embedding without padding, where the folder says it."""
-    extras: Mapping[str, str]
-    """Settings beyond `config` that change the forward pass, by name, in words."""
+    extras: Mapping[str, Limit]
+    """Settings beyond `config` that change the forward pass, by name."""
+    interleaved: bool
+    """Whether its config says that rotary embedding interleaves the rows of a head."""
     files: tuple[TensorFile, ...]
     weights: Mapping[str, Weight]
     """By parameter."""

@@ -48,8 +48,8 @@ def compare(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule, stop: S
     """Compare a parameter that both have; ends at the first difference."""
     ours, theirs = copy.weights[name], source.weights[name]
     nbytes = ours.num_rows * ours.num_columns * ITEMSIZE[ours.dtype]
-    if fault := _shape_fault(ours, theirs, rule):
-        return Compared(0, nbytes, DifferenceError(f"{_first_file(ours)}: {_title(ours)} {fault}"))
+    if fault := shape_difference(name, source, copy, rule):
+        return Compared(0, nbytes, fault)
     num_rows, num_compared = ours.num_true_rows(rule.vocab_size), 0
     with Opened(source.root, theirs) as expected, Opened(copy.root, ours) as got:
         for first, last in _chosen(name, num_rows, ours, rule):
@@ -69,8 +69,11 @@ def _title(weight: Weight) -> str:
     return weight.parameter.hugging_face
 
 
-def _first_file(weight: Weight) -> str:
-    return quoted(weight.pieces[0].tensor.file)
+def shape_difference(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule) -> DifferenceError | None:
+    """Where shape or dtype of a parameter are not what the source asks for."""
+    ours = copy.weights[name]
+    fault = _shape_fault(ours, source.weights[name], rule)
+    return DifferenceError(f"{quoted(ours.pieces[0].tensor.file)}: {_title(ours)} {fault}") if fault else None
 
 
 def _shape_fault(ours: Weight, theirs: Weight, rule: Rule) -> str | None:

@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint as verify sees it: every parameter is one stored matrix."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from stream_reshard.box import Box
@@ -15,8 +16,8 @@ from stream_reshard.verify.checkpoint import Checkpoint, Piece, Weight, matrix_o
 
 def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems) -> Checkpoint | None:
     """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared."""
-    config = problems.collect(open_config, root)
-    files = problems.collect(open_files, root, max_header_nbytes) if root.is_dir() else None
+    config = problems.collect(open_config, root, max_header_nbytes)
+    files = problems.collect(open_files, root, max_header_nbytes) if os.path.isdir(root) else None
     if config is None or files is None:
         return None
     model = problems.collect(model_of, config, files)
@@ -33,5 +34,5 @@ def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems) ->
             other = tensors[layout.model.by_name[parameter.tied_to].hugging_face]
             if not same_bytes(root, tensors[parameter.hugging_face], other):
                 problems.append(SourceError(f"{parameter.hugging_face} differs from {other.key}, to which it is tied"))
-    extras = {limit.name: limit.text for limit in limits(config, NanotronFormat(Topology()))}
-    return Checkpoint(root, "Hugging Face", config.model, config.model.vocab_size, extras, files, weights)
+    extras = {limit.name: limit for limit in limits(config, NanotronFormat(Topology())) if limit.name != "hidden_act"}
+    return Checkpoint(root, "Hugging Face", config.model, config.model.vocab_size, extras, False, files, weights)

@@ -7,6 +7,7 @@ headers alone. So both must say the same: every rank's file holds the part that 
 """
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,11 +17,12 @@ from stream_reshard.architectures import build_model
 from stream_reshard.box import Box, tiling_fault
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.header import TensorFile, read_header
-from stream_reshard.layouts.hf_config import read_json
+from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.nanotron import NanotronFormat, stages_of
 from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config
 from stream_reshard.layouts.nanotron_files import WeightFile, parse_path, parse_weight_file
 from stream_reshard.model import Parameter
+from stream_reshard.small_files import read_json
 from stream_reshard.staging import files_below
 from stream_reshard.topology import Topology
 from stream_reshard.verify.checkpoint import Checkpoint, Piece, Weight, matrix_of
@@ -33,9 +35,13 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
     if not (root / MODEL_CONFIG_NAME).is_file():
         problems.append(SourceError(f"{quoted(root)} holds no {MODEL_CONFIG_NAME}: it is not a committed checkpoint"))
         return None
-    config = problems.collect(read_model_config, root)
+    config = problems.collect(read_model_config, root, max_header_nbytes)
     files = [file for path in files_below(root / "model")
              if (file := problems.collect(_weight_file, root, f"model/{path}", max_header_nbytes))]
+    if config is not None and config.model.num_hidden_layers > len(files):
+        problems.append(SourceError(f"{MODEL_CONFIG_NAME}: num_hidden_layers is {config.model.num_hidden_layers}, but "
+                                    f"there are {len(files)} weight files in all"))
+        return None
     if config is None:
         return None
     num_before = len(problems)
@@ -61,8 +67,8 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
                         for weight in _weights(groups[name], by_name[name], interleaved)}
     if len(problems) > num_before and not weights:
         return None
-    return Checkpoint(root, "Nanotron", config.model, vocab_size, config.extras, tuple(file.file for file in files),
-                      weights)
+    return Checkpoint(root, "Nanotron", config.model, vocab_size, config.extras, config.rope_interleaved,
+                      tuple(file.file for file in files), weights)
 
 
 def _weight_file(root: Path, path: str, max_header_nbytes: int) -> WeightFile:
@@ -79,9 +85,9 @@ def _disagreements(root: Path, files: list[WeightFile], config: NanotronModelCon
         if len(values) > 1:
             yield SourceError(f"files with several values of {what} stand together: "
                               f"{', '.join(sorted(map(str, values)))}; Nanotron would merge them without a word")
-    metadata = read_json(root, METADATA_NAME) if (root / METADATA_NAME).is_file() else None
+    metadata = read_json(root, METADATA_NAME) if os.path.lexists(root / METADATA_NAME) else None
     for what in ("version", "tp"):
-        if metadata is not None and len(told[what]) == 1 and metadata.get(what) not in told[what]:
+        if metadata is not None and len(told[what]) == 1 and metadata.get(what) not in list(told[what]):
             yield SourceError(f"{METADATA_NAME} says {what} {quoted(metadata.get(what))}, the weight files say "
                               f"{quoted(min(told[what]))}")
     if len(told["pp"]) == 1:
@@ -118,6 +124,8 @@ class _Group:
         split = self.fused[0].split
         if any((file.place is None) != (split is None) for file in self.files):
             yield f"{quoted(self.first)}: {'has no' if split else 'has'} ranks in its name, unlike Nanotron's own file"
+        elif self.files[0].tensor.dtype not in TORCH_DTYPES:
+            yield f"{quoted(self.first)} has the dtype {self.files[0].tensor.dtype}, which is none of a weight's"
         elif len({(file.unsharded_shape, file.tensor.dtype) for file in self.files}) > 1:
             yield f"{quoted(self.first)} and its other ranks disagree on unsharded_shape or dtype"
         elif fault := self._shape_fault() or self._rank_fault():

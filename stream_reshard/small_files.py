@@ -1,0 +1,67 @@
+"""Small files that somebody else made: opened without waiting, read up to a cap, parsed strictly."""
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from stream_reshard.errors import SourceError, quoted
+
+MAX_JSON_NBYTES = 10 * 2**20
+"""Cap on config and index files, as huggingface_hub has for an index."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A file opened for reading, links followed. OSError for what is no file: a pipe would make us wait for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_capped(root: Path, name: str, max_nbytes: int) -> bytes:
+    """The content of `root / name`. Raises SourceError where it cannot be read or has more than `max_nbytes`."""
+    try:
+        with open_regular(root / name) as stream:
+            content = stream.read(max_nbytes + 1)
+    except OSError as error:
+        raise SourceError(f"{quoted(name)} in {quoted(root)}: {error.strerror}") from error
+    if len(content) > max_nbytes:
+        raise SourceError(f"{quoted(name)} has more than {max_nbytes} bytes, the limit for such a file; parsing one "
+                          f"takes many times its size, so a larger --max-memory may raise it")
+    return content
+
+
+def read_json(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTES) -> dict[str, Any]:
+    """The JSON object in `root / name`. Raises SourceError when it is absent, too large, or not an object."""
+    content = read_capped(root, name, min(max_nbytes, MAX_JSON_NBYTES))
+    try:
+        value = strict_json(content)
+    except ValueError as error:
+        raise SourceError(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise SourceError(f"{name} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return table
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number that may stand there")
+
+
+def strict_json(text: bytes) -> Any:
+    """JSON without the extensions of Python's reader: no NaN or Infinity, no key twice. Raises ValueError."""
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_no_twins, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error

@@ -1,0 +1,64 @@
+"""The parts of a comparison that read files: digests, and the weights one by one; and running them."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from stream_reshard import engines
+from stream_reshard.errors import DifferenceError
+from stream_reshard.manifest import FileDone
+from stream_reshard.stop import Stop
+from stream_reshard.tensor_file import digest_of
+from stream_reshard.verify.agreement import digest_problem
+from stream_reshard.verify.checkpoint import Checkpoint
+from stream_reshard.verify.compare import Compared, Rule, compare
+
+Task = Callable[[], Compared]
+
+
+def weight_tasks(source: Checkpoint, copy: Checkpoint, rule: Rule, told: Mapping[str, FileDone],
+                 buffer_nbytes: int, stop: Stop) -> Iterator[Task]:
+    """Every parameter that both have; the digest of a file that the manifest has `told` comes just before the first
+    weight in it, so that the second reading finds it in memory."""
+    left = dict(told)
+    for name in shared(source, copy):
+        for path in dict.fromkeys(piece.tensor.file for piece in copy.weights[name].pieces):
+            if path in left:
+                yield partial(_digest, copy.root, left.pop(path), buffer_nbytes, stop)
+        yield partial(compare, name, source, copy, rule, stop)
+    yield from digest_tasks(copy.root, left, buffer_nbytes, stop)
+
+
+def digest_tasks(root: Path, told: Mapping[str, FileDone], buffer_nbytes: int, stop: Stop) -> Iterator[Task]:
+    """The digests that the manifest has `told`."""
+    return (partial(_digest, root, file, buffer_nbytes, stop) for file in told.values())
+
+
+def shared(source: Checkpoint, copy: Checkpoint) -> list[str]:
+    """Names of the parameters that both have."""
+    return [name for name in copy.weights if name in source.weights]
+
+
+def _digest(root: Path, file: FileDone, buffer_nbytes: int, stop: Stop) -> Compared:
+    nbytes = (root / file.path).stat().st_size
+    digest = digest_of(root, file.path, memoryview(bytearray(min(buffer_nbytes, max(nbytes, 1)))), stop)
+    problem = digest_problem(root, file, digest)
+    return Compared(0, nbytes, DifferenceError(str(problem)) if problem else None, is_digest=True)
+
+
+def run(tasks: list[Task], num_workers: int, stop: Stop, progress: Callable[[int, int], None]) -> Iterator[Compared]:
+    """What each task saw, as they finish; `progress(done, total)` counts tasks."""
+    executor = ThreadPoolExecutor(num_workers) if num_workers > 1 else None
+    try:
+        for num_done, (_, compared) in enumerate(engines.run_all(lambda task: task(), tasks, executor), 1):
+            progress(num_done, len(tasks))
+            stop.check()
+            yield compared
+    except BaseException:
+        stop.request()  # Tasks under way on other threads need not be waited for.
+        raise
+    finally:
+        if executor:
+            executor.shutdown(cancel_futures=True)
