@@ -10,7 +10,11 @@ from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.manifest import MANIFEST_NAME
 from stream_reshard.staging import MARKER_NAME, SUFFIX_NBYTES, files_below, replaced_beside, staging_of
 
-_MAX_NAME_NBYTES = 255
+_MAX_NAME_NBYTES, _MAX_PATH_NBYTES = 255, 4095
+"""NAME_MAX and PATH_MAX of Linux, without the NUL."""
+
+_BELOW_NBYTES = 256
+"""What the path of a weight file has below the destination, at most."""
 
 
 def destination_problems(source: Path, destination: Path, overwrite: bool) -> Iterator[StreamReshardError]:
@@ -21,6 +25,10 @@ def destination_problems(source: Path, destination: Path, overwrite: bool) -> It
                                f"what is put beside it while the run lasts, where {_MAX_NAME_NBYTES} are possible")
         return
     real = destination.resolve()
+    if (nbytes := len(os.fsencode(real))) + _BELOW_NBYTES > _MAX_PATH_NBYTES:
+        yield DestinationError(f"{quoted(destination)}: File name too long: {nbytes} bytes, and {_BELOW_NBYTES} more "
+                               f"for what stands in it, where {_MAX_PATH_NBYTES} are possible")
+        return
     if _is_same_or_inside(real, source.resolve()) or _is_same_or_inside(source.resolve(), real):
         yield DestinationError(f"{quoted(destination)} and the source {quoted(source)} are the same folder or one is "
                                f"inside the other; choose another DST")

@@ -23,6 +23,7 @@ from stream_reshard.jobs import Work, run_job
 from stream_reshard.lock import Lock
 from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest, with_files
 from stream_reshard.plan import Job, Plan
+from stream_reshard.small_files import open_regular
 from stream_reshard.staging import MARKER_NAME, Staging, clear_old, holds, lock_of, was_swapped
 from stream_reshard.stop import Stop
 from stream_reshard.tensor_file import Identity, changed, identity_of
@@ -156,7 +157,7 @@ def _add_small_files(output: Output, how: How, staging: Staging) -> Manifest:
 
 def _opened(path: Path) -> BinaryIO:
     try:
-        return open(path, "rb")
+        return open_regular(path)
     except OSError as error:
         raise SourceError(f"{quoted(path)}: {error.strerror}; nothing was committed") from error
 

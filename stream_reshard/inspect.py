@@ -59,7 +59,8 @@ def _inspect_nanotron(root: Path) -> dict[str, Any]:
             "topologies_tp_pp": sizes, "num_ranks": len({(place.pp, place.tp) for place in places}),
             "vocab_size_padded": _scalar(config.get("vocab_size")),
             "tied": _scalar(config.get("tie_word_embeddings")),
-            "rope_interleaved": _scalar(config.get("rope_interleaved")), "dtypes": _dtypes(files), "num_files": len(paths),
+            "rope_interleaved": _scalar(config.get("rope_interleaved")),
+            "dtypes": _dtypes(files), "num_files": len(paths),
             "nbytes": sum(file.nbytes for file in files), "faults": list(map(str, problems))}
 
 

@@ -41,7 +41,7 @@ def lock_of(destination: Path) -> Path:
 def replaced_beside(destination: Path) -> Iterator[Path]:
     """Overwritten destinations that a stopped run did not come to remove."""
     pattern = re.compile(rf"\.{re.escape(destination.name)}\.[0-9a-f]{{12}}\.replaced")
-    beside = destination.parent.iterdir() if destination.parent.is_dir() else ()
+    beside = destination.parent.iterdir() if os.path.isdir(destination.parent) else ()
     return (path for path in beside if pattern.fullmatch(path.name))
 
 

@@ -66,12 +66,23 @@ def test_sigkill_at_random_times(tmp_path, figures, number):
 
 
 def make_overwriting(root):
-    """An older checkpoint stands at the destination."""
+    """An older checkpoint of another topology stands at the destination."""
     def before(case):
         assert main([str(case.source), str(case.destination), "--quiet", "--max-memory", "4GiB"]) == 0
         case.old = tree_of(case.destination)
 
     return Case(root, (*FLAGS, "--overwrite"), before=before)
+
+
+def make_replacing_a_damaged_one(root):
+    """What stands there is of the same plan, but a bit of it has rotted: only by the folder are the two told apart."""
+    def before(case):
+        assert main([str(case.source), str(case.destination), *FLAGS]) == 0
+        path = next(case.destination.rglob("*o_proj/*tp-rank-1*"))
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+        case.old = tree_of(case.destination)
+
+    return Case(root, (*FLAGS, "--overwrite", "--verify"), before=before)
 
 
 def killed_overwriting(case, point):
@@ -81,13 +92,14 @@ def killed_overwriting(case, point):
 
 
 @pytest.mark.parametrize("number", [QUICK, HEAVY])
-def test_sigkill_while_overwriting(tmp_path, figures, number):
+@pytest.mark.parametrize("make_old", [make_overwriting, make_replacing_a_damaged_one])
+def test_sigkill_while_overwriting(tmp_path, figures, make_old, number):
     """The old checkpoint, or the new one, but always a whole one; and only the last part of the run differs."""
     (tmp_path / "count").mkdir()
-    count = len(make_overwriting(tmp_path / "count").operations())
+    count = len(make_old(tmp_path / "count").operations())
     points = [(at, after) for at in range(max(1, count - 150), count + 1) for after in (False, True)]
-    figures("SIGKILL while overwriting", *campaign(tmp_path, make_overwriting, killed_overwriting,
-                                                  sample(points, number)))
+    figures(f"SIGKILL, {make_old.__name__[5:]}", *campaign(tmp_path, make_old, killed_overwriting,
+                                                         sample(points, number)))
 
 
 def failed(case, point):

@@ -114,7 +114,7 @@ def _check_names(other: Side, how: How) -> None:
 
 def _budget(original: Side, other: Side, how: How, allowed: int, reserved: int) -> memory.MemoryPlan:
     source, copy = original.checkpoint, other.checkpoint
-    casts = bool(source and copy and not how.quick and any(
+    casts = bool(source and copy and not how.quick and _cast_to(other, how) and any(
         source.weights[name].dtype != copy.weights[name].dtype for name in shared(source, copy)))
     budget = memory.plan_memory(allowed, reserved, how.num_workers, casts, needs_numpy=True)
     if budget.projected > budget.allowed:
@@ -157,9 +157,13 @@ def _tasks(original: Side, other: Side, how: How, budget: memory.MemoryPlan, sto
 
 
 def _rule(source: Checkpoint, copy: Checkpoint, other: Side, how: How, budget: memory.MemoryPlan) -> Rule:
-    wanted = how.dtype if how.dtype != "keep" else other.dtype
+    return Rule(budget.block_nbytes // 4, _vocab_size(source, copy), _cast_to(other, how), how.sample, how.seed)
+
+
+def _cast_to(other: Side, how: How) -> str | None:
+    """The safetensors dtype that the source is cast to; None where it is compared as it is."""
     names = {torch: name for name, torch in TORCH_DTYPES.items()}
-    return Rule(budget.block_nbytes // 4, _vocab_size(source, copy), names.get(wanted), how.sample, how.seed)
+    return names.get(how.dtype if how.dtype != "keep" else other.dtype)
 
 
 def _vocab_size(source: Checkpoint, copy: Checkpoint) -> int:

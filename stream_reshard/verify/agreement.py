@@ -54,8 +54,8 @@ def parameter_differences(source: Checkpoint, copy: Checkpoint) -> Iterator[Diff
 
 def file_set_problems(root: Path, manifest: Manifest | None, tensor_files: Collection[str],
                       ignored: Collection[str]) -> Iterator[SourceError]:
-    """Files that are missing or extra, but for the ignored ones. Without a manifest only the tensor files can be judged, which their reader
-    does for Nanotron; in a Hugging Face folder no shard may stand outside the index."""
+    """Files that are missing or extra, but for the ignored ones. Without a manifest only the tensor files can be
+    judged, which their reader does for Nanotron; in a Hugging Face folder no shard may stand outside the index."""
     found = set(files_below(root)) - {MANIFEST_NAME, *ignored}
     if manifest is None:
         shards = {path for path in found if path.endswith(".safetensors") and "/" not in path}
@@ -100,8 +100,8 @@ def training_config_problems(root: Path, checkpoint: Checkpoint, topology: Topol
     if not (type(multiple) is int and multiple > 0):
         yield SourceError(f"{CONFIG_YAML}: make_vocab_size_divisible_by is {_told(multiple)}, not a positive int")
     else:
-        pairs["vocab_size, padded,"] = (padded_size(told.model.vocab_size, topology.tp * multiple),
-                                        checkpoint.config.vocab_size)
+        pairs["vocab_size padded to make_vocab_size_divisible_by"] = (
+            padded_size(told.model.vocab_size, topology.tp * multiple), checkpoint.config.vocab_size)
     for name, (mine, needed) in pairs.items():
         if mine != needed:
             yield SourceError(f"{CONFIG_YAML}: {name} is {_told(mine)}, the weights beside it need {_told(needed)}")
@@ -126,9 +126,24 @@ def _yaml(root: Path, max_nbytes: int) -> Any:
 
     content = read_capped(root, CONFIG_YAML, max_nbytes)
     try:
-        return yaml.load(content, Loader) or {}
+        value = yaml.load(content, Loader) or {}
     except Exception as error:  # PyYAML's constructors raise whatever they stumble over.
         raise SourceError(f"{CONFIG_YAML} cannot be parsed: {quoted(error)}") from error
+    if _size(value, 4 * len(content)) > 4 * len(content):
+        raise SourceError(f"{CONFIG_YAML} is {len(content)} bytes long, but references make it endless")
+    return value
+
+
+def _size(value: Any, limit: int) -> int:
+    """Characters and values in what was parsed, references followed, up to about `limit`: a few lines of references
+    to references can stand for more than any memory holds."""
+    total, waiting = 0, [value]
+    while waiting and total <= limit:
+        item = waiting.pop()
+        total += 1 + len(item) if isinstance(item, (str, bytes, dict, list, tuple, set)) else 1
+        if isinstance(item, (dict, list, tuple, set)):
+            waiting += [*item.keys(), *item.values()] if isinstance(item, dict) else item
+    return total
 
 
 def has_yaml() -> bool:

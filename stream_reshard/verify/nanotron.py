@@ -17,7 +17,6 @@ from stream_reshard.architectures import build_model
 from stream_reshard.box import Box, tiling_fault
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.header import TensorFile, read_header
-from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.nanotron import NanotronFormat, stages_of
 from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config
 from stream_reshard.layouts.nanotron_files import WeightFile, parse_path, parse_weight_file
@@ -56,7 +55,7 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
     for name in sorted(by_name.keys() - groups.keys()):
         problems.append(SourceError(f"{quoted(by_name[name][0].file.path)} holds a parameter that the model does not "
                                     f"have"))
-    problems.extend(problems.collect(lambda: list(_disagreements(root, files, config))) or ())
+    problems.extend(problems.collect(lambda: list(_disagreements(root, files, config, max_header_nbytes))) or ())
     weights: dict[str, Weight] = {}
     for name in sorted(groups.keys() & by_name.keys()):
         faults = list(_Group(groups[name], by_name[name]).faults())
@@ -75,7 +74,8 @@ def _weight_file(root: Path, path: str, max_header_nbytes: int) -> WeightFile:
     return parse_weight_file(read_header(root, path, max_header_nbytes))
 
 
-def _disagreements(root: Path, files: list[WeightFile], config: NanotronModelConfig) -> Iterator[SourceError]:
+def _disagreements(root: Path, files: list[WeightFile], config: NanotronModelConfig,
+                   max_nbytes: int) -> Iterator[SourceError]:
     """What the files say of the whole checkpoint, against each other and checkpoint_metadata.json."""
     placed = [file for file in files if file.place]
     places = [file.place for file in files if file.place]
@@ -85,7 +85,7 @@ def _disagreements(root: Path, files: list[WeightFile], config: NanotronModelCon
         if len(values) > 1:
             yield SourceError(f"files with several values of {what} stand together: "
                               f"{', '.join(sorted(map(str, values)))}; Nanotron would merge them without a word")
-    metadata = read_json(root, METADATA_NAME) if os.path.lexists(root / METADATA_NAME) else None
+    metadata = read_json(root, METADATA_NAME, max_nbytes) if os.path.lexists(root / METADATA_NAME) else None
     for what in ("version", "tp"):
         if metadata is not None and len(told[what]) == 1 and metadata.get(what) not in list(told[what]):
             yield SourceError(f"{METADATA_NAME} says {what} {quoted(metadata.get(what))}, the weight files say "
@@ -124,8 +124,6 @@ class _Group:
         split = self.fused[0].split
         if any((file.place is None) != (split is None) for file in self.files):
             yield f"{quoted(self.first)}: {'has no' if split else 'has'} ranks in its name, unlike Nanotron's own file"
-        elif self.files[0].tensor.dtype not in TORCH_DTYPES:
-            yield f"{quoted(self.first)} has the dtype {self.files[0].tensor.dtype}, which is none of a weight's"
         elif len({(file.unsharded_shape, file.tensor.dtype) for file in self.files}) > 1:
             yield f"{quoted(self.first)} and its other ranks disagree on unsharded_shape or dtype"
         elif fault := self._shape_fault() or self._rank_fault():
