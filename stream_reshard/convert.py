@@ -148,9 +148,10 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     names += [INDEX_NAME, *copies]
     conversion = Conversion(options, config, format, plan, budget, tuple(_notes(options, config, format, source)),
                             copies, {name: identities[name] for name in names if name in identities})
-    if options.destination is not None and not conversion.is_done:
+    if options.destination is not None and (options.overwrite or not conversion.is_done):
         problems.extend(occupation_problems(options.destination, options.overwrite))
-    problems.extend(_resource_problems(conversion))
+        problems.extend(_disk_problems(conversion, options.destination.resolve()))
+    problems.extend(_memory_problems(budget))
     problems.raise_if_any()
     return conversion
 
@@ -255,15 +256,15 @@ def _tie_problems(source: Layout) -> Iterator[StreamReshardError]:
                                   f"tie_word_embeddings; set it to false if the head is its own")
 
 
-def _resource_problems(conversion: Conversion) -> Iterator[StreamReshardError]:
-    budget = conversion.memory
+def _memory_problems(budget: memory.MemoryPlan) -> Iterator[StreamReshardError]:
     if budget.projected > budget.allowed:
         yield ResourceError(f"--max-memory {memory.human(budget.allowed)} cannot be kept: the run would reach "
                             f"{memory.human(budget.projected)} with {budget.num_workers} workers"
                             f"{' and torch for casts' if budget.casts else ''}; raise it, or lower --workers")
-    if conversion.options.destination is None:
-        return
-    free, num_free = disk_free(conversion.options.destination.resolve())
+
+
+def _disk_problems(conversion: Conversion, destination: Path) -> Iterator[StreamReshardError]:
+    free, num_free = disk_free(destination)
     if conversion.disk_nbytes > free:
         yield ResourceError(f"the destination needs {memory.human(conversion.disk_nbytes)}, its disk has "
                             f"{memory.human(free)} free")

@@ -1,0 +1,88 @@
+"""A file is whole under its final name, with the digest of what it holds, or it is not there."""
+import hashlib
+import os
+import random
+
+import pytest
+import xxhash
+
+from stream_reshard import durable
+from stream_reshard.durable import NewFile, exchange, make_folder
+from stream_reshard.errors import DestinationError, ResourceError
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled", "with gaps filled later"])
+@pytest.mark.parametrize("size", [0, 1000])
+def test_the_digest_is_that_of_the_content_however_it_was_written(tmp_path, order, size):
+    content = hashlib.shake_128(b"content").digest(1000)
+    pieces = [(at, content[at:at + 100]) for at in range(0, 1000, 100)]
+    if order == "backwards":
+        pieces.reverse()
+    elif order == "shuffled":
+        random.Random(1).shuffle(pieces)
+    elif order.startswith("with gaps"):
+        pieces = pieces[::2] + pieces[1::2]
+    with NewFile(tmp_path / "x", size) as file:
+        for at, piece in pieces:
+            file.write(at, [piece[:30], piece[30:]])
+        digest = file.commit(memoryview(bytearray(64)))
+    assert (tmp_path / "x").read_bytes() == content
+    assert digest == xxhash.xxh3_128(content).hexdigest()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_nothing_is_there_before_the_commit_nor_after_a_failure(tmp_path):
+    with pytest.raises(RuntimeError), NewFile(tmp_path / "x", 10) as file:
+        file.write(0, [b"01234"])
+        assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_that_name_stands_until_the_new_one_is_whole(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with NewFile(tmp_path / "x") as file:
+        file.write(0, [b"new"])
+        assert (tmp_path / "x").read_text() == "old"
+        file.commit()
+    assert (tmp_path / "x").read_text() == "new"
+
+
+def test_a_size_that_no_disk_has_is_refused_at_once(tmp_path):
+    with pytest.raises(ResourceError, match="free some space|raise the limit|No space|too large"):
+        NewFile(tmp_path / "x", 2**62).__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+def test_many_pieces_are_gathered(tmp_path):
+    pieces = [bytes([i % 251]) for i in range(5 * durable.MAX_PIECES + 3)]
+    with NewFile(tmp_path / "x") as file:
+        file.write(0, pieces)
+        file.commit()
+    assert (tmp_path / "x").read_bytes() == b"".join(pieces)
+
+
+def test_two_names_are_swapped_in_one_step(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not exchange(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this file system cannot swap names")
+    assert os.listdir(tmp_path / "a") == ["b"] and os.listdir(tmp_path / "b") == ["a"]
+    with pytest.raises(FileNotFoundError):
+        exchange(tmp_path / "a", tmp_path / "absent")
+
+
+def test_folders_are_made_with_what_is_above_them(tmp_path):
+    make_folder(tmp_path / "a" / "b" / "c")
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError):
+        make_folder(tmp_path / "file" / "d")
+
+
+def test_errors_of_the_destination_say_whether_to_choose_another_or_to_try_again(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DestinationError, match="file/x': (Not a directory|File exists)"):
+        NewFile(tmp_path / "file" / "x").__enter__()
