@@ -176,7 +176,7 @@ def sync_folder(path: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """Make a folder and what is missing above it, all of it durable."""
-    missing = [path, *path.parents][:1 + sum(not parent.exists() for parent in path.parents)]
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         sync_folder(folder.parent)

@@ -82,6 +82,26 @@ def test_folders_are_made_with_what_is_above_them(tmp_path):
         make_folder(tmp_path / "file" / "d")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+def test_a_folder_that_nobody_may_list_can_stand_above(tmp_path):
+    """Shared disks have such: everyone may pass through, nobody may look around, and so nobody can sync it."""
+    os.chmod(tmp_path, 0o711)
+    (tmp_path / "mine").mkdir()
+    os.chown(tmp_path / "mine", 12345, -1)
+    for parent in tmp_path.parents:
+        os.chmod(parent, os.stat(parent).st_mode | 0o011)
+    if not (pid := os.fork()):
+        code = 1
+        try:
+            os.setuid(12345)
+            make_folder(tmp_path / "mine")
+            make_folder(tmp_path / "mine" / "a" / "b")
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0 and (tmp_path / "mine" / "a" / "b").is_dir()
+
+
 def test_errors_of_the_destination_say_whether_to_choose_another_or_to_try_again(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DestinationError, match="file/x': (Not a directory|File exists)"):
