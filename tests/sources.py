@@ -25,6 +25,8 @@ DTYPES = {"uint16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"
 """The safetensors dtype under which an array is saved: a uint16 is a bfloat16."""
 
 INDEX = "model.safetensors.index.json"
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+"""Names of the index, and of the shards where there are two."""
 
 
 def shapes_of(family: str, config: Mapping[str, Any], tied: bool) -> dict[str, tuple[int, ...]]:

@@ -99,7 +99,7 @@ def test_sigkill_while_overwriting(tmp_path, figures, make_old, number):
     count = len(make_old(tmp_path / "count").operations())
     points = [(at, after) for at in range(max(1, count - 150), count + 1) for after in (False, True)]
     figures(f"SIGKILL, {make_old.__name__[5:]}", *campaign(tmp_path, make_old, killed_overwriting,
-                                                         sample(points, number)))
+                                                           sample(points, number)))
 
 
 def failed(case, point):
@@ -175,7 +175,7 @@ def signalled(case, point):
 
 
 @pytest.mark.parametrize("number", [pytest.param(20, id="sample"), pytest.param(200, id="all",
-                                                                              marks=pytest.mark.heavy)])
+                                                                                marks=pytest.mark.heavy)])
 def test_signals_stop_cleanly(tmp_path, figures, number):
     count = len(Case(tmp_path / "count").operations())
     chooser = random.Random(3)

@@ -83,7 +83,7 @@ def changed(case, point):
 
 
 @pytest.mark.parametrize("number", [pytest.param(2, id="sample"), pytest.param(20, id="all",
-                                                                             marks=pytest.mark.heavy)])
+                                                                               marks=pytest.mark.heavy)])
 def test_a_source_that_changes_under_the_run(tmp_path, figures, number):
     case = Case(tmp_path / "count")
     last = max(at for at, name in enumerate(case.operations(), 1) if name == "posix_fallocate")  # Of a tensor file.

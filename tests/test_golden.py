@@ -1,13 +1,11 @@
 """The tree under model/ is the one that the real Nanotron saved: same files, header fields and tensor bytes."""
 import json
 import re
-from pathlib import Path
 
 import pytest
+from trees import GOLDEN
 
 from stream_reshard.cli import main
-
-GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden checkpoints are not beside this checkout")
 

@@ -10,30 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from trees import write_sparse_source
 
-from stream_reshard.header import pack_header
 from stream_reshard.memory import parse_nbytes
 
 ROOT = Path(__file__).parents[1]
-
-
-def write_sparse_source(root, vocab, hidden=1024):
-    """A one-layer Llama with a vast embedding of zeros that takes no disk: (vocab, hidden) in bfloat16."""
-    root.mkdir()
-    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": 512,
-              "num_hidden_layers": 1, "num_attention_heads": 8, "vocab_size": vocab, "tie_word_embeddings": True}
-    (root / "config.json").write_text(json.dumps(config))
-    square = (hidden, hidden)
-    shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
-    layer = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), "mlp.gate_proj": (512, hidden),
-             "mlp.up_proj": (512, hidden), "mlp.down_proj": (hidden, 512)}
-    layer |= {f"self_attn.{x}_proj": square for x in "qkvo"}
-    shapes |= {f"model.layers.0.{name}.weight": shape for name, shape in layer.items()}
-    header = pack_header([(key, "BF16", shape) for key, shape in shapes.items()], {})
-    nbytes = sum(2 * shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes.values())
-    with open(root / "model.safetensors", "wb") as stream:
-        stream.write(header)
-        stream.truncate(len(header) + nbytes)
 
 
 def peak_of(command):

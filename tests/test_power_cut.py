@@ -96,7 +96,7 @@ def unmount_all(folder):
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
 @pytest.mark.parametrize("number", [pytest.param(6, id="sample"), pytest.param(100, id="all",
-                                                                              marks=pytest.mark.heavy)])
+                                                                               marks=pytest.mark.heavy)])
 def test_power_cut(tmp_path, figures, kind, number):
     if not shutil.which(MAKE[kind][0]):
         pytest.skip(f"{MAKE[kind][0]} is not installed")

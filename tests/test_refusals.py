@@ -9,13 +9,12 @@ import shutil
 
 import numpy as np
 import pytest
-from sources import INDEX, bfloat16, edit_config, edit_text, make_source, raw_file
+from sources import INDEX, ONE, TWO, bfloat16, edit_config, edit_text, make_source, raw_file
 
 from stream_reshard.cli import main
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 NORM = "model.norm.weight"
-ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 ENTRY = '"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}'
 
 

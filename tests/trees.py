@@ -1,26 +1,21 @@
-"""What the tests of verify need: checkpoints of every kind, an oracle of where each weight stands, ways to break a folder.
+"""Checkpoints of every kind, and an oracle of where each weight stands.
 
 The oracle reads bytes and header text with numpy and has its own table of names; no code of the package is in it.
 """
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import psutil
-import xxhash
-from sources import CONFIG, make_source, make_tensors, raw_file, shapes_of
+from running import call
+from sources import CONFIG, make_source, make_tensors, shapes_of
 
-from stream_reshard.cli import main
+from stream_reshard.header import pack_header
 
-ROOT = Path(__file__).parents[1]
+MANIFEST, EMBEDDING, NORM = "stream_reshard.json", "token_embedding", "final_layer_norm"
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+"""Where the checkpoints lie that Nanotron itself saved."""
 
 SAID = {"rope_theta": 5e5, "initializer_range": 0.01, "pad_token_id": 3}
 """With this no value in a config is the one that a reader would take for it if it were absent."""
@@ -43,12 +38,14 @@ KINDS = {
     "hf": ({}, None), "hf3": ({"num_shards": 3}, None), "tp1": ({}, []), "tp2pp2": ({}, ["--tp", "2", "--pp", "2"]),
     "interleaved": ({}, ["--tp", "2", "--pp", "2", "--rope", "interleaved"]), "padded": ({}, ["--vocab-multiple", "8"]),
     "tied_hf": ({"tied": True}, None), "tied_hf3": ({"tied": True, "num_shards": 3}, None),
-    "tied_tp2": ({"tied": True}, ["--tp", "2"]), "tied_padded": ({"tied": True}, ["--pp", "2", "--vocab-multiple", "8"]),
+    "tied_tp2": ({"tied": True}, ["--tp", "2"]),
+    "tied_padded": ({"tied": True}, ["--pp", "2", "--vocab-multiple", "8"]),
     "qwen2_hf": ({"family": "qwen2"}, None), "qwen2_tp2": ({"family": "qwen2"}, ["--tp", "2", "--pp", "2"]),
     "qwen2_interleaved": ({"family": "qwen2"}, ["--rope", "interleaved"]),
     "old_hf": ({"config": OLD}, None), "1.2": ({"config": OLD}, ["--checkpoint-version", "1.2", "--pp", "2"]),
     "1.4": ({"config": OLD}, ["--checkpoint-version", "1.4", "--tp", "2"]),
-    "float_hf": (FLOAT, None), "float_cast": (FLOAT, ["--tp", "2", "--dtype", "bfloat16"]), "rounded_hf": (ROUNDED, None),
+    "float_hf": (FLOAT, None), "float_cast": (FLOAT, ["--tp", "2", "--dtype", "bfloat16"]),
+    "rounded_hf": (ROUNDED, None),
     "raised_hf": (RAISED, None), "rounded_tp2": (ROUNDED, ["--tp", "2", "--pp", "2"])}
 """(what make_source is told, flags of the conversion or None where there is none), by name."""
 
@@ -65,50 +62,23 @@ def make(root, kind):
     return root / kind / "nt"
 
 
-def call(*arguments):
-    """What the command ends with; argparse raises SystemExit. A test process holds much, and what hangs there hangs."""
-    limits = [] if arguments[0] == "inspect" else ["--max-memory", "8GiB"]
-    limits += [] if arguments[0] == "inspect" or "--workers" in arguments else ["--workers", "1"]
-    try:
-        return main([*map(str, arguments), *limits])
-    except SystemExit as stop:
-        return stop.code
-
-
-class TooLong(BaseException):
-    """No exception that the package could take for its own."""
-
-
-@contextmanager
-def deadline(seconds):
-    """Ends what hangs, such as the opening of a pipe that nobody writes to."""
-    def handle(number, frame):
-        raise TooLong
-
-    before, is_late = signal.signal(signal.SIGALRM, handle), False
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    except TooLong:
-        is_late = True
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert not is_late, f"not done after {seconds} s"
-
-
-def measured(*arguments):
-    """(exit code, peak of the process tree's summed resident set in bytes, stderr) of a command in its own process."""
-    command = [sys.executable, "-m", "stream_reshard", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, text=True)
-    tree, peak = psutil.Process(process.pid), 0
-    while process.poll() is None:
-        try:
-            peak = max(peak, sum(p.memory_info().rss for p in [tree, *tree.children(recursive=True)]))
-        except psutil.Error:
-            pass
-        time.sleep(0.003)
-    return process.returncode, peak, process.stderr.read()
+def write_sparse_source(root, vocab, hidden=1024):
+    """A one-layer Llama with a vast embedding of zeros that takes no disk: (vocab, hidden) in bfloat16."""
+    root.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": 512,
+              "num_hidden_layers": 1, "num_attention_heads": 8, "vocab_size": vocab, "tie_word_embeddings": True}
+    (root / "config.json").write_text(json.dumps(config))
+    square = (hidden, hidden)
+    shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    layer = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), "mlp.gate_proj": (512, hidden),
+             "mlp.up_proj": (512, hidden), "mlp.down_proj": (hidden, 512)}
+    layer |= {f"self_attn.{x}_proj": square for x in "qkvo"}
+    shapes |= {f"model.layers.0.{name}.weight": shape for name, shape in layer.items()}
+    header = pack_header([(key, "BF16", shape) for key, shape in shapes.items()], {})
+    nbytes = sum(2 * shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in shapes.values())
+    with open(root / "model.safetensors", "wb") as stream:
+        stream.write(header)
+        stream.truncate(len(header) + nbytes)
 
 
 def raw_of(path):
@@ -152,7 +122,8 @@ class Oracle:
         wholes = {}
         for path in sorted((self.root / "model").rglob("*.safetensors")):
             local, metadata = self._opened(path)["data"], raw_of(path)[0].get("__metadata__")
-            folder, suffix = path.parent.relative_to(self.root / "model" / "model"), re.match("model_([a-z]+)", path.name)
+            folder = path.parent.relative_to(self.root / "model" / "model")
+            suffix = re.match("model_([a-z]+)", path.name)
             name = ".".join([*folder.parts, suffix[1]])
             if not metadata:
                 wholes[name] = local
@@ -201,11 +172,13 @@ def _named(name, whole, config, vocab_size):
     d, ffn = hidden // heads, config["intermediate_size"]
     stem, _, suffix = name.rpartition(".")
     if not stem.startswith("decoder"):
-        names = {"token_position_embeddings": "model.embed_tokens", "final_layer_norm": "model.norm", "lm_head": "lm_head"}
+        names = {"token_position_embeddings": "model.embed_tokens", "final_layer_norm": "model.norm",
+                 "lm_head": "lm_head"}
         yield f"{names[stem.split('.')[0]]}.{suffix}", whole if stem.startswith("final") else whole[:vocab_size]
         return
     _, layer, _, rest = stem.split(".", 3)
-    rows = {"attn.qkv_proj": {"self_attn.q_proj": heads * d, "self_attn.k_proj": kv_heads * d, "self_attn.v_proj": None},
+    rows = {"attn.qkv_proj": {"self_attn.q_proj": heads * d, "self_attn.k_proj": kv_heads * d,
+                              "self_attn.v_proj": None},
             "mlp.gate_up_proj": {"mlp.gate_proj": ffn, "mlp.up_proj": None}, "attn.o_proj": {"self_attn.o_proj": None}}
     for part, size in rows.get(rest, {rest: None}).items():
         own, whole = (whole, None) if size is None else (whole[:size], whole[size:])
@@ -213,106 +186,3 @@ def _named(name, whole, config, vocab_size):
             turned = own.reshape(-1, d, *own.shape[1:])
             own = turned[:, [*range(0, d, 2), *range(1, d, 2)]].reshape(own.shape)
         yield f"model.layers.{layer}.{part}.{suffix}", own
-
-
-def poke(path, offset, bit=0):
-    """Flip one bit of a file."""
-    raw = bytearray(path.read_bytes())
-    raw[offset] ^= 1 << bit
-    path.write_bytes(raw)
-
-
-def every(root, *words):
-    """The files below a folder whose paths hold all words, sorted."""
-    found = sorted(path for path in root.rglob("*") if not path.is_dir() and all(word in str(path) for word in words))
-    assert found, f"no file of {words}"
-    return found
-
-
-def swap(root, word, data_only=False):
-    """Exchange the files of tensor-parallel ranks 0 and 1, or only what follows their headers."""
-    one, other = every(root, word, "tp-rank-0")[0], every(root, word, "tp-rank-1")[0]
-    (_, a, first), (_, b, second) = raw_of(one), raw_of(other)
-    one.write_bytes(first[:a] + second[b:] if data_only else second)
-    other.write_bytes(second[:b] + first[a:] if data_only else first)
-
-
-def unshard(root, word):
-    """One file, as of a parameter that is not sharded, in place of the rank files of one that is split by rows."""
-    paths = every(root, word, "-rank-")
-    data = b"".join(raw[begin:] for _, begin, raw in map(raw_of, paths))
-    entry = raw_of(paths[0])[0]["data"] | {"data_offsets": [0, len(data)]}
-    entry["shape"][0] *= len(paths)
-    paths[0].with_name("model_weight.safetensors").write_bytes(raw_file(json.dumps({"data": entry}), data))
-    for path in paths:
-        path.unlink()
-
-
-def rename(root, word, old, new):
-    """Another name for the files whose path holds `word`."""
-    for path in every(root, word, old):
-        (target := Path(str(path).replace(old, new))).parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
-
-
-def edit_header(root, old, new, *words, count=None):
-    """Change the header text of `count` files, or all; its length may change."""
-    for path in every(root, *words, ".safetensors")[:count]:
-        raw = path.read_bytes()
-        begin = 8 + int.from_bytes(raw[:8], "little")
-        assert old.encode() in raw[:begin], (old, raw[:begin])
-        text = raw[8:begin].replace(old.encode(), new.encode()).rstrip()
-        text += b" " * (-len(text) % 8)
-        path.write_bytes(len(text).to_bytes(8, "little") + text + raw[begin:])
-
-
-def edit_json(root, name, **changes):
-    """Change keys of a JSON file; the value `...` takes a key out."""
-    changed = json.loads((root / name).read_text()) | changes
-    (root / name).write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
-
-
-def edit_yaml(root, old, new):
-    """Change the text of config.yaml."""
-    text = (root / "config.yaml").read_text()
-    assert old in text, old
-    (root / "config.yaml").write_text(text.replace(old, new, 1))
-
-
-def replace(path, make, *arguments):
-    """Something else under the name of a file: a link, a pipe, a folder."""
-    path.unlink(missing_ok=True) if not path.is_dir() else shutil.rmtree(path)
-    make(*arguments, path)
-
-
-def forge(root, change):
-    """Change the manifest and give it the digest that it then must have."""
-    path = root / "stream_reshard.json"
-    value = json.loads(path.read_text())
-    del value["xxh3_128"]
-    change(value)
-    rest = json.dumps(value, indent=1)[2:].encode()
-    path.write_bytes(b'{"xxh3_128": "%s",\n' % xxhash.xxh3_128(rest).hexdigest().encode() + rest)
-
-
-_OPENED = []
-
-
-def _note(event, arguments):
-    if event == "open" and _OPENED:
-        _OPENED.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes)) else "")
-
-
-@contextmanager
-def opened():
-    """The paths that are opened meanwhile, absolute; an audit hook cannot be taken away, so it stays and notes nothing."""
-    if not getattr(opened, "is_hooked", False):
-        sys.addaudithook(_note)
-        opened.is_hooked = True
-    found = []
-    _OPENED.append("")
-    try:
-        yield found
-    finally:
-        found.extend(os.path.abspath(path) for path in _OPENED if path)
-        _OPENED.clear()
