@@ -60,9 +60,20 @@ def _percent(text: str) -> float:
 
 def _print(arguments: argparse.Namespace, document: dict[str, Any], lines: Iterable[str]) -> None:
     if arguments.json:
-        print(json.dumps(document, indent=1))
+        _say(json.dumps(document, indent=1))
     elif not arguments.quiet:
-        print("\n".join(lines))
+        _say("\n".join(lines))
+
+
+def _say(text: str) -> None:
+    """Print to stdout. Raises ResourceError where it takes nothing more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # What is left in the buffer goes there.
+        raise ResourceError(f"standard output: {error.strerror}") from error
 
 
 def _bar(total: int, quiet: bool, **look: Any) -> Any:
@@ -95,10 +106,10 @@ def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
         _print(arguments, as_json(conversion) | {"already_done": True}, done_lines(conversion))
         return
     if not (arguments.json or arguments.quiet):
-        print("\n".join(plan_lines(conversion)), flush=True)
+        _say("\n".join(plan_lines(conversion)))
     advance, close = _progress(conversion, arguments.quiet)
     try:
-        num_kept = run_conversion(conversion, advance, stop)
+        done = run_conversion(conversion, advance, stop)
     except StreamReshardError as error:
         if error.exit_code == ResourceError.exit_code or error.exit_code > 128:
             kept = staging_of(arguments.destination.resolve())
@@ -108,7 +119,7 @@ def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
     finally:
         close()
     seconds, peak = time.monotonic() - begin, memory.peak_resident()
-    _print(arguments, summary(conversion, seconds, peak, num_kept), summary_lines(conversion, seconds, peak, num_kept))
+    _print(arguments, summary(conversion, seconds, peak, done), summary_lines(conversion, seconds, peak, done))
 
 
 def _resume_command(arguments: argparse.Namespace) -> str:
@@ -167,13 +178,15 @@ def _listening(stop: Stop) -> Iterator[None]:
     """Let signals ask for a stop: between blocks while files are written, at once while nothing is. A second one ends
     the process as it stands, which costs the files under way and nothing else."""
     def handle(number: int, frame: object) -> None:
-        if stop.is_requested:
+        if stop.signal_number:
             os._exit(128 + number)
         stop.request(number)
         if not stop.is_awaited:
             raise stop.interruption()
 
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    # What is ignored stays ignored: nohup means it, and so does a shell for what it runs in the background.
+    before = {number: signal.signal(number, handle) for number in _SIGNALS
+              if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from stream_reshard.casts import import_torch
 from stream_reshard.destination import destination_problems, disk_free, occupation_problems
 from stream_reshard.documents import documents
 from stream_reshard.errors import Problems, ResourceError, SourceError, StreamReshardError, UsageError, quoted
-from stream_reshard.execute import How, Output, run
+from stream_reshard.execute import Done, How, Output, run
 from stream_reshard.journal import JOURNAL_NAME
 from stream_reshard.layouts.base import TORCH_DTYPES, Layout
 from stream_reshard.layouts.hf_config import CONFIG_NAME, SourceConfig
@@ -134,7 +134,7 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     config, format, source = _open(options, problems)
     if options.source_sha256 is not None:
         shards = [file.path for file in source.files]
-        sums = expected_sums(options.source, shards, options.source_sha256)
+        sums = expected_sums(options.source, identities, options.source_sha256)
         problems.extend(sum_problems(options.source, shards, sums, stop or Stop()))
     dtypes = _dtypes(source, options.dtype)
     plan = make_plan(source, target_layout(options.destination or Path(), source.model, dtypes, format))
@@ -142,7 +142,8 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     if casts:
         problems.collect(import_torch)
     budget = memory.plan_memory(options.allowed_memory, memory.resident(), options.num_workers, casts,
-                                needs_numpy=options.verify, num_phases=1 + options.verify)
+                                needs_numpy=options.verify, num_phases=1 + options.verify,
+                                num_files=len(plan.target.files))
     copies = {name: options.source / name for name in COMPANIONS if (options.source / name).is_file()}
     names = [CONFIG_NAME, *(file.path for file in source.files)]
     names += [INDEX_NAME, *copies]
@@ -185,8 +186,8 @@ def _identities(root: Path) -> dict[str, Identity]:
 
 
 def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lambda job: None,
-                   stop: Stop | None = None) -> int:
-    """Write the checkpoint; returns the number of tensor files that an earlier attempt had written already.
+                   stop: Stop | None = None) -> Done:
+    """Write the checkpoint.
 
     `progress` is called with every finished job. A request to `stop` ends the run with Interrupted; it can be resumed.
     """
@@ -206,7 +207,8 @@ def _check(conversion: Conversion, stop: Stop, folder: Path) -> None:
     from stream_reshard.verify import How as HowToVerify
     from stream_reshard.verify import verify
     options = conversion.options
-    verify(options.source, folder, HowToVerify(options.max_memory, options.num_workers, ignored=(JOURNAL_NAME,)), stop)
+    how = HowToVerify(options.max_memory, options.num_workers, ignored=(JOURNAL_NAME,), is_own=True)
+    verify(options.source, folder, how, stop)
 
 
 def _format_of(options: Options, family: Family) -> NanotronFormat:

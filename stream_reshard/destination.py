@@ -5,13 +5,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from stream_reshard.errors import DestinationError, StreamReshardError, quoted
-from stream_reshard.layouts.hf_config import CONFIG_NAME
-from stream_reshard.manifest import MANIFEST_NAME
+from stream_reshard.errors import DestinationError, Problems, SourceError, StreamReshardError, quoted
+from stream_reshard.manifest import MANIFEST_NAME, read_manifest
 from stream_reshard.staging import MARKER_NAME, SUFFIX_NBYTES, files_below, replaced_beside, staging_of
 
 _MAX_NAME_NBYTES, _MAX_PATH_NBYTES = 255, 4095
 """NAME_MAX and PATH_MAX of Linux, without the NUL."""
+
+_OF_A_CHECKPOINT = frozenset({
+    "model", "optimizer", "lr_scheduler", "random", "config.yaml", "checkpoint_metadata.json", MARKER_NAME,
+    MANIFEST_NAME})
+"""Names at the top of a checkpoint, as Nanotron's trainer and this tool write it."""
 
 _BELOW_NBYTES = 256
 """What the path of a weight file has below the destination, at most."""
@@ -33,18 +37,22 @@ def destination_problems(source: Path, destination: Path, overwrite: bool) -> It
         yield DestinationError(f"{quoted(destination)} and the source {quoted(source)} are the same folder or one is "
                                f"inside the other; choose another DST")
         return
+    if _is_same_or_inside(Path.cwd(), real):
+        yield DestinationError(f"{quoted(real)} is the working folder or around it, and a rename would take it away; "
+                               f"choose another DST, or go elsewhere first")
+        return
     staging, parent = staging_of(real), existing_parent(real)
-    for folder in (staging, *replaced_beside(real)):
-        if _is_same_or_inside(source.resolve(), folder):
-            yield DestinationError(f"the source {quoted(source)} is in {quoted(folder)}, which a run for "
-                                   f"{quoted(destination)} removes; choose another DST")
+    for folder in (real, staging, *replaced_beside(real)):
+        if _is_same_or_inside(source.resolve(), folder) or any(folder in path.parents for path in _files_of(source)):
+            yield DestinationError(f"the source {quoted(source)} or files it links to are in {quoted(folder)}, which "
+                                   f"a run for {quoted(destination)} may remove; choose another DST")
             return
     if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
         kind = "is a link" if staging.is_symlink() else "exists and is not a folder"
         yield DestinationError(f"{quoted(staging)} {kind}; the output grows there, remove it")
     if os.path.exists(destination) and not os.path.isdir(destination):
         yield DestinationError(f"{quoted(destination)} exists and is not a folder")
-    elif overwrite and os.path.ismount(real):
+    elif os.path.ismount(real):
         yield DestinationError(f"{quoted(destination)} is a mount point, which no other folder can replace; write to a "
                                f"folder inside it")
     if not parent.is_dir():
@@ -60,9 +68,34 @@ def occupation_problems(destination: Path, overwrite: bool) -> Iterator[StreamRe
     if not overwrite:
         yield DestinationError(f"{quoted(destination)} is not empty; Nanotron would merge stale files without a word; "
                                f"choose another DST, empty it, or --overwrite it")
-    elif not any((destination / name).exists() for name in (MANIFEST_NAME, MARKER_NAME, CONFIG_NAME)):
-        yield DestinationError(f"{quoted(destination)} is not empty and does not look like a checkpoint; --overwrite "
-                               f"replaces checkpoints only")
+    elif not ((destination / MARKER_NAME).is_file() and (destination / "model").is_dir()):
+        yield DestinationError(f"{quoted(destination)} is not empty and does not look like a Nanotron checkpoint "
+                               f"({MARKER_NAME} and model/); --overwrite replaces those only")
+    elif strangers := _strangers(destination):
+        yield DestinationError(f"{quoted(destination)} holds {quoted(strangers[0])}, which is no part of a checkpoint "
+                               f"and would be lost; move it away")
+
+
+def _strangers(destination: Path) -> list[str]:
+    """What is neither named by the manifest of a checkpoint nor of the names that Nanotron and this tool write."""
+    try:
+        manifest = read_manifest(destination)
+    except SourceError:
+        manifest = None
+    known = {path.partition("/")[0] for path in manifest.files} if manifest else set()
+    return sorted({path.name for path in destination.iterdir()} - known - _OF_A_CHECKPOINT)
+
+
+def refuse_occupied(destination: Path, overwrite: bool) -> None:
+    """Raises Refused where something stands in the destination that may not be replaced."""
+    problems = Problems()
+    problems.extend(occupation_problems(destination, overwrite))
+    problems.raise_if_any()
+
+
+def _files_of(source: Path) -> Iterator[Path]:
+    """Where the files of a source really are."""
+    return (path.resolve() for path in (source.iterdir() if os.path.isdir(source) else ()))
 
 
 def _is_same_or_inside(path: Path, folder: Path) -> bool:

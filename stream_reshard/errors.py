@@ -99,6 +99,8 @@ class Problems(list[StreamReshardError]):
         """Return `function(...)`, or None after adding what it raised to the list."""
         try:
             return function(*args, **kwargs)
+        except Interrupted:
+            raise
         except Refused as error:
             self.extend(error.problems)
         except StreamReshardError as error:

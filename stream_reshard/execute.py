@@ -17,16 +17,17 @@ from typing import Any, BinaryIO
 import xxhash
 
 from stream_reshard import engines
+from stream_reshard.destination import refuse_occupied
 from stream_reshard.durable import make_folder, target_error
-from stream_reshard.errors import DifferenceError, Refused, SourceError, quoted
+from stream_reshard.errors import DestinationError, DifferenceError, SourceError, StreamReshardError, quoted
 from stream_reshard.jobs import Work, run_job
 from stream_reshard.lock import Lock
 from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest, with_files
 from stream_reshard.plan import Job, Plan
 from stream_reshard.small_files import open_regular
-from stream_reshard.staging import MARKER_NAME, Staging, clear_old, holds, lock_of, was_swapped
+from stream_reshard.staging import MARKER_NAME, Staging, clear_old, finished, lock_of, was_swapped
 from stream_reshard.stop import Stop
-from stream_reshard.tensor_file import Identity, changed, identity_of
+from stream_reshard.tensor_file import Identity, changed, digest_of, identity_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Output:
 
     def is_done(self) -> bool:
         """Whether the destination holds this very output already."""
-        return holds(self.destination, self.run, self.max_files) is not None
+        return finished(self.destination, self.run, self.max_files) is not None
 
     @property
     def max_files(self) -> int:
@@ -81,31 +82,53 @@ class How:
     stop: Stop = field(default_factory=Stop)
 
 
-def run(output: Output, how: How) -> int:
-    """Write the destination; returns the number of files that an interrupted run had written already.
+@dataclass(frozen=True)
+class Done:
+    """How a run ended that ended well."""
 
-    Raises SourceError, without committing, where a source file changed; LockedError where another run is at work.
+    num_kept: int
+    """Tensor files that an earlier attempt had written."""
+    leftovers: tuple[Path, ...] = ()
+    """Overwritten checkpoints that could not be removed."""
+
+
+def run(output: Output, how: How) -> Done:
+    """Write the destination.
+
+    Raises SourceError, without committing, where a source file changed; LockedError where another run is at work;
+    DestinationError where something stands there that may not be replaced.
     """
     destination = output.destination
     try:
         make_folder(destination.parent)
         with Lock(lock_of(destination), how.break_lock) as lock, how.stop.awaited():
-            swapped = was_swapped(destination, lock.note)
-            if swapped:
-                clear_old(destination, swapped)
+            if is_swapped := was_swapped(destination, lock.note):
+                clear_old(destination, is_swapped)
                 lock.write_note(None)
-            if output.is_done() and (swapped or not how.overwrite):
-                if how.check:
-                    how.check(destination)
-                return len(output.plan.target.files)
-            num_kept = _write(output, how, lock)
-            clear_old(destination, was_swapped=False)
-            return num_kept
+            manifest = finished(destination, output.run, output.max_files)
+            if manifest and (is_swapped or not how.overwrite):
+                _confirm(output, how, manifest)
+                num_kept = len(output.plan.target.files)
+            else:
+                num_kept = _write(output, how, lock)
+            return Done(num_kept, clear_old(destination, is_swapped=False))
     except OSError as error:
         raise target_error(destination, error) from error
 
 
+def _confirm(output: Output, how: How, manifest: Manifest) -> None:
+    """Raises DestinationError where a file of the finished destination does not have its digest any more."""
+    buffer = memoryview(bytearray(how.block_nbytes))
+    for path, file in manifest.files.items():
+        if digest_of(output.destination, path, buffer, how.stop) != file.xxh3_128:
+            raise DestinationError(f"{quoted(output.destination / path)} does not have the digest in {MANIFEST_NAME}: "
+                                   f"the conversion was complete and was damaged since; --overwrite makes it anew")
+    if how.check:
+        how.check(output.destination)
+
+
 def _write(output: Output, how: How, lock: Lock) -> int:
+    refuse_occupied(output.destination, how.overwrite)
     staging = Staging(output.destination, output.run, output.max_files, how.restart)
     try:
         num_kept = _run_jobs(output, how, staging)
@@ -116,6 +139,7 @@ def _write(output: Output, how: How, lock: Lock) -> int:
         staging.refuse_strangers(manifest.files)
         if how.check:
             _check(output, how.check, staging)
+        refuse_occupied(output.destination, how.overwrite)  # Much may have happened there since.
         staging.deliver(how.overwrite, lock.write_note)
         return num_kept
     finally:
@@ -166,7 +190,9 @@ def _check(output: Output, check: Callable[[Path], object], staging: Staging) ->
     """Run the check; a folder that fails it is never taken up again, unless it was the source that changed."""
     try:
         check(staging.path)
-    except (DifferenceError, Refused) as error:
+    except StreamReshardError as error:
+        if error.exit_code != DifferenceError.exit_code:
+            raise
         check_identities(output.plan.source.root, output.identities)
         staging.disown()
         raise DifferenceError(f"{error}\n{quoted(staging.path)} was not committed; run again with --restart to write "

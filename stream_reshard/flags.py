@@ -11,6 +11,14 @@ from stream_reshard.layouts.nanotron_limits import ALLOWABLE
 COMMANDS = ("plan", "verify", "inspect", "demo")
 """The words that may stand in front; without one of them it is a conversion."""
 
+
+def _folder(text: str) -> Path:
+    """A path; an empty one is a variable that nobody set, not the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
 _EPILOG = """\
 exit codes: 0 ok, 1 unexpected, 2 usage, 3 source refused or changed, 4 destination refused, 5 verify found differences,
 6 resources (resumable), 7 locked, 130/143 interrupted (resumable)
@@ -26,14 +34,14 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     if command == "convert":
         parser.add_argument("--version", action="version", version=f"stream-reshard {__version__}")
     if command in ("convert", "plan", "verify"):
-        parser.add_argument("source", metavar="SRC", type=Path,
+        parser.add_argument("source", metavar="SRC", type=_folder,
                             help="a folder of Hugging Face safetensors shards"
                             + (", or a Nanotron checkpoint" if command == "verify" else ""))
-        parser.add_argument("destination", metavar="DST", type=Path, nargs="?" if command == "plan" else None,
+        parser.add_argument("destination", metavar="DST", type=_folder, nargs="?" if command == "plan" else None,
                             help="the folder to be made; it must be absent or empty" if command != "verify"
                             else "the checkpoint to compare with it, of either format")
     if command == "inspect":
-        parser.add_argument("source", metavar="DIR", type=Path, help="a checkpoint folder of either format")
+        parser.add_argument("source", metavar="DIR", type=_folder, help="a checkpoint folder of either format")
     if command in ("convert", "plan", "verify"):
         _add_resource_flags(parser)
     if command in ("convert", "plan"):

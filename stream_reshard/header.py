@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import SourceError, quoted
-from stream_reshard.small_files import open_regular, strict_json
+from stream_reshard.small_files import open_regular, read_error, strict_json
 
 ITEMSIZE: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -116,7 +116,7 @@ def read_header(root: Path, path: str, max_nbytes: int = MAX_HEADER_NBYTES) -> T
             size = os.fstat(stream.fileno()).st_size
             return parse_header(path, _header_text(stream.read(8), size, max_nbytes, stream.read), size, root / path)
     except OSError as error:
-        raise SourceError(f"{quoted(path)}: {error.strerror}") from error
+        raise read_error(quoted(path), error) from error
     except _Malformed as error:
         raise SourceError(f"{quoted(path)}: {error}") from error
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from stream_reshard.durable import sync_folder, target_error, write_all
 from stream_reshard.errors import DestinationError, quoted
-from stream_reshard.manifest import FileDone
+from stream_reshard.manifest import MAX_FILE_NBYTES, FileDone
+from stream_reshard.small_files import open_regular
 
 JOURNAL_NAME = "stream_reshard.journal"
 
@@ -26,9 +27,11 @@ class Journal:
     DestinationError where the folder holds another run: files cut from another source would be mixed without a trace.
     """
 
-    def __init__(self, staging: Path, run: Mapping[str, Any]):
+    def __init__(self, staging: Path, run: Mapping[str, Any], max_files: int):
         self.path = staging / JOURNAL_NAME
-        self._end, records = _whole_lines(self.path)
+        self._end, records = _whole_lines(self.path, (max_files + 8) * MAX_FILE_NBYTES)
+        if records and records[0] == _FAILED:
+            raise DestinationError(f"{quoted(staging)} failed its comparison with the source; --restart writes it anew")
         if records and records[0] != run:
             raise DestinationError(f"{quoted(staging)} was left by a run with another plan or source; finish that one, "
                                    f"or --restart to throw it away")
@@ -73,24 +76,59 @@ class Journal:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def fail(self) -> None:
+        """Say that what is here must never be taken up again."""
+        self._end = 0
+        self._append(_FAILED)
+        os.ftruncate(self._descriptor, self._end)
+        self._sync()
+
     def remove(self) -> None:
         """Close the file and take it away: the manifest says as much once it is there."""
         self.close()
         self.path.unlink(missing_ok=True)
 
 
-def _whole_lines(path: Path) -> tuple[int, list[Any]]:
+_FAILED = {"failed": True}
+"""In place of a run: the comparison with the source found a difference."""
+
+
+def is_journal(path: Path) -> bool:
+    """Whether a file is what a run of this tool has left: a record of a run first, or the torn beginning of one."""
+    try:
+        with open_regular(path) as stream:
+            if os.fstat(stream.fileno()).st_nlink > 1:
+                return False  # Written in place: another name of it would change too.
+            first = stream.readline(MAX_FIRST_LINE_NBYTES)
+    except OSError:
+        return False
+    try:
+        value = json.loads(first)
+    except (ValueError, RecursionError):
+        return not first.strip(b"\0") or (first.startswith(b'{"plan_sha256"'[:len(first)]) and first[-1:] != b"\n")
+    return value == _FAILED or (isinstance(value, dict) and "plan_sha256" in value)
+
+
+MAX_FIRST_LINE_NBYTES = 2**24
+
+
+def _whole_lines(path: Path, max_nbytes: int) -> tuple[int, list[Any]]:
     """(bytes, records) of the lines before the first that a stop or a power cut left torn."""
     records: list[Any] = []
     end = 0
-    if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                records.append(json.loads(line) if line.endswith(b"\n") else None)
-            except ValueError:
-                break
-            if not isinstance(records[-1], dict):
-                records.pop()
-                break
-            end += len(line)
+    if os.path.lexists(path):
+        if not is_journal(path):
+            raise DestinationError(f"{quoted(path)} is not a journal of this tool; remove it")
+        if path.stat().st_size > MAX_FIRST_LINE_NBYTES + max_nbytes:
+            raise DestinationError(f"{quoted(path)} is longer than any journal of this run; --restart throws it away")
+        with open_regular(path) as stream:
+            for line in stream:
+                try:
+                    record = json.loads(line) if line.endswith(b"\n") else None
+                except (ValueError, RecursionError):
+                    break
+                if not isinstance(record, dict):
+                    break
+                records.append(record)
+                end += len(line)
     return end, records

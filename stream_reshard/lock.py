@@ -21,7 +21,10 @@ from types import TracebackType
 from typing import Any
 
 from stream_reshard.durable import sync_folder, target_error, write_all
-from stream_reshard.errors import LockedError, quoted
+from stream_reshard.errors import DestinationError, LockedError, quoted
+
+_RECORD_NBYTES, _BEGINNING = 1024, b'{"pid": '
+"""Size of what a lock file holds, and how it begins."""
 
 _CANNOT_LOCK = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 """What network file systems without a lock service answer to flock."""
@@ -61,6 +64,8 @@ class Lock:
             while not self._taken():
                 pass
         except OSError as error:
+            if self._descriptor >= 0:
+                self.__exit__(type(error), error, None)
             raise target_error(self.path, error) from error
         return self
 
@@ -75,7 +80,7 @@ class Lock:
             is_locked = self._flock(descriptor)
             if not self._is_current(descriptor):
                 return False
-            owner = _owner(descriptor)
+            owner = _owner(descriptor, self.path)
             if is_locked is False or not (is_new or self._is_over(owner, is_locked)):
                 raise self._refusal(owner, is_locked is False)
             self._mine = {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot(),
@@ -90,9 +95,8 @@ class Lock:
     def write_note(self, note: list[int] | None) -> None:
         """Keep a note for the next run, durably, in case this one does not come to an end."""
         self.note = note
-        content = json.dumps(self._mine | {"note": note}).encode()
-        write_all(self._descriptor, content, 0)
-        os.ftruncate(self._descriptor, len(content))
+        content = json.dumps(self._mine | {"note": note}).encode().ljust(_RECORD_NBYTES)
+        write_all(self._descriptor, content, 0)  # Of one size always, so that no stop leaves half of it.
         if note:
             os.fsync(self._descriptor)
             sync_folder(self.path.parent)
@@ -142,11 +146,18 @@ class Lock:
             os.close(self._descriptor)
 
 
-def _owner(descriptor: int) -> dict[str, Any]:
-    """What a lock file says; empty where it says nothing that makes sense."""
-    try:
-        value = json.loads(os.pread(descriptor, 4096, 0))
-    except (ValueError, RecursionError):
+def _owner(descriptor: int, path: Path) -> dict[str, Any]:
+    """What a lock file says; nothing where a run was stopped before it wrote. Raises DestinationError for a file that
+    no run has written: it is not ours to remove."""
+    content = os.pread(descriptor, 2 * _RECORD_NBYTES, 0)
+    if not content.strip(b"\0"):
         return {}
-    known = isinstance(value, dict) and type(value.get("pid")) is int and 0 < value["pid"] < 2**31
-    return value if known else {}
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        if _BEGINNING.startswith(content) or (content.startswith(_BEGINNING) and len(content) < _RECORD_NBYTES):
+            return {}  # Torn by a stop or a full disk.
+        value = None
+    if not (isinstance(value, dict) and type(value.get("pid")) is int and 0 < value["pid"] < 2**31):
+        raise DestinationError(f"{quoted(path)} is not a lock of this tool; the lock has to stand there, move it away")
+    return value

@@ -27,6 +27,8 @@ _TORCH_NBYTES = 230 * 2**20
 """What importing torch adds."""
 _NUMPY_NBYTES = 16 * 2**20
 """What importing numpy adds."""
+_PER_FILE = 2048
+"""What a target file costs in records and in the manifest."""
 _PARSED_PER_BYTE = 56
 """Bytes that parsing a byte of JSON takes, at most: nested empty lists in a text with one wide character."""
 
@@ -91,7 +93,7 @@ class MemoryPlan:
     casts: bool
     """Whether results of casts will be held."""
     to_import: int
-    """What modules that are imported later will add."""
+    """What will be added before the work begins: modules that are imported later, records of files."""
     num_phases: int = 1
     """Sets of buffers that are held at once: a comparison before the commit has its own."""
 
@@ -114,9 +116,10 @@ def yaml_limit(allowed: int, reserved: int) -> int:
 
 
 def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool, needs_numpy: bool = False,
-                num_phases: int = 1) -> MemoryPlan:
+                num_phases: int = 1, num_files: int = 0) -> MemoryPlan:
     """The largest buffers that keep the limit; the smallest ones where none do (compare `projected`)."""
     to_import = _TORCH_NBYTES if casts and "torch" not in sys.modules else 0
+    to_import += num_files * num_phases * _PER_FILE
     to_import += _NUMPY_NBYTES if needs_numpy and not casts and "numpy" not in sys.modules else 0
     plan = MemoryPlan(allowed, reserved, num_workers, MAX_BLOCK_NBYTES, casts, to_import, num_phases)
     while plan.projected > allowed and plan.block_nbytes > MIN_BLOCK_NBYTES:

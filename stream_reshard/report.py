@@ -7,6 +7,7 @@ from typing import Any
 
 from stream_reshard.convert import Conversion
 from stream_reshard.errors import shell_word, shown
+from stream_reshard.execute import Done
 from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.nanotron import stages_of
 from stream_reshard.memory import human
@@ -86,20 +87,22 @@ def _blocks(names: list[str]) -> str:
                      for kind, indices in grouped.items())
 
 
-def summary(conversion: Conversion, seconds: float, peak: int, num_kept: int) -> dict[str, Any]:
-    """What a finished run did, as JSON; sizes in bytes. `num_kept` files were there from an earlier attempt."""
-    return as_json(conversion) | {"seconds": round(seconds, 3), "peak_nbytes": peak, "num_files_kept": num_kept,
+def summary(conversion: Conversion, seconds: float, peak: int, done: Done) -> dict[str, Any]:
+    """What a finished run did, as JSON; sizes in bytes."""
+    return as_json(conversion) | {"seconds": round(seconds, 3), "peak_nbytes": peak, "num_files_kept": done.num_kept,
+                                  "leftovers": list(map(str, done.leftovers)),
                                   "verified": conversion.options.verify, "torchrun": torchrun_line(conversion)}
 
 
-def summary_lines(conversion: Conversion, seconds: float, peak: int, num_kept: int) -> Iterator[str]:
+def summary_lines(conversion: Conversion, seconds: float, peak: int, done: Done) -> Iterator[str]:
     """What a finished run did, for a person."""
     memory, target = conversion.memory, conversion.plan.target
     yield (f"done     {len(target.files)} files, {human(target.nbytes)} in {seconds:.1f} s "
            f"({human(target.nbytes / max(seconds, 1e-9))}/s), durable in "
            f"{shown(conversion.options.destination)}")
-    if num_kept:
-        yield f"resumed  {num_kept} files were kept from an earlier attempt, each with the digest in its journal"
+    yield from (f"left     {shown(path)}: the old checkpoint could not be removed" for path in done.leftovers)
+    if done.num_kept:
+        yield f"resumed  {done.num_kept} files were kept from an earlier attempt, each with the digest in its journal"
     if conversion.options.verify:
         yield "verified every weight, header and file against the source, before the commit: all equal"
     yield (f"memory   peak {human(peak)} measured, {human(memory.projected)} projected, "

@@ -8,10 +8,21 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stream_reshard.errors import SourceError, quoted
+from stream_reshard.errors import ResourceError, SourceError, StreamReshardError, quoted
 
 MAX_JSON_NBYTES = 10 * 2**20
 """Cap on config and index files, as huggingface_hub has for an index."""
+
+
+_MAY_PASS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
+                       errno.ENOMEM})
+"""What says that a file cannot be read now, rather than never."""
+
+
+def read_error(name: str, error: OSError) -> StreamReshardError:
+    """The error a user sees when a file cannot be read: ResourceError where it may be readable later."""
+    kind = ResourceError if error.errno in _MAY_PASS else SourceError
+    return kind(f"{name}: {error.strerror}")
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -29,7 +40,7 @@ def read_capped(root: Path, name: str, max_nbytes: int) -> bytes:
         with open_regular(root / name) as stream:
             content = stream.read(max_nbytes + 1)
     except OSError as error:
-        raise SourceError(f"{quoted(name)} in {quoted(root)}: {error.strerror}") from error
+        raise read_error(f"{quoted(name)} in {quoted(root)}", error) from error
     if len(content) > max_nbytes:
         raise SourceError(f"{quoted(name)} has more than {max_nbytes} bytes, the limit for such a file; parsing one "
                           f"takes many times its size, so a larger --max-memory may raise it")

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO
 
 from stream_reshard.durable import TEMP_NAME, NewFile, WriteFault, exchange, make_folder, sync_folder, target_error
 from stream_reshard.errors import DestinationError, SourceError, quoted
-from stream_reshard.journal import JOURNAL_NAME, Journal
+from stream_reshard.journal import JOURNAL_NAME, Journal, is_journal
 from stream_reshard.manifest import MANIFEST_NAME, MAX_FILE_NBYTES, FileDone, Manifest, read_manifest
 
 MARKER_NAME = "model_config.json"
@@ -54,7 +55,7 @@ def _manifest_of(folder: Path, run: Mapping[str, Any], max_files: int) -> Manife
     return manifest if manifest is not None and manifest.run == _as_json(run) else None
 
 
-def holds(folder: Path, run: Mapping[str, Any], max_files: int) -> Manifest | None:
+def finished(folder: Path, run: Mapping[str, Any], max_files: int) -> Manifest | None:
     """The manifest of a folder that is the finished output of this very run: all its files are there, each of the
     right size. None for anything else."""
     manifest = _manifest_of(folder, run, max_files)
@@ -88,18 +89,19 @@ class Staging:
         try:
             if self.path.is_symlink():
                 raise DestinationError(f"{quoted(self.path)} is a link; the output grows there, remove it")
-            if restart and self.path.exists():
-                shutil.rmtree(self.path)
             make_folder(self.path)
             self._refuse_links()
             # A run that was stopped just before its last rename has left a manifest and no journal.
             manifest = _manifest_of(self.path, self.run, max_files)
-            done = manifest.files if manifest else {}
-            if not done and not (self.path / JOURNAL_NAME).exists() and any(self.path.iterdir()):
-                raise DestinationError(f"{quoted(self.path)} was not left by an interrupted run; remove it, or "
-                                       f"--restart")
-            self.journal = Journal(self.path, self.run)
-            self.journal.done |= done
+            if not (manifest or is_journal(self.path / JOURNAL_NAME)) and any(self.path.iterdir()):
+                raise DestinationError(f"{quoted(self.path)} was not left by an interrupted run; the output grows "
+                                       f"there, move it away")
+            if restart:
+                shutil.rmtree(self.path)
+                make_folder(self.path)
+                manifest = None
+            self.journal = Journal(self.path, self.run, max_files)
+            self.journal.done |= manifest.files if manifest else {}
             # Files may be written anew, and until they are this is no checkpoint.
             (self.path / MARKER_NAME).unlink(missing_ok=True)
             self._remove_temps()
@@ -108,9 +110,9 @@ class Staging:
 
     def _refuse_links(self) -> None:
         for path in files_below(self.path):
-            if (self.path / path).is_symlink():
-                raise DestinationError(f"{quoted(self.path / path)} is a link, and nothing is written through links; "
-                                       f"remove it, or --restart")
+            if not stat.S_ISREG((self.path / path).lstat().st_mode):
+                raise DestinationError(f"{quoted(self.path / path)} is a link or no file at all, and nothing is "
+                                       f"written through those; remove it")
 
     def _remove_temps(self) -> None:
         for path in files_below(self.path):
@@ -152,7 +154,7 @@ class Staging:
         """What is here must never become the destination: no marker, and nothing to take up again."""
         (self.path / MARKER_NAME).unlink(missing_ok=True)
         (self.path / MANIFEST_NAME).unlink(missing_ok=True)
-        self.journal.remove()
+        self.journal.fail()
 
     def deliver(self, overwrite: bool, note: Callable[[list[int]], None]) -> None:
         """Rename the folder to the destination. With `overwrite` one that is there already is replaced: in the same
@@ -167,7 +169,11 @@ class Staging:
                 os.rename(self.path, replaced)
             else:
                 os.rename(self.destination, replaced)
-                os.rename(self.path, self.destination)
+                try:
+                    os.rename(self.path, self.destination)
+                except OSError:
+                    os.rename(replaced, self.destination)
+                    raise
         else:
             os.rename(self.path, self.destination)
         sync_folder(self.destination.parent)
@@ -184,9 +190,9 @@ def was_swapped(destination: Path, note: list[int] | None) -> bool:
     return note is not None and destination.is_dir() and _identity(destination) == note
 
 
-def clear_old(destination: Path, was_swapped: bool) -> None:
-    """Remove old checkpoints that the finished one at `destination` has replaced."""
-    if was_swapped and staging_of(destination).exists():
-        shutil.rmtree(staging_of(destination))
-    for path in replaced_beside(destination):
-        shutil.rmtree(path)
+def clear_old(destination: Path, is_swapped: bool) -> tuple[Path, ...]:
+    """Remove old checkpoints that the finished one at `destination` has replaced; returns those that remain."""
+    old = [staging_of(destination)] if is_swapped and staging_of(destination).exists() else []
+    for path in [*old, *replaced_beside(destination)]:
+        shutil.rmtree(path, ignore_errors=True)
+    return tuple(path for path in [*old, *replaced_beside(destination)] if path.exists())

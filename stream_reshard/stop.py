@@ -24,15 +24,9 @@ class Stop:
         return Stop, ()
 
     def request(self, signal_number: int = 0) -> None:
-        """Ask for a stop; the first request counts."""
-        if not self._event.is_set():
-            self.signal_number = signal_number
+        """Ask for a stop; the first signal counts."""
+        self.signal_number = self.signal_number or signal_number
         self._event.set()
-
-    @property
-    def is_requested(self) -> bool:
-        """Whether a stop was asked for."""
-        return self._event.is_set()
 
     def check(self) -> None:
         """Raises Interrupted once a stop was asked for."""

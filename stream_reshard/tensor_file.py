@@ -13,6 +13,7 @@ import xxhash
 from stream_reshard.durable import NewFile
 from stream_reshard.errors import ResourceError, SourceError, quoted
 from stream_reshard.header import StoredTensor, TensorFile, header_of
+from stream_reshard.small_files import read_error
 from stream_reshard.stop import Stop
 
 Identity = list[int]
@@ -62,7 +63,7 @@ class SourceFile:
                 raise changed(self.path, self.identity, None) from error
             raise SourceError(f"{quoted(self.path)}: {error.strerror}") from error
         except OSError as error:
-            raise SourceError(f"{quoted(self.path)}: {error.strerror}") from error
+            raise read_error(quoted(self.path), error) from error
         now = identity_of(os.fstat(descriptor))
         if self.identity and now != self.identity:
             os.close(descriptor)

@@ -247,7 +247,7 @@ def test_a_stop_does_not_wait_for_the_end_of_a_job(tmp_path, source, monkeypatch
     plan, real, stop, after = conversion(source, tmp_path / "nt"), os.pwritev, Stop(), []
 
     def asking(*arguments):
-        if stop.is_requested:
+        if stop.signal_number:
             after.append(1)
         elif staging_of(tmp_path / "nt").exists():
             stop.request(signal.SIGTERM)

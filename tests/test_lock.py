@@ -12,7 +12,7 @@ from faults import Case, after_fault, until
 
 from stream_reshard import lock
 from stream_reshard.cli import main
-from stream_reshard.errors import LockedError
+from stream_reshard.errors import DestinationError, LockedError
 from stream_reshard.lock import Lock
 from stream_reshard.staging import lock_of
 
@@ -20,15 +20,24 @@ HERE = {"pid": 2**22 - 1, "host": socket.gethostname(), "boot": lock._boot(), "s
 """What a run of this machine that is dead has left; no process has this number."""
 
 
-@pytest.mark.parametrize("left", [b"", b"nonsense", b"[]", b'{"pid": "1"}', b"[" * 4000, json.dumps(HERE).encode(),
+@pytest.mark.parametrize("left", [b"", bytes(100), b'{"pi', b'{"pid": 17, "ho', json.dumps(HERE).encode(),
                                   json.dumps(HERE | {"boot": "before", "pid": os.getpid()}).encode()],
-                         ids=["empty", "nonsense", "list", "text pid", "deep", "dead", "of another boot"])
+                         ids=["empty", "zeros", "torn", "torn later", "dead", "of another boot"])
 def test_a_stale_lock_is_taken(tmp_path, left):
     (tmp_path / "lock").write_bytes(left)
     with Lock(tmp_path / "lock"):
         said = json.loads((tmp_path / "lock").read_bytes())
         assert said["pid"] == os.getpid() and said["host"] == socket.gethostname()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", [b"nonsense", b"[]", b'{"pid": "1"}', b"[" * 4000, b"{}"])
+def test_a_file_that_no_run_has_written_is_neither_taken_nor_removed(tmp_path, left):
+    (tmp_path / "lock").write_bytes(left)
+    for break_lock in (False, True):
+        with pytest.raises(DestinationError, match="is not a lock of this tool"):
+            Lock(tmp_path / "lock", break_lock).__enter__()
+    assert (tmp_path / "lock").read_bytes() == left
 
 
 FOREIGN = HERE | {"host": "node\x1b[31m7", "boot": "elsewhere"}
@@ -54,7 +63,7 @@ def test_the_living_are_never_robbed(tmp_path, break_lock):
 
 
 @pytest.mark.parametrize("left, taken", [(None, True), (HERE, True), (HERE | {"pid": os.getpid()}, False),
-                                         (FOREIGN, False), ({}, False)])
+                                         (FOREIGN, False), ("", False)])
 def test_where_the_file_system_knows_no_locks(tmp_path, monkeypatch, left, taken):
     """Only the number of a process on this machine tells there; an empty file may be of a run that just begins."""
     def no_locks(descriptor, how):
@@ -62,7 +71,7 @@ def test_where_the_file_system_knows_no_locks(tmp_path, monkeypatch, left, taken
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     if left is not None:
-        (tmp_path / "lock").write_text(json.dumps(left))
+        (tmp_path / "lock").write_text(json.dumps(left) if left else "")
     if taken:
         with Lock(tmp_path / "lock"):
             pass

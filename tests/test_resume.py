@@ -115,9 +115,33 @@ def test_a_staging_folder_of_nobody_is_refused(tmp_path):
     case = Case(tmp_path)
     case.clear()
     (staging_of(case.destination) / "photos").mkdir(parents=True)
-    code, err = case.run()
+    for flags in ((), ("--restart",), ("--restart", "--overwrite")):
+        code, err = case.run(flags=flags)
+        assert clean_error(code, err, (4,)) is None and "was not left by an interrupted run" in err
+    assert (staging_of(case.destination) / "photos").is_dir()
+
+
+def test_a_finished_checkpoint_in_place_of_the_staging_folder_is_not_thrown_away(tmp_path):
+    """`x.partial` may be a destination of its own."""
+    case = Case(tmp_path)
+    case.destination.rename(staging_of(case.destination))
+    before = tree_of(staging_of(case.destination))
+    code, err = case.run(flags=("--tp", "1", "--restart"))
     assert clean_error(code, err, (4,)) is None and "was not left by an interrupted run" in err
-    assert case.run(flags=("--restart",))[0] == 0 and case.tree() == case.wanted
+    assert tree_of(staging_of(case.destination)) == before
+
+
+@pytest.mark.parametrize("plant", [lambda path, other: os.link(other, path), lambda path, other: os.mkfifo(path),
+                                   lambda path, other: path.write_text("my notes\n")],
+                         ids=["hard link", "pipe", "someone's file"])
+@pytest.mark.parametrize("flags", [(), ("--restart",)], ids=str)
+def test_a_journal_of_someone_else_is_not_written_to(stopped, plant, flags):
+    journal, other = journal_of(stopped), stopped.root / "mine.csv"
+    journal.rename(other)
+    content = other.read_bytes()
+    plant(journal, other)
+    code, err = stopped.run(flags=flags)
+    assert clean_error(code, err, (4,)) is None and other.read_bytes() == content
 
 
 def test_the_resume_command_does_not_throw_away(stopped):
@@ -183,8 +207,45 @@ def test_overwrite_does_not_replace_what_is_no_checkpoint(tmp_path):
     case.destination.mkdir()
     (case.destination / "thesis.tex").write_text("mine")
     code, err = case.run(flags=("--overwrite",))
-    assert clean_error(code, err, (4,)) is None and "does not look like a checkpoint" in err
+    assert clean_error(code, err, (4,)) is None and "does not look like a Nanotron checkpoint" in err
     assert (case.destination / "thesis.tex").read_text() == "mine" and case.beside() == []
+
+
+@pytest.mark.parametrize("name", ["train.py", "notes/thesis.tex"])
+def test_overwrite_does_not_take_away_what_stands_in_a_checkpoint(tmp_path, name):
+    case = Case(tmp_path)
+    (case.destination / name).parent.mkdir(exist_ok=True)
+    (case.destination / name).write_text("mine")
+    code, err = case.run(flags=("--tp", "1", "--overwrite"))
+    assert clean_error(code, err, (4,)) is None and "would be lost" in err
+    assert (case.destination / name).read_text() == "mine" and case.beside() == []
+
+
+def test_overwrite_does_not_replace_hugging_face_weights(tmp_path):
+    case = Case(tmp_path)
+    case.clear()
+    make_source(case.destination)
+    before = case.tree()
+    code, err = case.run(flags=("--overwrite",))
+    assert clean_error(code, err, (4,)) is None and case.tree() == before
+
+
+def test_the_working_folder_is_not_renamed_away(tmp_path, monkeypatch, capsys):
+    make_source(tmp_path / "hf")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["../hf", ".", "--quiet"]) == 4 and "working folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["../hf", "", "--overwrite"])
+    assert os.getcwd() == str(tmp_path / "here")
+
+
+def test_a_finished_destination_that_was_damaged_is_not_called_finished(tmp_path):
+    case = Case(tmp_path)
+    flip(next(case.destination.rglob("*o_proj/*")))
+    code, err = case.run()
+    assert clean_error(code, err, (4,)) is None and "damaged since" in err and "o_proj" in err
+    assert case.run(flags=("--overwrite",))[0] == 0 and case.tree() == case.wanted
 
 
 def test_a_destination_that_fills_up_meanwhile_is_not_replaced(tmp_path):
@@ -197,7 +258,7 @@ def test_a_destination_that_fills_up_meanwhile_is_not_replaced(tmp_path):
         return call()
 
     code, err = case.run(fill)
-    assert clean_error(code, err, (4,)) is None and "Directory not empty" in err
+    assert clean_error(code, err, (4,)) is None and "is not empty" in err
     assert (case.destination / "photos").is_dir()
     os.removedirs(case.destination / "photos")
     assert after_fault(case) is None

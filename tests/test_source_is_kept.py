@@ -66,6 +66,18 @@ def test_hard_links(tmp_path):
     other.mkdir()
     for name in before:
         os.link(root / name, other / name)
-    assert call(root, other, "--quiet") == 4 and call(root, other, "--quiet", "--overwrite") == 0
+    assert call(root, other, "--quiet") == 4 and call(root, other, "--quiet", "--overwrite") == 4
     assert {path.name: path.read_bytes() for path in root.iterdir()} == before
-    assert (other / "model_config.json").is_file()
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--restart"]], ids=str)
+@pytest.mark.parametrize("folder", ["nt", "nt.partial", ".nt.0123456789ab.replaced"])
+def test_a_source_of_links_into_what_a_run_may_remove(tmp_path, folder, flags):
+    """A view of shards that stand in DST, or beside it in a folder of a run: they would go with it."""
+    root, view = make_source(tmp_path / folder), tmp_path / "view"
+    view.mkdir()
+    for path in root.iterdir():
+        (view / path.name).symlink_to(path)
+    before = {path.name: path.read_bytes() for path in root.iterdir()}
+    assert call(view, tmp_path / "nt", "--quiet", *flags) == 4
+    assert {path.name: path.read_bytes() for path in root.iterdir()} == before

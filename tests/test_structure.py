@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "stream_reshard"
 
 ORDER = ("errors", "box", "topology", "stop", "durable", "small_files", "header", "model", "architectures", "layouts", "transfer",
          "plan", "memory", "casts", "tensor_file", "manifest", "lock", "journal", "staging", "jobs", "engines",
-         "execute", "verify", "source_digests", "destination", "documents", "convert", "report", "inspect", "demo",
+         "destination", "execute", "verify", "source_digests", "documents", "convert", "report", "inspect", "demo",
          "flags", "cli", "__main__")
 """A module imports only what stands before it."""
 

@@ -95,7 +95,7 @@ BARE = [
     *[(f"model_config.json: {key} {value}", partial(edit_json, name="model_config.json", **{key: value}), [word])
       for key, value, word in [("hidden_size", 32, "asks for"), ("vocab_size", 14, EMBEDDING),
                                ("vocab_size", 8, EMBEDDING), ("is_qwen2_config", True, "is_"),
-                               ("rope_interleaved", True, "q_proj"), ("rope_interleaved", ..., "k_proj")]],
+                               ("rope_interleaved", True, "q_proj")]],
     *[(f"config.yaml: {new}", partial(edit_yaml, old=old, new=new), ["config.yaml", old.split(":")[0].strip()])
       for old, new in [
           ("hidden_size: 16", "hidden_size: 32"), ("intermediate_size: 20", "intermediate_size: 40"),

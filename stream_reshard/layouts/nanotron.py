@@ -22,8 +22,8 @@ from stream_reshard.topology import Topology, assign_stages, padded_size, part_o
 VERSIONS = ("1.5", "1.4", "1.2")
 """Checkpoint format versions this module writes: main, trees from April 2024 on, release 0.4 and before."""
 
-MAX_TP = 1024
-"""Up to where a usable number of tensor-parallel ranks is looked for."""
+MAX_TP, MAX_PP = 1024, 4096
+"""Up to where usable numbers of ranks are looked for."""
 
 _KEY = "data"
 """Key of the one tensor in a file (nanotron/serialize/weights.py)."""
@@ -77,7 +77,7 @@ def topology_problems(model: Model, format: NanotronFormat) -> Problems:
         usable = [n for n in range(1, min(size, MAX_TP) + 1) if all(s % n == 0 for _, s in uneven)]
         problems.append(UsageError(f"--tp {tp} cannot split the {size} {dim} of {name}; "
                                    f"--tp can be {_listed(usable)}"))
-    empty = _empty_stages(config, format)
+    empty = _empty_stages(config, format) if pp <= MAX_PP else [pp - 1]
     if empty:
         usable = [n for n in range(1, min(pp, config.num_hidden_layers + 4)) if not _empty_stages(
             config, NanotronFormat(Topology(tp, n), vocab_multiple=format.vocab_multiple))]

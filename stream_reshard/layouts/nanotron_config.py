@@ -32,8 +32,8 @@ class NanotronModelConfig:
     family: Family
     model: ModelConfig
     """`vocab_size` is the padded one here: Nanotron keeps no other."""
-    rope_interleaved: bool
-    """Whether a head is kept as (pair, half); trees before September 2024 know nothing else, and have no field."""
+    rope_interleaved: bool | None
+    """Whether a head is kept as (pair, half); None where it is not said."""
     extras: Mapping[str, Limit]
     """Settings beyond the common ones that change the forward pass, by name."""
 
@@ -49,7 +49,7 @@ def parse_model_config(raw: Mapping[str, Any], name: str) -> NanotronModelConfig
     reader = ConfigReader(raw, name)
     family = _family(raw, name)
     config = reader.model_config(family)
-    interleaved = reader.flag("rope_interleaved", True)
+    interleaved = reader.flag("rope_interleaved", False) if "rope_interleaved" in raw else None
     reader.problems.raise_if_any()
     return NanotronModelConfig(family, config, interleaved, {limit.name: limit for limit in _extras(raw)})
 

@@ -24,14 +24,19 @@ from stream_reshard.errors import DifferenceError, Problems, ResourceError, Stre
 from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.nanotron_config import NEUTRAL
 from stream_reshard.layouts.nanotron_limits import ALLOWABLE
+from stream_reshard.manifest import MAX_MANIFEST_NBYTES
 from stream_reshard.stop import Stop
 from stream_reshard.verify.agreement import (
-    config_differences, file_set_problems, has_yaml, parameter_differences, training_config_problems)
+    WITHOUT_EFFECT, config_differences, file_set_problems, has_yaml, parameter_differences, training_config_problems)
 from stream_reshard.verify.checkpoint import Checkpoint
 from stream_reshard.verify.compare import Rule, shape_difference
 from stream_reshard.verify.nanotron import topology_of
 from stream_reshard.verify.side import Side, open_side
 from stream_reshard.verify.tasks import Task, digest_tasks, run, shared, weight_tasks
+
+
+PADDING = "padding"
+"""What `allow` calls padding rows that are not zero: Nanotron itself leaves them to chance."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class How:
     """Paths of files in the copy that were edited on purpose: their digests are not compared."""
     ignored: tuple[str, ...] = ()
     """Paths in the copy that are not part of it."""
+    is_own: bool = False
+    """Whether both folders were read or written by this very run: their small files need no cap then."""
 
 
 def verify(source: Path, copy: Path, how: How = How(), stop: Stop | None = None,
@@ -66,19 +73,22 @@ def verify(source: Path, copy: Path, how: How = How(), stop: Stop | None = None,
     names in `how` that mean nothing.
     """
     stop = stop or Stop()
+    allowed = min(how.max_memory, memory.machine_limit())
+    limit = MAX_MANIFEST_NBYTES if how.is_own else memory.parse_limit(allowed, memory.resident())
+    problems, found = Problems(), Problems()
+    original = open_side(source, limit, problems)
+    problems.raise_if_any()
+    other = open_side(copy, limit, found)
+    _check_names(other, how)
+    budget = _budget(original, other, how, allowed)
+    found.extend(_structure_problems(original, other, how, budget))
     with stop.awaited():
-        allowed, reserved = min(how.max_memory, memory.machine_limit()), memory.resident()
-        problems, found = Problems(), Problems()
-        original = open_side(source, memory.parse_limit(allowed, reserved), problems)
-        problems.raise_if_any()
-        other = open_side(copy, memory.parse_limit(allowed, reserved), found)
-        _check_names(other, how)
-        budget = _budget(original, other, how, allowed, reserved)
-        found.extend(_structure_problems(original, other, how, budget))
         done = list(run(list(_tasks(original, other, how, budget, stop)), how.num_workers, stop, progress))
     found.extend(task.difference for task in done if task.difference)
-    if found:
-        Problems([DifferenceError(str(problem)) for problem in found]).raise_if_any()
+    for problem in found:
+        if isinstance(problem, ResourceError):
+            raise problem  # Nothing is known then, least of all a difference.
+    Problems([DifferenceError(str(problem)) for problem in found]).raise_if_any()
     assert original.checkpoint and other.checkpoint, "what could not be opened has problems"
     num_elements = other.checkpoint.num_elements(_vocab_size(original.checkpoint, other.checkpoint))
     return {"equal": True, "num_files": len(other.checkpoint.files), "num_elements": num_elements,
@@ -104,19 +114,20 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
 
 def _check_names(other: Side, how: How) -> None:
     """Raises UsageError for names that mean nothing: what they should have let through would be missed."""
+    names = dict.fromkeys([*ALLOWABLE, *NEUTRAL, *WITHOUT_EFFECT, PADDING])
     for name in how.allow:
-        if name not in ALLOWABLE and name not in NEUTRAL:
-            raise UsageError(f"--allow {quoted(name)}: the names are {', '.join([*ALLOWABLE, *NEUTRAL])}")
+        if name not in names:
+            raise UsageError(f"--allow {quoted(name)}: the names are {', '.join(names)}")
     for path in how.edited:
         if not os.path.lexists(other.root / path):
             raise UsageError(f"--edited {quoted(path)}: there is no such file in {quoted(other.root)}")
 
 
-def _budget(original: Side, other: Side, how: How, allowed: int, reserved: int) -> memory.MemoryPlan:
+def _budget(original: Side, other: Side, how: How, allowed: int) -> memory.MemoryPlan:
     source, copy = original.checkpoint, other.checkpoint
     casts = bool(source and copy and not how.quick and _cast_to(other, how) and any(
         source.weights[name].dtype != copy.weights[name].dtype for name in shared(source, copy)))
-    budget = memory.plan_memory(allowed, reserved, how.num_workers, casts, needs_numpy=True)
+    budget = memory.plan_memory(allowed, memory.resident(), how.num_workers, casts, needs_numpy=True)
     if budget.projected > budget.allowed:
         raise ResourceError(f"--max-memory {memory.human(allowed)} cannot be kept: the comparison would reach "
                             f"{memory.human(budget.projected)} with {how.num_workers} workers"
@@ -157,7 +168,8 @@ def _tasks(original: Side, other: Side, how: How, budget: memory.MemoryPlan, sto
 
 
 def _rule(source: Checkpoint, copy: Checkpoint, other: Side, how: How, budget: memory.MemoryPlan) -> Rule:
-    return Rule(budget.block_nbytes // 4, _vocab_size(source, copy), _cast_to(other, how), how.sample, how.seed)
+    return Rule(budget.block_nbytes // 4, _vocab_size(source, copy), _cast_to(other, how), how.sample, how.seed,
+                PADDING not in how.allow)
 
 
 def _cast_to(other: Side, how: How) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import DifferenceError, SourceError, quoted
+from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.nanotron_config import parse_model_config
 from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest
 from stream_reshard.model import ModelConfig
@@ -19,6 +20,9 @@ from stream_reshard.verify.checkpoint import Checkpoint
 
 _SETTLED_ELSEWHERE = {"vocab_size", "family"}
 """Fields of ModelConfig that are compared through the weights: padding, and which parameters there are."""
+
+WITHOUT_EFFECT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+"""Settings that change no forward pass, which may be allowed to differ."""
 
 _MAY_BE_UNSAID = {"bos_token_id", "eos_token_id", "pad_token_id"}
 """Nanotron's configs must hold some token ids, Hugging Face's need not."""
@@ -92,7 +96,11 @@ def training_config_problems(root: Path, checkpoint: Checkpoint, topology: Topol
     told = parse_model_config(_below(text, "model", "model_config"), f"{CONFIG_YAML}: model_config")
     pairs = {field.name: (getattr(told.model, field.name), getattr(checkpoint.config, field.name))
              for field in fields(ModelConfig) if field.name not in {"vocab_size", *_MAY_BE_UNSAID}}
-    pairs["rope_interleaved"] = told.rope_interleaved, checkpoint.interleaved
+    said = told.rope_interleaved
+    pairs["rope_interleaved"] = checkpoint.interleaved_by_default if said is None else said, checkpoint.interleaved
+    dtypes = {TORCH_DTYPES.get(weight.dtype) for weight in checkpoint.weights.values()}
+    if "dtype" in _below(text, "model") and len(dtypes) == 1:
+        pairs["dtype"] = _below(text, "model")["dtype"], dtypes.pop()
     pairs |= {name: (told.extras.get(name), checkpoint.extras.get(name))
               for name in told.extras.keys() | checkpoint.extras.keys()}
     parallelism, multiple = _below(text, "parallelism"), _below(text, "model").get("make_vocab_size_divisible_by", 1)
@@ -119,10 +127,12 @@ def _yaml(root: Path, max_nbytes: int) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Without merge keys, which let a short text grow without end."""
+        """Refuses merge keys, which let a short text grow without end."""
 
         def flatten_mapping(self, node: Any) -> None:
-            """Leave `<<` as it stands."""
+            """Where other loaders would merge."""
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                raise yaml.YAMLError("merge keys (<<) are not read here; write their values out")
 
     content = read_capped(root, CONFIG_YAML, max_nbytes)
     try:

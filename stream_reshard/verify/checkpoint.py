@@ -87,7 +87,6 @@ class Checkpoint:
     """One of the two checkpoints that are compared."""
 
     root: Path
-    format: str
     config: ModelConfig
     """Of Nanotron's, `vocab_size` is the padded one."""
     vocab_size: int | None
@@ -95,7 +94,9 @@ class Checkpoint:
     extras: Mapping[str, Limit]
     """Settings beyond `config` that change the forward pass, by name."""
     interleaved: bool
-    """Whether its config says that rotary embedding interleaves the rows of a head."""
+    """Whether rotary embedding interleaves the rows of a head."""
+    interleaved_by_default: bool
+    """The same, for a config that does not say it."""
     files: tuple[TensorFile, ...]
     weights: Mapping[str, Weight]
     """By parameter."""

@@ -29,6 +29,8 @@ class Rule:
     """Part of the bands that are compared."""
     seed: int = 0
     """Chooses them."""
+    padding_is_zero: bool = True
+    """Whether rows past the vocabulary must be zero."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,6 @@ class Compared:
 
     num_elements: int
     """Weights compared, without padding."""
-    nbytes: int
-    """Bytes that the copy has of the parameter, compared or not."""
     difference: DifferenceError | None = None
     """The first difference."""
     is_digest: bool = False
@@ -48,9 +48,8 @@ class Compared:
 def compare(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule, stop: Stop) -> Compared:
     """Compare a parameter that both have; ends at the first difference."""
     ours, theirs = copy.weights[name], source.weights[name]
-    nbytes = ours.num_rows * ours.num_columns * ITEMSIZE[ours.dtype]
     if fault := shape_difference(name, source, copy, rule):
-        return Compared(0, nbytes, fault)
+        return Compared(0, fault)
     num_rows, num_compared = ours.num_true_rows(rule.vocab_size), 0
     with Opened(source.root, theirs) as expected, Opened(copy.root, ours) as got:
         for first, last in _chosen(name, num_rows, ours, rule):
@@ -58,12 +57,13 @@ def compare(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule, stop: S
             want, have = _cast(expected.rows(first, last), theirs.dtype, ours.dtype), got.rows(first, last)
             num_compared += have.size
             if difference := _difference(have, want, first, ours, theirs):
-                return Compared(num_compared, nbytes, difference)
-        for first, last in bands(ours.num_rows - num_rows, ours.num_columns * ITEMSIZE[ours.dtype], rule.band_nbytes):
+                return Compared(num_compared, difference)
+        num_padding = ours.num_rows - num_rows if rule.padding_is_zero else 0
+        for first, last in bands(num_padding, ours.num_columns * ITEMSIZE[ours.dtype], rule.band_nbytes):
             have = got.rows(num_rows + first, num_rows + last)
             if difference := _difference(have, np.zeros_like(have), num_rows + first, ours, None):
-                return Compared(num_compared, nbytes, difference)
-    return Compared(num_compared, nbytes)
+                return Compared(num_compared, difference)
+    return Compared(num_compared)
 
 
 def _title(weight: Weight) -> str:

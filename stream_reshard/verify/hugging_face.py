@@ -35,4 +35,4 @@ def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems) ->
             if not same_bytes(root, tensors[parameter.hugging_face], other):
                 problems.append(SourceError(f"{parameter.hugging_face} differs from {other.key}, to which it is tied"))
     extras = {limit.name: limit for limit in limits(config, NanotronFormat(Topology())) if limit.name != "hidden_act"}
-    return Checkpoint(root, "Hugging Face", config.model, config.model.vocab_size, extras, False, files, weights)
+    return Checkpoint(root, config.model, config.model.vocab_size, extras, False, False, files, weights)

@@ -44,12 +44,7 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
     if config is None:
         return None
     num_before = len(problems)
-    by_name: dict[str, list[WeightFile]] = defaultdict(list)
-    for file in files:
-        by_name[file.parameter].append(file)
-    groups: dict[str, list[Parameter]] = defaultdict(list)
-    for parameter in build_model(config.family, config.model).stored():
-        groups[parameter.nanotron].append(parameter)
+    by_name, groups = _grouped(files, config)
     for name in sorted(groups.keys() - by_name.keys()):
         problems.append(SourceError(f"{name} is missing in {quoted(root)}"))
     for name in sorted(by_name.keys() - groups.keys()):
@@ -57,17 +52,37 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
                                     f"have"))
     problems.extend(problems.collect(lambda: list(_disagreements(root, files, config, max_header_nbytes))) or ())
     weights: dict[str, Weight] = {}
+    by_default = _interleaves_by_default(config, files)
+    interleaved = bool(config.rope_interleaved) or by_default
     for name in sorted(groups.keys() & by_name.keys()):
         faults = list(_Group(groups[name], by_name[name]).faults())
         problems.extend(SourceError(fault) for fault in faults)
         if not faults:
-            interleaved = config.rope_interleaved or {file.version for file in by_name[name]} == {"1.2"}
             weights |= {weight.parameter.name: weight
                         for weight in _weights(groups[name], by_name[name], interleaved)}
     if len(problems) > num_before and not weights:
         return None
-    return Checkpoint(root, "Nanotron", config.model, vocab_size, config.extras, config.rope_interleaved,
+    return Checkpoint(root, config.model, vocab_size, config.extras, interleaved, by_default,
                       tuple(file.file for file in files), weights)
+
+
+def _grouped(files: list[WeightFile],
+             config: NanotronModelConfig) -> tuple[dict[str, list[WeightFile]], dict[str, list[Parameter]]]:
+    """The files, and the model's parameters, by the name of the Nanotron parameter that they make up."""
+    by_name: dict[str, list[WeightFile]] = defaultdict(list)
+    for file in files:
+        by_name[file.parameter].append(file)
+    groups: dict[str, list[Parameter]] = defaultdict(list)
+    for parameter in build_model(config.family, config.model).stored():
+        groups[parameter.nanotron].append(parameter)
+    return by_name, groups
+
+
+def _interleaves_by_default(config: NanotronModelConfig, files: list[WeightFile]) -> bool:
+    """What a config means that does not say it: trees before September 2024 have no such field and interleave always
+    (release 0.4 even where it is said), later ones do not."""
+    versions = {file.version for file in files}
+    return "1.2" in versions or (config.rope_interleaved is None and not versions.isdisjoint(("1.3", "1.4")))
 
 
 def _weight_file(root: Path, path: str, max_header_nbytes: int) -> WeightFile:

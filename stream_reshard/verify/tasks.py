@@ -45,7 +45,7 @@ def _digest(root: Path, file: FileDone, buffer_nbytes: int, stop: Stop) -> Compa
     nbytes = (root / file.path).stat().st_size
     digest = digest_of(root, file.path, memoryview(bytearray(min(buffer_nbytes, max(nbytes, 1)))), stop)
     problem = digest_problem(root, file, digest)
-    return Compared(0, nbytes, DifferenceError(str(problem)) if problem else None, is_digest=True)
+    return Compared(0, DifferenceError(str(problem)) if problem else None, is_digest=True)
 
 
 def run(tasks: list[Task], num_workers: int, stop: Stop, progress: Callable[[int, int], None]) -> Iterator[Compared]:
