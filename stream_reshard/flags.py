@@ -94,7 +94,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--source-sha256", default=None, metavar="FILE",
         help="check the source's files first: FILE as sha256sum writes it, or `cache`, where they are links to blobs "
              "named by their sha256")
-    add("--overwrite", action="store_true", help="replace the checkpoint at DST, once the new one is complete")
+    add("--overwrite", action="store_true", help="replace the Nanotron checkpoint at DST, once the new one is complete")
     add("--restart", action="store_true", help="throw away what an interrupted run left in DST.partial")
     add("--break-lock", action="store_true", help="take the place of a run on another machine that is known to be dead")
 
