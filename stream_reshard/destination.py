@@ -12,10 +12,9 @@ from stream_reshard.staging import MARKER_NAME, SUFFIX_NBYTES, files_below, repl
 _MAX_NAME_NBYTES, _MAX_PATH_NBYTES = 255, 4095
 """NAME_MAX and PATH_MAX of Linux, without the NUL."""
 
-_OF_A_CHECKPOINT = frozenset({
-    "model", "optimizer", "lr_scheduler", "random", "config.yaml", "checkpoint_metadata.json", MARKER_NAME,
-    MANIFEST_NAME})
-"""Names at the top of a checkpoint, as Nanotron's trainer and this tool write it."""
+_OF_TRAINING = frozenset({"optimizer", "lr_scheduler", "random"})
+_OF_A_CHECKPOINT = _OF_TRAINING | {"model", "config.yaml", "checkpoint_metadata.json", MARKER_NAME, MANIFEST_NAME}
+"""Names at the top of a checkpoint, as Nanotron's trainer writes it."""
 
 _BELOW_NBYTES = 256
 """What the path of a weight file has below the destination, at most."""
@@ -77,13 +76,16 @@ def occupation_problems(destination: Path, overwrite: bool) -> Iterator[StreamRe
 
 
 def _strangers(destination: Path) -> list[str]:
-    """What is neither named by the manifest of a checkpoint nor of the names that Nanotron and this tool write."""
+    """What the manifest does not name, but for what a trainer adds; without a manifest, what stands at the top under a
+    name that Nanotron does not give."""
     try:
         manifest = read_manifest(destination)
     except SourceError:
         manifest = None
-    known = {path.partition("/")[0] for path in manifest.files} if manifest else set()
-    return sorted({path.name for path in destination.iterdir()} - known - _OF_A_CHECKPOINT)
+    if manifest is None:
+        return sorted({path.name for path in destination.iterdir()} - _OF_A_CHECKPOINT)
+    added = set(files_below(destination)) - manifest.files.keys() - {MANIFEST_NAME}
+    return sorted(path for path in added if path.partition("/")[0] not in _OF_TRAINING)
 
 
 def refuse_occupied(destination: Path, overwrite: bool) -> None:

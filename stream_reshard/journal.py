@@ -20,6 +20,13 @@ SYNC_SECONDS = 5.0
 """A power cut costs the work of this time at most: files that the journal does not name are written again."""
 
 
+MAX_FIRST_LINE_NBYTES = 2**24
+"""What a run is, with the identities of its source files, is shorter."""
+
+_FAILED = {"failed": True}
+"""In place of a run: the comparison with the source found a difference."""
+
+
 class Journal:
     """The journal of `run`, begun or taken up again.
 
@@ -89,10 +96,6 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-_FAILED = {"failed": True}
-"""In place of a run: the comparison with the source found a difference."""
-
-
 def is_journal(path: Path) -> bool:
     """Whether a file is what a run of this tool has left: a record of a run first, or the torn beginning of one."""
     try:
@@ -107,9 +110,6 @@ def is_journal(path: Path) -> bool:
     except (ValueError, RecursionError):
         return not first.strip(b"\0") or (first.startswith(b'{"plan_sha256"'[:len(first)]) and first[-1:] != b"\n")
     return value == _FAILED or (isinstance(value, dict) and "plan_sha256" in value)
-
-
-MAX_FIRST_LINE_NBYTES = 2**24
 
 
 def _whole_lines(path: Path, max_nbytes: int) -> tuple[int, list[Any]]:

@@ -39,8 +39,13 @@ def lock_of(destination: Path) -> Path:
     return destination.with_name(destination.name + ".partial.lock")
 
 
+def _new_name_beside(destination: Path) -> Path:
+    """Where something goes that is to be removed."""
+    return destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:12]}.replaced")
+
+
 def replaced_beside(destination: Path) -> Iterator[Path]:
-    """Overwritten destinations that a stopped run did not come to remove."""
+    """What was to be removed, and a stopped run did not come to it."""
     pattern = re.compile(rf"\.{re.escape(destination.name)}\.[0-9a-f]{{12}}\.replaced")
     beside = destination.parent.iterdir() if os.path.isdir(destination.parent) else ()
     return (path for path in beside if pattern.fullmatch(path.name))
@@ -97,7 +102,9 @@ class Staging:
                 raise DestinationError(f"{quoted(self.path)} was not left by an interrupted run; the output grows "
                                        f"there, move it away")
             if restart:
-                shutil.rmtree(self.path)
+                # Renamed first: a stop halfway through would leave a folder that nothing shows to be ours.
+                os.rename(self.path, discarded := _new_name_beside(destination))
+                shutil.rmtree(discarded)
                 make_folder(self.path)
                 manifest = None
             self.journal = Journal(self.path, self.run, max_files)
@@ -164,7 +171,7 @@ class Staging:
         sync_folder(self.path)
         if overwrite and self.destination.exists():
             note(_identity(self.path))
-            replaced = self.destination.with_name(f".{self.destination.name}.{uuid.uuid4().hex[:12]}.replaced")
+            replaced = _new_name_beside(self.destination)
             if exchange(self.path, self.destination):
                 os.rename(self.path, replaced)
             else:

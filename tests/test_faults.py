@@ -74,6 +74,18 @@ def make_overwriting(root):
     return Case(root, (*FLAGS, "--overwrite"), before=before)
 
 
+def make_restarting(root):
+    """A run of another plan was stopped halfway, and is thrown away."""
+    def before(case):
+        case.old = None
+        if case.flags[-1] == "--restart":
+            other = Case.__new__(Case)
+            other.__dict__ |= case.__dict__ | {"flags": [*FLAGS, "--tp", "1"]}
+            other.run(kill(60, False))
+
+    return Case(root, (*FLAGS, "--restart"), before=before)
+
+
 def make_replacing_a_damaged_one(root):
     """What stands there is of the same plan, but a bit of it has rotted: only by the folder are the two told apart."""
     def before(case):
@@ -89,6 +101,21 @@ def killed_overwriting(case, point):
     case.clear()
     code, err = case.run(kill(*point))
     return f"not killed: {code} {err}" if code != -signal.SIGKILL else after_fault(case, [case.old])
+
+
+def killed_restarting(case, point):
+    case.clear()
+    code, err = case.run(kill(*point))
+    return f"not killed: {code} {err}" if code != -signal.SIGKILL else after_fault(case)
+
+
+def test_sigkill_while_restarting(tmp_path, figures):
+    """Whatever of the old attempt is left, the same command goes on."""
+    (tmp_path / "count").mkdir()
+    names = make_restarting(tmp_path / "count").operations()
+    points = [(at, after) for at in range(1, 60) for after in (False, True)]
+    assert "rename" in names[:10]
+    figures("SIGKILL, restarting", *campaign(tmp_path, make_restarting, killed_restarting, points))
 
 
 @pytest.mark.parametrize("number", [QUICK, HEAVY])

@@ -211,7 +211,7 @@ def test_overwrite_does_not_replace_what_is_no_checkpoint(tmp_path):
     assert (case.destination / "thesis.tex").read_text() == "mine" and case.beside() == []
 
 
-@pytest.mark.parametrize("name", ["train.py", "notes/thesis.tex"])
+@pytest.mark.parametrize("name", ["train.py", "notes/thesis.tex", "model/notes.txt"])
 def test_overwrite_does_not_take_away_what_stands_in_a_checkpoint(tmp_path, name):
     case = Case(tmp_path)
     (case.destination / name).parent.mkdir(exist_ok=True)
