@@ -107,7 +107,7 @@ BARE = [
           ("initializer_range: 0.01", "initializer_range: 0.02"), ("vocab_size: 11", "vocab_size: 7"),
           (" tp: 2", " tp: 4"), (" pp: 2", " pp: 1"), ("rope_interleaved: false", "rope_interleaved: true"),
           ("rope_scaling: null", "rope_scaling: {type: linear, factor: 2.0}"),
-          ("size_divisible_by: 1", "size_divisible_by: 64"),
+          ("size_divisible_by: 1", "size_divisible_by: 64"), ("dtype: bfloat16", "dtype: float16"),
           ("rope_theta: 500000.0", "# rope_theta: of Nanotron's own"), ("model_config:", "model_setup:")]],
     ("config.yaml is empty", lambda c: (c / "config.yaml").write_text(""), ["config.yaml"])]
 
@@ -120,6 +120,29 @@ def test_what_is_wrong_is_found_and_named(made, copied, differs, bare, change, w
     root = copied("tp2pp2", bare)
     change(root)
     differs(made("hf"), root, words)
+
+
+@pytest.mark.parametrize("rope, says, equal", [
+    ("neox", "rope_interleaved: false", True), ("neox", "# nothing", True), ("neox", "rope_interleaved: true", False),
+    ("interleaved", "rope_interleaved: true", True), ("interleaved", "# nothing", False)])
+def test_a_config_yaml_that_does_not_say_the_order_of_a_head(tmp_path, capsys, rope, says, equal):
+    """Nanotron's main then takes the one of Hugging Face."""
+    source, destination = converted(tmp_path, rope=rope)
+    path = destination / "config.yaml"
+    told = f"rope_interleaved: {'true' if rope == 'interleaved' else 'false'}"
+    path.write_text(path.read_text().replace(told, says))
+    code = main(["verify", str(source), str(destination), "--edited", "config.yaml", "--max-memory", "4GiB"])
+    assert code == (0 if equal else 5)
+    assert equal or "config.yaml: rope_interleaved is" in capsys.readouterr().err
+
+
+def test_padding_that_nanotron_left_to_chance_can_be_allowed(tmp_path, capsys):
+    source, destination = converted(tmp_path, vocab_multiple=8)
+    (destination / MANIFEST).unlink()
+    poke(next((destination / "model").rglob("*token_embedding/*tp-rank-1*")), -1)
+    command = ["verify", str(source), str(destination), "--max-memory", "4GiB"]
+    assert main(command) == 5 and "padding" in capsys.readouterr().err
+    assert main([*command, "--allow", "padding"]) == 0
 
 
 @pytest.mark.usefixtures("held")
