@@ -13,7 +13,6 @@ from stream_reshard.errors import ResourceError, SourceError, StreamReshardError
 MAX_JSON_NBYTES = 10 * 2**20
 """Cap on config and index files, as huggingface_hub has for an index."""
 
-
 _MAY_PASS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
                        errno.ENOMEM})
 """What says that a file cannot be read now, rather than never."""

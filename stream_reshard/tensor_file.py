@@ -24,8 +24,8 @@ READ_RETRIES = 3
 
 FIRST_PAUSE_SECONDS = 0.1
 
-_MAY_PASS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
-"""What network file systems report when a server or a path to it was away for a moment."""
+_RETRIED = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
+"""What a read reports when a server or a path to it was away for a moment."""
 
 
 def identity_of(status: os.stat_result) -> Identity:
@@ -89,7 +89,7 @@ class SourceFile:
             try:
                 return os.preadv(self._descriptor, [view], offset)
             except OSError as error:
-                if error.errno not in _MAY_PASS or attempt == READ_RETRIES:
+                if error.errno not in _RETRIED or attempt == READ_RETRIES:
                     raise ResourceError(f"{quoted(self.path)}: {error.strerror} at byte {offset}, after {attempt + 1} "
                                         f"attempts to read it") from error
                 stale = error.errno == errno.ESTALE

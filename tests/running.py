@@ -55,6 +55,12 @@ def measured(*arguments):
     """(exit code, peak of the process tree's summed resident set in bytes, stderr) of a command in its own process."""
     command = [sys.executable, "-m", "stream_reshard", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    peak = peak_until_it_ends(process)
+    return process.returncode, peak, process.stderr.read()
+
+
+def peak_until_it_ends(process):
+    """Peak of the summed resident set of a process and all below it, in bytes, sampled until it ends."""
     tree, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
         try:
@@ -62,7 +68,7 @@ def measured(*arguments):
         except psutil.Error:
             pass
         time.sleep(0.003)
-    return process.returncode, peak, process.stderr.read()
+    return peak
 
 
 _OPENED = []

@@ -160,15 +160,32 @@ def conversion(folder):
     return plan_conversion(Options(folder / "hf", folder / "nt", Topology(2), max_memory=2**32))
 
 
-def test_a_worker_that_is_killed(tmp_path):
+def pausing_after(number, real=os.fsync, main_pid=os.getpid()):
+    """An fsync that lets a worker make so many files durable, and then holds it at work for ever."""
+    seen = []
+
+    def fsync(descriptor):
+        if os.getpid() != main_pid:
+            seen.append(descriptor)
+            if len(seen) > number:
+                signal.pause()
+        real(descriptor)
+    return fsync
+
+
+def test_a_worker_that_is_killed(tmp_path, monkeypatch):
     """The run ends with one clear error, and the same command goes on from what was done."""
-    planned = conversion(tmp_path)
+    planned, killed = conversion(tmp_path), []
+    monkeypatch.setattr(os, "fsync", pausing_after(4))
 
     def kill_one(job):
-        os.kill(psutil.Process().children()[0].pid, signal.SIGKILL)
+        if not killed:
+            killed.append(psutil.Process().children()[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
 
     with pool() as executor, pytest.raises(ResourceError, match="a worker process died"):
         run(planned.output, How(planned.memory.block_nbytes, executor, progress=kill_one))
+    monkeypatch.undo()
     assert not (tmp_path / "nt").exists() and staging_of(tmp_path / "nt").exists()
     assert run(planned.output, How(planned.memory.block_nbytes)).num_kept >= 1
     assert main(["verify", str(tmp_path / "hf"), str(tmp_path / "nt"), "--quiet", "--max-memory", "4GiB"]) == 0

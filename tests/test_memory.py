@@ -5,11 +5,10 @@ Peaks are sums of the resident sets of the whole process tree, sampled from outs
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
+from running import peak_until_it_ends
 from trees import write_sparse_source
 
 from stream_reshard.memory import parse_nbytes
@@ -20,13 +19,7 @@ ROOT = Path(__file__).parents[1]
 def peak_of(command):
     """(peak of the tree's summed resident set in bytes, stdout) of a command that must succeed."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
-    tree, peak = psutil.Process(process.pid), 0
-    while process.poll() is None:
-        try:
-            peak = max(peak, sum(p.memory_info().rss for p in [tree, *tree.children(recursive=True)]))
-        except psutil.Error:
-            pass
-        time.sleep(0.005)
+    peak = peak_until_it_ends(process)
     assert process.returncode == 0
     return peak, process.stdout.read().decode()
 

@@ -27,13 +27,12 @@ from stream_reshard.layouts.nanotron_limits import ALLOWABLE
 from stream_reshard.manifest import MAX_MANIFEST_NBYTES
 from stream_reshard.stop import Stop
 from stream_reshard.verify.agreement import (
-    WITHOUT_EFFECT, config_differences, file_set_problems, has_yaml, parameter_differences, training_config_problems)
+    WITHOUT_EFFECT, config_differences, file_set_differences, has_yaml, parameter_differences, training_config_problems)
 from stream_reshard.verify.checkpoint import Checkpoint
 from stream_reshard.verify.compare import Rule, shape_difference
 from stream_reshard.verify.nanotron import topology_of
 from stream_reshard.verify.side import Side, open_side
 from stream_reshard.verify.tasks import Task, digest_tasks, run, shared, weight_tasks
-
 
 PADDING = "padding"
 """What `allow` calls padding rows that are not zero: Nanotron itself leaves them to chance."""
@@ -141,7 +140,7 @@ def _structure_problems(original: Side, other: Side, how: How, budget: memory.Me
     source, copy = original.checkpoint, other.checkpoint
     if copy is None:
         return
-    yield from file_set_problems(other.root, other.manifest, [file.path for file in copy.files], how.ignored)
+    yield from file_set_differences(other.root, other.manifest, [file.path for file in copy.files], how.ignored)
     if source is None:
         return
     yield from config_differences(source, copy, {*how.allow, *other.allowed})

@@ -56,32 +56,32 @@ def parameter_differences(source: Checkpoint, copy: Checkpoint) -> Iterator[Diff
                               f"{quoted(other.root)}")
 
 
-def file_set_problems(root: Path, manifest: Manifest | None, tensor_files: Collection[str],
-                      ignored: Collection[str]) -> Iterator[SourceError]:
+def file_set_differences(root: Path, manifest: Manifest | None, tensor_files: Collection[str],
+                         ignored: Collection[str]) -> Iterator[DifferenceError]:
     """Files that are missing or extra, but for the ignored ones. Without a manifest only the tensor files can be
     judged, which their reader does for Nanotron; in a Hugging Face folder no shard may stand outside the index."""
     found = set(files_below(root)) - {MANIFEST_NAME, *ignored}
     if manifest is None:
         shards = {path for path in found if path.endswith(".safetensors") and "/" not in path}
         for path in sorted(shards - set(tensor_files)):
-            yield SourceError(f"{quoted(path)} is extra: no index names it")
+            yield DifferenceError(f"{quoted(path)} is extra: no index names it")
         return
     for path in sorted(manifest.files.keys()):
         if path not in found or not (root / path).is_file():
             what = "no file" if path in found else "missing"
-            yield SourceError(f"{quoted(path)} is {what}: {MANIFEST_NAME} names it")
+            yield DifferenceError(f"{quoted(path)} is {what}: {MANIFEST_NAME} names it")
     for path in sorted(found - manifest.files.keys()):
-        yield SourceError(f"{quoted(path)} is extra: {MANIFEST_NAME} does not name it")
+        yield DifferenceError(f"{quoted(path)} is extra: {MANIFEST_NAME} does not name it")
 
 
-def digest_problem(root: Path, file: FileDone, digest: str) -> SourceError | None:
+def digest_difference(root: Path, file: FileDone, digest: str) -> DifferenceError | None:
     """A file that does not have the digest or size that the manifest says."""
     nbytes = (root / file.path).stat().st_size
     if (nbytes, digest) == (file.nbytes, file.xxh3_128):
         return None
     hint = "; if you edited it, say so with --edited" if file.path == CONFIG_YAML else ""
-    return SourceError(f"{quoted(file.path)} has {nbytes} bytes of digest {digest}, {MANIFEST_NAME} says {file.nbytes} "
-                       f"of {file.xxh3_128}{hint}")
+    return DifferenceError(f"{quoted(file.path)} has {nbytes} bytes of digest {digest}, {MANIFEST_NAME} says "
+                           f"{file.nbytes} of {file.xxh3_128}{hint}")
 
 
 def training_config_problems(root: Path, checkpoint: Checkpoint, topology: Topology,

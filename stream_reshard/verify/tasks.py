@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from stream_reshard import engines
-from stream_reshard.errors import DifferenceError
 from stream_reshard.manifest import FileDone
 from stream_reshard.stop import Stop
 from stream_reshard.tensor_file import digest_of
-from stream_reshard.verify.agreement import digest_problem
+from stream_reshard.verify.agreement import digest_difference
 from stream_reshard.verify.checkpoint import Checkpoint
 from stream_reshard.verify.compare import Compared, Rule, compare
 
@@ -44,8 +43,7 @@ def shared(source: Checkpoint, copy: Checkpoint) -> list[str]:
 def _digest(root: Path, file: FileDone, buffer_nbytes: int, stop: Stop) -> Compared:
     nbytes = (root / file.path).stat().st_size
     digest = digest_of(root, file.path, memoryview(bytearray(min(buffer_nbytes, max(nbytes, 1)))), stop)
-    problem = digest_problem(root, file, digest)
-    return Compared(0, DifferenceError(str(problem)) if problem else None, is_digest=True)
+    return Compared(0, digest_difference(root, file, digest), is_digest=True)
 
 
 def run(tasks: list[Task], num_workers: int, stop: Stop, progress: Callable[[int, int], None]) -> Iterator[Compared]:
