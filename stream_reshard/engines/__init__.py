@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-def run_all(work: Callable[[Job], Result], jobs: Sequence[Job],
+def run_all(work: Callable[[Job], Result], jobs: Iterable[Job],
             executor: Executor | None = None) -> Iterator[tuple[Job, Result]]:
     """(job, work(job)) as they finish: one after the other in this thread, or on an executor.
 
