@@ -25,6 +25,9 @@ ITEMSIZE: Mapping[str, int] = {
 MAX_HEADER_NBYTES = 25_000_000
 """The cap that huggingface_hub sets; parsing takes some 14 times a header's size in memory."""
 
+BLOCK_NBYTES = 4096
+"""Size of the blocks that file systems share between files: that of a memory page, wherever they can share."""
+
 MAX_DIMS = 8
 """No weight has more."""
 

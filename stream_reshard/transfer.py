@@ -30,6 +30,16 @@ class Window:
     stop: int
     """Past the last element."""
 
+    @property
+    def offset(self) -> int:
+        """Where it begins in its file, in bytes."""
+        return self.slice.tensor.begin + self.start * self.slice.tensor.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return (self.stop - self.start) * self.slice.tensor.itemsize
+
 
 @dataclass(frozen=True)
 class Part:
@@ -52,6 +62,16 @@ class Part:
         """Elements of the part."""
         return math.prod(self.shape)
 
+    @property
+    def run(self) -> int:
+        """Elements that are neighbours on both sides: the longest piece that one copy moves."""
+        return run_length(self.shape, self.target_strides, self.window_strides)
+
+    @property
+    def is_stretch(self) -> bool:
+        """Whether its elements stand one behind the other, in the same order, on both sides."""
+        return self.run == self.num_elements
+
 
 @dataclass(frozen=True)
 class Step:
@@ -68,6 +88,11 @@ def steps(sources: Sequence[Slice], targets: Sequence[Slice], max_elements: int)
         step = _step(sources, targets, block)
         if step.parts:
             yield step
+
+
+def whole_step(sources: Sequence[Slice], targets: Sequence[Slice]) -> Step:
+    """Everything that `targets` hold of a parameter at once: its parts tell which way the bytes can take."""
+    return _step(sources, targets, Box.hull([target.region for target in targets]))
 
 
 def _step(sources: Sequence[Slice], targets: Sequence[Slice], block: Box) -> Step:
@@ -94,7 +119,7 @@ def _part(index: int, window: Window, target: Slice, region: Box) -> Part:
 
 @lru_cache(maxsize=64)
 def run_length(shape: tuple[int, ...], target_strides: tuple[int, ...], window_strides: tuple[int, ...]) -> int:
-    """Elements that are neighbours on both sides: the longest piece that one copy moves."""
+    """Elements in the longest piece that is contiguous under both strides."""
     return _inner(shape, target_strides, window_strides)[1]
 
 
