@@ -13,6 +13,7 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - architectures:  one small table per model family
 - layouts:        one module per format
 - transfer:       one block of a parameter: what to read, which pieces of it go where
+- alignment:      where the data of a target file begin, so that blocks can be shared
 - plan:           a source layout against a target layout
 - memory:         allowed, reserved and projected memory
 - casts:          between the dtypes of weights

@@ -77,19 +77,21 @@ class TensorFile:
         return self.tensors[-1].begin + self.tensors[-1].nbytes
 
 
-def pack_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def pack_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str],
+                begin: int = 0) -> bytes:
     """The first bytes of a file that holds these (key, dtype, shape), up to the first tensor's data.
 
-    Deterministic: keys in the given order, no spaces, padded with spaces to a multiple of 8 bytes.
+    Deterministic: keys in the given order, no spaces, padded with spaces to a multiple of 8 bytes, or up to byte
+    `begin` where that is more.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
-    begin = 0
+    first = 0
     for key, dtype, shape in tensors:
-        end = begin + math.prod(shape) * ITEMSIZE[dtype]
-        table[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
+        last = first + math.prod(shape) * ITEMSIZE[dtype]
+        table[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [first, last]}
+        first = last
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, begin - 8 - len(text))
     return len(text).to_bytes(8, "little") + text
 
 
@@ -105,8 +107,9 @@ def planned_file(path: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]],
 
 
 def header_of(file: TensorFile) -> bytes:
-    """The first bytes of a planned file."""
-    return pack_header([(tensor.key, tensor.dtype, tensor.shape) for tensor in file.tensors], dict(file.metadata))
+    """The first bytes of a planned file, up to where its first tensor begins."""
+    return pack_header([(tensor.key, tensor.dtype, tensor.shape) for tensor in file.tensors], dict(file.metadata),
+                       file.tensors[0].begin)
 
 
 def read_header(root: Path, path: str, max_nbytes: int = MAX_HEADER_NBYTES) -> TensorFile:

@@ -5,19 +5,20 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from stream_reshard.alignment import begin_for, wishes_of
 from stream_reshard.box import Box, tiling_fault
 from stream_reshard.errors import StreamReshardError
-from stream_reshard.header import TensorFile
+from stream_reshard.header import StoredTensor, TensorFile
 from stream_reshard.layouts.base import Fill, Layout, Slice
 
 
 @dataclass(frozen=True)
 class Job:
-    """The work that writes one file, or the files that are cut from the same rows, so that each source byte is read
-    once. Idempotent, and independent of every other job; its copies are derived when it runs."""
+    """The work that writes the files which share parameters with each other and with no other file, so that each source
+    byte is read once. Idempotent, and independent of every other job; its copies are derived when it runs."""
 
     files: tuple[TensorFile, ...]
     parameters: tuple[str, ...]
@@ -70,6 +71,7 @@ def make_plan(source: Layout, target: Layout) -> Plan:
 
     Raises StreamReshardError, which is a fault of the layouts and not of the user, where the proof fails.
     """
+    target = _aligned(source, target)
     plan = Plan(source, target, tuple(_jobs(source, target)))
     faults = list(coverage_faults(plan))
     if faults:
@@ -104,7 +106,7 @@ def _region_faults(plan: Plan) -> Iterator[str]:
 
 
 def _jobs(source: Layout, target: Layout) -> Iterator[Job]:
-    """Target files joined where they are cut from the same stretch of a source tensor, in the target's order."""
+    """Target files that share a parameter are one job; jobs come in the order of the source's bytes."""
     leader = {file.path: file.path for file in target.files}
 
     def find(path: str) -> str:
@@ -112,34 +114,42 @@ def _jobs(source: Layout, target: Layout) -> Iterator[Job]:
             path = leader[path]
         return path
 
-    for paths in _cut_together(source, target):
-        for path in paths[1:]:
-            leader[find(path)] = find(paths[0])
-    parameters: dict[str, dict[str, None]] = defaultdict(dict)
-    for name in (parameter.name for parameter in target.model.stored()):
-        parts: tuple[Slice | Fill, ...] = (*target.slices.get(name, ()), *target.fills.get(name, ()))
-        for part in parts:
-            parameters[find(part.tensor.file)][name] = None
+    parts: dict[str, tuple[Slice | Fill, ...]] = {
+        name: (*held, *target.fills.get(name, ())) for name, held in target.slices.items()}
+    for held in parts.values():
+        for part in held[1:]:
+            leader[find(part.tensor.file)] = find(held[0].tensor.file)
+    parameters: dict[str, list[str]] = defaultdict(list)
+    for name, held in parts.items():
+        parameters[find(held[0].tensor.file)].append(name)
     files: dict[str, list[TensorFile]] = defaultdict(list)
     for file in target.files:
         files[find(file.path)].append(file)
-    for path, group in files.items():
-        yield Job(tuple(group), tuple(parameters[path]))
+
+    def place(path: str) -> tuple[str, int]:
+        return min((part.tensor.file, part.tensor.begin) for name in parameters[path] for part in source.slices[name])
+
+    for path in sorted(files, key=place):
+        yield Job(tuple(files[path]), tuple(parameters[path]))
 
 
-def _cut_together(source: Layout, target: Layout) -> Iterator[list[str]]:
-    """Lists of target files whose stretches of one source tensor overlap."""
-    for name, wanted in target.slices.items():
-        for held in source.slices[name]:
-            stretches = sorted((*held.extent_of(common), part.tensor.file) for part in wanted
-                               if (common := held.region.overlap(part.region)))
-            group: list[str] = []
-            reach = -1
-            for start, stop, path in stretches:
-                if start >= reach:
-                    yield group or [path]
-                    group = []
-                group.append(path)
-                reach = max(reach, stop)
-            if group:
-                yield group
+def _aligned(source: Layout, target: Layout) -> Layout:
+    """The target with the data of each file where its headers should let them begin."""
+    shifts: dict[str, int] = {}
+    for job in _jobs(source, target):
+        pairs = [(source.slices[name], target.slices[name]) for name in job.parameters]
+        begins = [part.tensor.begin for held, _ in pairs for part in held]
+        for file, wishes in zip(job.files, wishes_of(job.files, pairs)):
+            least = file.tensors[0].begin
+            shifts[file.path] = begin_for(wishes, begins, least) - least
+
+    def moved(tensor: StoredTensor) -> StoredTensor:
+        return replace(tensor, begin=tensor.begin + shifts[tensor.file])
+
+    return replace(
+        target,
+        files=tuple(replace(file, tensors=tuple(map(moved, file.tensors))) for file in target.files),
+        slices={name: tuple(replace(part, tensor=moved(part.tensor)) for part in held)
+                for name, held in target.slices.items()},
+        fills={name: tuple(replace(part, tensor=moved(part.tensor)) for part in held)
+               for name, held in target.fills.items()})

@@ -1,0 +1,82 @@
+"""Where the data of a target file begin. A header may be padded with spaces, so its length is ours to choose.
+
+File systems that share blocks between files do so where an offset in the source and the one in the target agree modulo
+the block. So the data of a file begin where most of the bytes that the source has in one piece stand as they stand
+there. This depends on the plan alone and never on the file system: one plan has one output.
+
+::
+
+    source   |.....q0 q1|q2 q3 q4|q5 q6 ...
+    target   |{head}  q0|q1 q2 q3|q4 q5 ...    as short as can be: no block is the source's
+    target   |{header} q0 q1|q2 q3 q4|q5 ...   padded: all blocks but the first are
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from stream_reshard.header import BLOCK_NBYTES, TensorFile
+from stream_reshard.layouts.base import Slice
+from stream_reshard.transfer import Part, Window, whole_step
+
+DATA_STEP = 8
+"""The data of a safetensors file begin at a multiple of this many bytes."""
+
+MIN_SHARED_NBYTES = 2 * BLOCK_NBYTES
+"""In less there may be no whole block between two ragged edges."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What one stretch of a target file asks for: to stand, modulo a block, where it stands in the source."""
+
+    source: int
+    """Index of the source tensor that has it in one piece."""
+    shift: int
+    """Bytes from the begin of that tensor to the byte that stands where the data of the file begin; may be negative."""
+    nbytes: int
+
+
+def wishes_of(files: Sequence[TensorFile],
+              pairs: Iterable[tuple[Sequence[Slice], Sequence[Slice]]]) -> list[list[Wish]]:
+    """Per file what its stretches ask for. `pairs` are all that these files hold: per parameter (source, target).
+
+    Source tensors are counted through all pairs. What is strided or cast asks for nothing, nor does a small tensor.
+    """
+    begins: Mapping[str, int] = {file.path: file.tensors[0].begin for file in files}
+    found: dict[str, list[Wish]] = {file.path: [] for file in files}
+    first = 0
+    for held, wanted in pairs:
+        for window, part in _stretches(held, wanted):
+            source, target = window.slice.tensor, part.target.tensor
+            here = (window.start + part.window_offset) * source.itemsize
+            there = target.begin - begins[target.file] + part.target_offset * target.itemsize
+            found[target.file].append(Wish(first + held.index(window.slice), here - there,
+                                           part.num_elements * source.itemsize))
+        first += len(held)
+    return list(found.values())
+
+
+def _stretches(held: Sequence[Slice], wanted: Sequence[Slice]) -> Iterator[tuple[Window, Part]]:
+    """Where one parameter stands in one piece on both sides, in tensors that are worth it."""
+    if not wanted:
+        return
+    step = whole_step(held, wanted)
+    for part in step.parts:
+        window, target = step.windows[part.window], part.target.tensor
+        is_same = window.slice.tensor.dtype == target.dtype
+        if part.is_stretch and is_same and target.nbytes >= MIN_SHARED_NBYTES:
+            yield window, part
+
+
+def begin_for(wishes: Iterable[Wish], source_begins: Sequence[int], least: int) -> int:
+    """The byte from `least` on at which a file's data should begin: where the wishes of most bytes come true, the first
+    of several such; `least` where there is no wish. `source_begins`: where the source tensors begin in their files."""
+    nbytes: Counter[int] = Counter()
+    for wish in wishes:
+        residue = (source_begins[wish.source] + wish.shift) % BLOCK_NBYTES
+        if residue % DATA_STEP == 0:
+            nbytes[residue] += wish.nbytes
+    most = max(nbytes.values(), default=0)
+    return min((least + (residue - least) % BLOCK_NBYTES for residue, n in nbytes.items() if n == most), default=least)
