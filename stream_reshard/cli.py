@@ -16,6 +16,7 @@ from stream_reshard import memory
 from stream_reshard.convert import Conversion, Options, plan_conversion, run_conversion
 from stream_reshard.errors import ResourceError, StreamReshardError, UsageError, quoted, shell_word
 from stream_reshard.flags import COMMANDS, parser_of
+from stream_reshard.machine import num_cores
 from stream_reshard.plan import Job
 from stream_reshard.report import as_json, done_lines, plan_lines, summary, summary_lines
 from stream_reshard.staging import staging_of
@@ -37,6 +38,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         topology=Topology(arguments.tp, arguments.pp, arguments.dp), config_class=arguments.nanotron_config,
         version=arguments.checkpoint_version, rope=arguments.rope, vocab_multiple=arguments.vocab_multiple,
         dtype=arguments.dtype, allow=tuple(arguments.allow), max_memory=max_memory, num_workers=workers,
+        io=arguments.io, digests=arguments.digests,
         restart=arguments.restart, overwrite=arguments.overwrite, break_lock=arguments.break_lock,
         verify=arguments.verify, source_sha256=arguments.source_sha256)
 
@@ -44,7 +46,9 @@ def options_of(arguments: argparse.Namespace) -> Options:
 def _resources(arguments: argparse.Namespace) -> tuple[int, int]:
     """(limit on memory in bytes, number of workers)."""
     max_memory = memory.parse_nbytes(arguments.max_memory)
-    workers = arguments.workers if arguments.workers is not None else 1 if max_memory < 96 * 2**20 else 2
+    workers = arguments.workers
+    if workers is None:
+        workers = memory.default_workers(min(max_memory, memory.machine_limit()), num_cores())
     if workers < 1:
         raise UsageError(f"--workers {workers}: it is at least 1")
     return max_memory, workers

@@ -23,55 +23,23 @@ from stream_reshard.layouts.hugging_face import HuggingFaceLayout, layout_of, mo
 from stream_reshard.layouts.nanotron import NanotronFormat, topology_problems
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.layouts.nanotron_limits import limit_problems, not_honoured
+from stream_reshard.machine import NETWORK_FILE_SYSTEMS, file_system_of
+from stream_reshard.options import Options
 from stream_reshard.plan import Job, Plan, make_plan
 from stream_reshard.source_digests import expected_sums, sum_problems
 from stream_reshard.stop import Stop
+from stream_reshard.target_file import Transport
 from stream_reshard.tensor_file import Identity, identity_of, same_bytes
-from stream_reshard.topology import Topology
 
 COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 """Files that are copied from the source where it has them."""
 
+MAPPED: frozenset[str] = frozenset()
+"""File systems on which a mapping is faster than reading."""
+
 _SMALL_FILES_NBYTES = 2**20
 """What the documents, the manifest and folders may take beside the weights."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything a user can choose about a conversion."""
-
-    source: Path
-    destination: Path | None
-    """None where only a plan is asked for."""
-    topology: Topology = Topology()
-    config_class: str = "auto"
-    """auto, LlamaConfig or Qwen2Config."""
-    version: str = "1.5"
-    rope: str = "auto"
-    """auto, neox or interleaved."""
-    vocab_multiple: int = 1
-    dtype: str = "keep"
-    """keep, bfloat16, float16 or float32."""
-    allow: tuple[str, ...] = ()
-    max_memory: int = memory.DEFAULT_ALLOWED
-    """Limit on the peak resident set of the process tree, in bytes."""
-    num_workers: int = 2
-    restart: bool = False
-    """Throw away what an interrupted run left."""
-    overwrite: bool = False
-    """Replace a checkpoint at the destination, once the new one is complete."""
-    break_lock: bool = False
-    """Take the place of a run on another machine."""
-    verify: bool = False
-    """Compare everything with the source before the commit."""
-    source_sha256: str | None = None
-    """A file as sha256sum writes it, or `cache`: sums that the shards must have."""
-
-    @property
-    def allowed_memory(self) -> int:
-        """`max_memory`, but never more than the machine has."""
-        return min(self.max_memory, memory.machine_limit())
 
 
 @dataclass(frozen=True)
@@ -107,6 +75,18 @@ class Conversion:
     def disk_free(self) -> int | None:
         """Bytes that the destination's disk has free; None where no destination is given."""
         return disk_free(self.options.destination.resolve())[0] if self.options.destination else None
+
+    @property
+    def transport(self) -> Transport:
+        """By which way bytes move."""
+        is_mapped = self.options.io == "mmap" or (self.options.io == "auto" and self.file_system in MAPPED)
+        return Transport(is_mapped, copies_on_server=self.file_system in NETWORK_FILE_SYSTEMS,
+                         digests=self.options.digests)
+
+    @cached_property
+    def file_system(self) -> str:
+        """The type of the file system that the source is on."""
+        return file_system_of(self.plan.source.root)
 
     @property
     def dtype(self) -> str:
@@ -145,13 +125,11 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     casts = bool(plan.casts)
     if casts:
         problems.collect(import_torch)
-    budget = memory.plan_memory(options.allowed_memory, memory.resident(), options.num_workers, casts,
-                                needs_numpy=options.verify, num_phases=1 + options.verify,
-                                num_files=plan.target.num_files)
+    budget, budget_notes = _budget(options, plan, casts)
     copies = {name: options.source / name for name in COMPANIONS if (options.source / name).is_file()}
     names = [CONFIG_NAME, *source.shards, INDEX_NAME, *copies]
     conversion = Conversion(options, config, format, source, plan, budget,
-                            tuple(_notes(options, config, format, source)), copies,
+                            (*_notes(options, config, format, source), *budget_notes), copies,
                             {name: identities[name] for name in names if name in identities})
     if options.destination is not None and (options.overwrite or not conversion.is_done):
         problems.extend(occupation_problems(options.destination, options.overwrite))
@@ -198,14 +176,15 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
     `progress` is called with every finished job. A request to `stop` ends the run with Interrupted; it can be resumed.
     """
     options, stop = conversion.options, stop or Stop()
-    executor = ThreadPoolExecutor(options.num_workers) if options.num_workers > 1 else None
+    # Half of the threads move bytes, the others wait for the disk.
+    executor = ThreadPoolExecutor(2 * options.num_workers)
     how = How(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
-              partial(_check, conversion, stop) if options.verify else None, progress, stop)
+              conversion.transport, options.num_workers, partial(_check, conversion, stop) if options.verify else None,
+              progress, stop)
     try:
         return run(conversion.output, how)
     finally:
-        if executor:
-            executor.shutdown(cancel_futures=True)
+        executor.shutdown(cancel_futures=True)
 
 
 def _check(conversion: Conversion, stop: Stop, folder: Path) -> None:
@@ -263,6 +242,18 @@ def _tie_problems(source: HuggingFaceLayout) -> Iterator[StreamReshardError]:
         if not same_bytes(source.root, tensor, other):
             yield SourceError(f"{tensor.key} differs from {other.key}, but config.json says tie_word_embeddings; set "
                               f"it to false if the head is its own")
+
+
+def _budget(options: Options, plan: Plan, casts: bool) -> tuple[memory.MemoryPlan, list[str]]:
+    """What the run will need of memory, and what to say of it. A run keeps a record per file; where no destination is
+    given nothing is run, and a limit that is too small for the records alone is no reason to refuse."""
+    of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.num_workers, casts,
+                 needs_numpy=options.verify, num_phases=1 + options.verify)
+    whole, bare = of(num_files=plan.target.num_files), of(num_files=0)
+    if options.destination is not None or whole.projected <= whole.allowed or bare.projected > bare.allowed:
+        return whole, []
+    return bare, [f"a run of this plan needs --max-memory {memory.human(whole.projected)} for the records of "
+                  f"{plan.target.num_files} files"]
 
 
 def _memory_problems(budget: memory.MemoryPlan) -> Iterator[StreamReshardError]:

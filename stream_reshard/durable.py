@@ -3,6 +3,9 @@
 Order of a write, so that a file under its final name is always whole: a unique temp name in the same folder (one that
 no loader's pattern matches), exclusive create that follows no link, final size, blocks, fsync, rename. An fsync that
 failed is never repeated: the kernel may have dropped the pages, so only writing anew helps.
+
+What is written goes to the disk at once and out of the page cache once it is durable: nothing piles up that an fsync
+would have to wait for, and a control group that counts the cache has room for no more.
 """
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import xxhash
 
@@ -24,6 +28,14 @@ MAX_PIECES = 1024
 
 TEMP_NAME = re.compile(r"\..+\.[0-9a-f]{12}\.part")
 """Names of files that were being written when a run was killed."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_sync_file_range = getattr(_libc, "sync_file_range", None)
+_renameat2 = getattr(_libc, "renameat2", None)
+_SYNC_FILE_RANGE_WRITE = 2
+
+_WRITEBACK_NBYTES = 2**18
+"""Smaller writes wait for the next fsync: a request of its own costs more than it saves."""
 
 _REFUSALS = frozenset({errno.EROFS, errno.EPERM, errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
                        errno.EISDIR, errno.EEXIST, errno.EXDEV, errno.EBUSY, errno.ENOTEMPTY})
@@ -51,13 +63,13 @@ class NewFile:
     Raises DestinationError or ResourceError, with the OSError as cause, from every method that touches the disk.
     """
 
-    def __init__(self, final: Path, nbytes: int = 0):
+    def __init__(self, final: Path, nbytes: int = 0, is_digested: bool = True):
         """`nbytes`: its final size, where it is known: a full disk shows itself before the work then."""
-        self.final, self.nbytes = final, nbytes
+        self.final, self.nbytes, self.is_digested = final, nbytes, is_digested
         self.temp = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.part")
-        self.digest = xxhash.xxh3_128()
+        self._digest: Any = xxhash.xxh3_128()
         self._position = 0
-        """Past the last byte digested; -1 once writes came out of order."""
+        """Past the last byte digested; -1 once bytes came out of order, or past this process."""
         self._descriptor = -1
 
     def __enter__(self) -> NewFile:
@@ -80,18 +92,25 @@ class NewFile:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
 
-    def write(self, offset: int, pieces: Sequence[memoryview | bytes]) -> None:
-        """Write the pieces one behind the other from byte `offset` on."""
+    def write(self, offset: int, pieces: Sequence[memoryview | bytes], is_mapped: bool = False) -> None:
+        """Write the pieces one behind the other from byte `offset` on.
+
+        `is_mapped`: they are a mapping of a file that may shrink. The kernel reports that as EFAULT; this process must
+        not touch them, it would be killed.
+        """
         try:
+            begin = offset
             for first in range(0, len(pieces), MAX_PIECES):
-                offset = self._gather(offset, pieces[first:first + MAX_PIECES])
+                offset = self._gather(offset, pieces[first:first + MAX_PIECES], is_mapped)
+            if offset - begin >= _WRITEBACK_NBYTES:
+                start_writeback(self._descriptor, begin, offset - begin)
         except OSError as error:
             raise target_error(self.final, error) from error
 
-    def _gather(self, offset: int, pieces: Sequence[memoryview | bytes]) -> int:
-        if offset == self._position:
+    def _gather(self, offset: int, pieces: Sequence[memoryview | bytes], is_mapped: bool) -> int:
+        if offset == self._position and self.is_digested and not is_mapped:
             for piece in pieces:
-                self.digest.update(piece)
+                self._digest.update(piece)
         else:
             self._position = -1
         end = offset + sum(map(len, pieces))
@@ -109,32 +128,40 @@ class NewFile:
             write_all(self._descriptor, rest, offset)
             offset += len(rest)
 
+    def complete(self, buffer: memoryview | None = None) -> None:
+        """Everything is written. Where a digest is wanted and the bytes did not come by in the file's order, it is made
+        of the file as it stands, read through `buffer`."""
+        if self.is_digested and self._position != self.nbytes:
+            try:
+                self._digest_again(buffer or memoryview(bytearray(2**20)))
+            except OSError as error:
+                raise target_error(self.final, error) from error
+
     def _digest_again(self, buffer: memoryview) -> None:
-        """Digest the file as it stands, for writes that did not come in its order."""
-        self.digest.reset()
+        self._digest.reset()
         for offset in range(0, self.nbytes, len(buffer)):
             view = buffer[:min(len(buffer), self.nbytes - offset)]
             if os.preadv(self._descriptor, [view], offset) != len(view):
                 raise OSError(errno.EIO, "what was written cannot be read back")
-            self.digest.update(view)
+            self._digest.update(view)
+        self._position = self.nbytes
 
-    def commit(self, buffer: memoryview | None = None) -> str:
-        """Make the file durable under its final name; returns its xxh3_128 digest, in hex.
+    def commit(self) -> str | None:
+        """Make the file durable under its final name; returns its xxh3_128 digest, in hex, if one is wanted.
 
-        `buffer` is needed where writes did not come in the file's order. The new name itself is durable only after
-        `sync_folder`.
+        The new name itself is durable only after `sync_folder`.
         """
+        self.complete()
         try:
-            if self._position != self.nbytes:
-                self._digest_again(buffer or memoryview(bytearray(2**20)))
             os.fsync(self._descriptor)
+            drop_from_cache(self._descriptor)
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
             os.rename(self.temp, self.final)
         except OSError as error:
             self.abandon()
             raise target_error(self.final, error) from error
-        return self.digest.hexdigest()
+        return self._digest.hexdigest() if self.is_digested else None
 
     def abandon(self) -> None:
         """Remove what was written so far; a failure to do so is left to the next run, which removes it."""
@@ -150,6 +177,21 @@ class NewFile:
                  trace: TracebackType | None) -> None:
         if self._descriptor >= 0:
             self.abandon()
+
+
+def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Ask the kernel to bring a stretch of a file to the disk, without waiting (sync_file_range). It only saves time:
+    whether it worked is for fsync to say."""
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
+
+
+def drop_from_cache(descriptor: int, offset: int = 0, nbytes: int = 0) -> None:
+    """Give back what the page cache holds of a stretch of a file (0 bytes: all of it), as far as it is on the disk."""
+    try:
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+    except OSError:
+        pass  # Advice only.
 
 
 def write_all(descriptor: int, content: memoryview | bytes, offset: int) -> None:
@@ -184,12 +226,10 @@ def make_folder(path: Path) -> None:
 
 def exchange(one: Path, other: Path) -> bool:
     """Swap two names in one step; False where the file system or the C library cannot."""
-    try:
-        call = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:
+    if _renameat2 is None:
         return False
     at_fdcwd, rename_exchange = -100, 2
-    if call(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0:
+    if _renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0:
         return True
     code = ctypes.get_errno()
     if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV):

@@ -9,7 +9,8 @@ import hashlib
 import io
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,13 +21,16 @@ from stream_reshard import engines
 from stream_reshard.destination import refuse_occupied
 from stream_reshard.durable import make_folder, target_error
 from stream_reshard.errors import DestinationError, DifferenceError, SourceError, StreamReshardError, quoted
-from stream_reshard.jobs import Work, run_job
+from stream_reshard.jobs import JobDone, Turns, Work, run_job
 from stream_reshard.lock import Lock
 from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest, with_files
+from stream_reshard.moving import Moved
 from stream_reshard.plan import Job, Plan
+from stream_reshard.sharing import can_share
 from stream_reshard.small_files import open_regular
 from stream_reshard.staging import MARKER_NAME, Staging, clear_old, finished, lock_of, was_swapped
 from stream_reshard.stop import Stop
+from stream_reshard.target_file import Transport
 from stream_reshard.tensor_file import Identity, changed, digest_of, identity_of
 
 
@@ -61,7 +65,7 @@ class Output:
     @property
     def max_files(self) -> int:
         """More files than its manifest can name."""
-        return len(self.plan.target.files) + len(self.documents) + len(self.copies) + len(self.identities) + 8
+        return self.plan.target.num_files + len(self.documents) + len(self.copies) + len(self.identities) + 8
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,10 @@ class How:
     overwrite: bool = False
     """Replace a destination that is there already, once the new one is complete."""
     break_lock: bool = False
+    transport: Transport = Transport()
+    """By which way bytes move; that blocks can be shared is found out by the run itself."""
+    num_turns: int = 1
+    """Jobs that may move bytes at the same time in one process."""
     check: Callable[[Path], object] | None = None
     """Called with the finished folder before it becomes the destination; raises where it must not."""
     progress: Callable[[Job], None] = lambda job: None
@@ -90,6 +98,10 @@ class Done:
     """Tensor files that an earlier attempt had written."""
     leftovers: tuple[Path, ...] = ()
     """Overwritten checkpoints that could not be removed."""
+    moved: Moved = Moved()
+    """Bytes of tensors that this run wrote."""
+    num_digests: int = 0
+    """Tensor files that the manifest has a digest of."""
 
 
 def run(output: Output, how: How) -> Done:
@@ -108,10 +120,10 @@ def run(output: Output, how: How) -> Done:
             manifest = finished(destination, output.run, output.max_files)
             if manifest and (is_swapped or not how.overwrite):
                 _confirm(output, how, manifest)
-                num_kept = len(output.plan.target.files)
+                done = Done(output.plan.target.num_files)
             else:
-                num_kept = _write(output, how, lock)
-            return Done(num_kept, clear_old(destination, is_swapped=False))
+                done = _write(output, how, lock)
+            return replace(done, leftovers=clear_old(destination, is_swapped=False))
     except OSError as error:
         raise target_error(destination, error) from error
 
@@ -120,18 +132,18 @@ def _confirm(output: Output, how: How, manifest: Manifest) -> None:
     """Raises DestinationError where a file of the finished destination does not have its digest any more."""
     buffer = memoryview(bytearray(how.block_nbytes))
     for path, file in manifest.files.items():
-        if digest_of(output.destination, path, buffer, how.stop) != file.xxh3_128:
+        if file.xxh3_128 and digest_of(output.destination, path, buffer, how.stop) != file.xxh3_128:
             raise DestinationError(f"{quoted(output.destination / path)} does not have the digest in {MANIFEST_NAME}: "
                                    f"the conversion was complete and was damaged since; --overwrite makes it anew")
     if how.check:
         how.check(output.destination)
 
 
-def _write(output: Output, how: How, lock: Lock) -> int:
+def _write(output: Output, how: How, lock: Lock) -> Done:
     refuse_occupied(output.destination, how.overwrite)
     staging = Staging(output.destination, output.run, output.max_files, how.restart)
     try:
-        num_kept = _run_jobs(output, how, staging)
+        done = _run_jobs(output, how, staging)
         manifest = _add_small_files(output, how, staging)
         check_identities(output.plan.source.root, output.identities)
         staging.sync()
@@ -141,26 +153,34 @@ def _write(output: Output, how: How, lock: Lock) -> int:
             _check(output, how.check, staging)
         refuse_occupied(output.destination, how.overwrite)  # Much may have happened there since.
         staging.deliver(how.overwrite, lock.write_note)
-        return num_kept
+        return done
     finally:
         staging.journal.close()
 
 
-def _run_jobs(output: Output, how: How, staging: Staging) -> int:
-    plan, num_kept = output.plan, 0
-    work = Work(plan, staging.path, how.block_nbytes, output.identities, dict(staging.journal.done), how.stop)
-    try:
-        for job, done in engines.run_all(partial(run_job, work), plan.jobs, how.executor):
-            for file in done.files:
-                if staging.journal.done.get(file.path) != file:
-                    staging.journal.add(file)
+def _run_jobs(output: Output, how: How, staging: Staging) -> Done:
+    plan, num_kept, moved, num_digests = output.plan, 0, Moved(), 0
+    is_shared = all(can_share(plan.source.root / path, staging.path) for path in plan.source.paths)
+    turns = Turns(how.num_turns, how.block_nbytes)
+    work = Work(plan, staging.path, turns, output.identities, dict(staging.journal.done), how.stop,
+                replace(how.transport, is_shared=is_shared))
+    with closing(turns), closing(engines.run_all(partial(run_job, work), plan.jobs, how.stop, how.executor,
+                                 partial(_note, staging))) as results:
+        for job, done in results:
+            _note(staging, done)
             num_kept += len(done.files) * done.was_kept
+            num_digests += sum(file.xxh3_128 is not None for file in done.files)
+            moved += done.moved
             how.progress(job)
             how.stop.check()
-    except BaseException:
-        how.stop.request()  # Jobs under way on other threads need not be waited for.
-        raise
-    return num_kept
+    return Done(num_kept, moved=moved, num_digests=num_digests)
+
+
+def _note(staging: Staging, done: JobDone) -> None:
+    """Keep in the journal what a job has made durable."""
+    for file in done.files:
+        if staging.journal.done.get(file.path) != file:
+            staging.journal.add(file)
 
 
 def _add_small_files(output: Output, how: How, staging: Staging) -> Manifest:
@@ -173,7 +193,7 @@ def _add_small_files(output: Output, how: How, staging: Staging) -> Manifest:
     for name, text in output.documents.items():
         if name != MARKER_NAME:
             written.append(staging.write(name, io.BytesIO(text), how.stop.check))
-    tensor_files = [staging.journal.done[file.path] for file in output.plan.target.files]
+    tensor_files = [staging.journal.done[path] for path in output.plan.target.paths]
     manifest = with_files(Manifest(output.run, output.facts), [*tensor_files, *written])
     staging.write(MANIFEST_NAME, io.BytesIO(manifest.packed()), how.stop.check)
     return manifest

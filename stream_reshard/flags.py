@@ -81,7 +81,9 @@ def _add_resource_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max-memory", default="512MiB", metavar="SIZE",
         help="limit on the peak resident set of the whole process tree (default 512MiB)")
-    add("--workers", type=int, default=None, metavar="N", help="threads that move bytes (default 2; 1 below 96MiB)")
+    add("--workers", type=int, default=None, metavar="N",
+        help="jobs that move bytes at the same time, within the one limit (default: a quarter of the cores, 2 to 8; 1 "
+             "below 96MiB)")
     add("--dtype", default="keep", choices=("keep", "bfloat16", "float16", "float32"),
         help="cast the weights of the source, needs torch (default keep)")
     add("--allow", action="append", default=[], metavar="NAME",
@@ -90,6 +92,12 @@ def _add_resource_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--io", default="auto", choices=("auto", "mmap", "pread"),
+        help="how the source is read: into buffers, or written straight from a mapping (default auto: what measured "
+             "faster on its file system)")
+    add("--digests", default="auto", choices=("auto", "all", "none"),
+        help="which tensor files get a digest in the manifest: auto leaves out those that share blocks with the "
+             "source, which are not read; all reads them back")
     add("--verify", action="store_true", help="compare everything with the source before DST gets its name")
     add("--source-sha256", default=None, metavar="FILE",
         help="check the source's files first: FILE as sha256sum writes it, or `cache`, where they are links to blobs "

@@ -36,16 +36,18 @@ class FileDone:
     path: str
     """Relative to the checkpoint's root, with forward slashes."""
     nbytes: int
-    xxh3_128: str
-    """Digest of the whole file, in hex."""
+    xxh3_128: str | None
+    """Digest of the whole file, in hex; None where it shares blocks with a source that were not read, or none was
+    wanted."""
 
     @classmethod
     def parsed(cls, value: Any) -> FileDone:
         """From JSON. Raises ValueError where it is not one."""
-        if not isinstance(value, dict) or {key: type(item) for key, item in value.items()} != {
-                "path": str, "nbytes": int, "xxh3_128": str}:
+        kinds = {key: type(item) for key, item in value.items()} if isinstance(value, dict) else {}
+        digest = value["xxh3_128"] if kinds.keys() == {"path", "nbytes", "xxh3_128"} else ""
+        if (kinds.get("path"), kinds.get("nbytes")) != (str, int) or not isinstance(digest, (str, type(None))):
             raise ValueError(f"{quoted(value)} does not describe a file")
-        if not _DIGEST.fullmatch(value["xxh3_128"]):
+        if digest is not None and not _DIGEST.fullmatch(digest):
             raise ValueError(f"{quoted(value['xxh3_128'])} is not a digest")
         return cls(**value)
 

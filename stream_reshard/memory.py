@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stream_reshard.errors import UsageError, quoted
+from stream_reshard.machine import group_limit
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -18,6 +19,9 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 DEFAULT_ALLOWED = 512 * 2**20
 MAX_BLOCK_NBYTES = 4 * 2**20
 MIN_BLOCK_NBYTES = 64 * 2**10
+
+_TWO_WORKERS_NBYTES = 96 * 2**20
+_MAX_DEFAULT_WORKERS = 8
 
 _PER_WORKER = 2 * 2**20
 """What a thread needs beside its buffers: its stack, lists of pieces."""
@@ -72,13 +76,14 @@ def peak_resident() -> int:
 def machine_limit() -> int:
     """What the machine, or the control group of this process, has in all."""
     import psutil
-    limit = psutil.virtual_memory().total
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
-            limit = min(limit, int((Path("/sys/fs/cgroup") / name).read_text()))
-        except (OSError, ValueError):
-            continue
-    return limit
+    total, group = psutil.virtual_memory().total, group_limit()
+    return total if group is None else min(total, group)
+
+
+def default_workers(allowed: int, num_cores: int) -> int:
+    """Workers where nobody says how many: what measured best. A disk likes few streams, each of them sequential; more
+    only help where there are many cores. Small limits leave room for one."""
+    return 1 if allowed < _TWO_WORKERS_NBYTES else min(max(2, num_cores // 4), _MAX_DEFAULT_WORKERS)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,23 @@
-"""Reading the bytes of tensor files, and beginning new ones. How bytes are read is decided here."""
+"""Reading the bytes of tensor files: into a buffer, or through a mapping that the kernel writes from.
+
+What was read is given back to the kernel at once, so that neither the resident set nor the page cache grows with the
+model.
+"""
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from stream_reshard.durable import NewFile
-from stream_reshard.errors import ResourceError, SourceError, quoted
-from stream_reshard.header import StoredTensor, TensorFile, header_of
+from stream_reshard.durable import drop_from_cache
+from stream_reshard.errors import ResourceError, SourceError, StreamReshardError, quoted
+from stream_reshard.header import StoredTensor
 from stream_reshard.small_files import read_error
 from stream_reshard.stop import Stop
 
@@ -47,13 +52,50 @@ def changed(path: str, before: Identity, now: Identity | None) -> SourceError:
 
 
 class SourceFile:
-    """A tensor file opened for reading, with positioned reads: safe to share, and a file that shrank is an error
-    instead of a signal, which a mapping would give."""
+    """A tensor file opened for reading: safe to share, and a file that shrank is an error instead of a signal."""
 
-    def __init__(self, root: Path, path: str, identity: Identity | None = None):
+    def __init__(self, root: Path, path: str, identity: Identity | None = None, is_mapped: bool = False):
         """Opens `root / path`. Raises SourceError where it is not the file of that `identity`."""
         self.root, self.path, self.identity = root, path, identity
         self._descriptor = self._open()
+        self._mapping = self._mapped() if is_mapped else None
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether there is a mapping that can be written from."""
+        return self._mapping is not None
+
+    @property
+    def descriptor(self) -> int:
+        """For calls that read from it without this process."""
+        return self._descriptor
+
+    def _mapped(self) -> mmap.mmap:
+        """A read-only mapping (a writable private one counts against limits on memory: RLIMIT_DATA)."""
+        try:
+            return mmap.mmap(self._descriptor, 0, mmap.MAP_SHARED, mmap.PROT_READ)
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{quoted(self.path)} cannot be mapped: {error}; --io pread reads it") from error
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Bytes of the mapping, for the kernel to write from. This process must not touch them: where the file shrank,
+        that would kill it. Raises SourceError where the file was shorter when it was mapped."""
+        assert self._mapping is not None, "it was opened without a mapping"
+        if offset + nbytes > len(self._mapping):
+            raise self.shrank(offset + nbytes)
+        return memoryview(self._mapping)[offset:offset + nbytes]
+
+    def shrank(self, end: int) -> SourceError:
+        """The error of a file that ends before byte `end`."""
+        return SourceError(f"{quoted(self.path)} shrank during the run: it ends before byte {end}; nothing was "
+                           f"committed")
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """Give back the memory that a stretch which will not be read again takes, in this process and in the cache."""
+        if self._mapping is not None:
+            first = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, offset + nbytes - first)
+        drop_from_cache(self._descriptor, offset, nbytes)
 
     def _open(self) -> int:
         try:
@@ -79,8 +121,7 @@ class SourceFile:
         while done < len(view):
             count = self._read_some(view[done:], offset + done)
             if not count:
-                raise SourceError(f"{quoted(self.path)} shrank during the run: it ends before byte "
-                                  f"{offset + len(view)}; nothing was committed")
+                raise self.shrank(offset + len(view))
             done += count
 
     def _read_some(self, view: memoryview, offset: int) -> int:
@@ -102,13 +143,14 @@ class SourceFile:
 
     def forget(self) -> None:
         """Drop what the kernel has cached of the file, as far as it is on disk: the next read asks the disk."""
-        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        drop_from_cache(self._descriptor)
 
     def close(self) -> None:
         """Give the descriptor back."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+        self._mapping = None  # It goes with its last view.
 
     def __enter__(self) -> SourceFile:
         return self
@@ -117,21 +159,14 @@ class SourceFile:
         self.close()
 
 
-class NewTensorFile(NewFile):
-    """A tensor file being written: it begins with its header, and its size is known."""
-
-    def __init__(self, root: Path, file: TensorFile):
-        super().__init__(root / file.path, file.nbytes)
-        self.file = file
-
-    def __enter__(self) -> NewTensorFile:
-        super().__enter__()
-        try:
-            self.write(0, [header_of(self.file)])
-        except BaseException:
-            self.abandon()
-            raise
-        return self
+def mapping_fault(sources: Iterable[SourceFile]) -> StreamReshardError:
+    """The error of a mapping that the kernel could not read (EFAULT): the source that shrank, or one that is broken."""
+    for source in sources:
+        size = os.fstat(source.descriptor).st_size
+        if source.identity and size < source.identity[2]:
+            return source.shrank(source.identity[2])
+    return ResourceError(f"{', '.join(quoted(source.path) for source in sources)} cannot be read through a mapping; "
+                         f"--io pread says what is wrong")
 
 
 def same_bytes(root: Path, first: StoredTensor, second: StoredTensor, buffer_nbytes: int = 2**20) -> bool:

@@ -25,7 +25,8 @@ def test_the_digest_is_that_of_the_content_however_it_was_written(tmp_path, orde
     with NewFile(tmp_path / "x", size) as file:
         for at, piece in pieces:
             file.write(at, [piece[:30], piece[30:]])
-        digest = file.commit(memoryview(bytearray(64)))
+        file.complete(memoryview(bytearray(64)))
+        digest = file.commit()
     assert (tmp_path / "x").read_bytes() == content
     assert digest == xxhash.xxh3_128(content).hexdigest()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -3,22 +3,24 @@ from __future__ import annotations
 
 import ctypes
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from typing import TypeVar
 
 from stream_reshard.errors import ResourceError
+from stream_reshard.stop import Stop
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-def run_all(work: Callable[[Job], Result], jobs: Iterable[Job],
-            executor: Executor | None = None) -> Iterator[tuple[Job, Result]]:
+def run_all(work: Callable[[Job], Result], jobs: Iterable[Job], stop: Stop, executor: Executor | None = None,
+            late: Callable[[Result], None] = lambda result: None) -> Generator[tuple[Job, Result], None, None]:
     """(job, work(job)) as they finish: one after the other in this thread, or on an executor.
 
-    Few jobs are handed out ahead, so that a failure or an interruption stops the run after those under way. Raises
-    ResourceError where a worker process died.
+    Few jobs are handed out ahead. Where one fails, or the caller closes the generator, `stop` is requested of those
+    under way; `late` gets the results of those that come to their end all the same. Raises ResourceError where a worker
+    process died.
     """
     if executor is None:
         yield from ((job, work(job)) for job in jobs)
@@ -39,8 +41,13 @@ def run_all(work: Callable[[Job], Result], jobs: Iterable[Job],
         raise ResourceError("a worker process died (killed, or out of memory?); run the same command again to go on"
                             ) from error
     finally:
+        if running:
+            stop.request()
         for future in running:
             future.cancel()
+        for future in running:
+            if not future.cancelled() and future.exception() is None:
+                late(future.result())
 
 
 def die_with_parent() -> None:

@@ -158,6 +158,11 @@ class Layout(ABC):
         """How many files there are."""
 
     @property
+    def paths(self) -> Iterator[str]:
+        """The path of every file."""
+        return (path for group in self.groups() for path in self.paths_of(group))
+
+    @property
     def files(self) -> Collection[TensorFile]:
         """Every file, each derived when its turn comes."""
         return _Files(self)

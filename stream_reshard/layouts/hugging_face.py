@@ -113,6 +113,10 @@ class HuggingFaceLayout(Layout):
         last = bisect_left(self._by_place, position + 1, key=self.places.__getitem__)
         return Group(position, position, tuple(self._by_place[first:last]))
 
+    @property
+    def paths(self) -> Iterator[str]:
+        return iter(self.shards)
+
     def paths_of(self, group: Group) -> list[str]:
         return [self.shards[group.position]]
 

@@ -74,8 +74,8 @@ def file_set_differences(root: Path, manifest: Manifest | None, tensor_files: Co
         yield DifferenceError(f"{quoted(path)} is extra: {MANIFEST_NAME} does not name it")
 
 
-def digest_difference(root: Path, file: FileDone, digest: str) -> DifferenceError | None:
-    """A file that does not have the digest or size that the manifest says."""
+def digest_difference(root: Path, file: FileDone, digest: str | None) -> DifferenceError | None:
+    """A file that does not have the digest or size that the manifest says; `digest` is None where it says none."""
     nbytes = (root / file.path).stat().st_size
     if (nbytes, digest) == (file.nbytes, file.xxh3_128):
         return None

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def shared(source: Checkpoint, copy: Checkpoint) -> list[str]:
 
 
 def _digest(root: Path, file: FileDone, buffer_nbytes: int, stop: Stop) -> Compared:
+    if file.xxh3_128 is None:
+        return Compared(0, digest_difference(root, file, None))
     nbytes = (root / file.path).stat().st_size
     digest = digest_of(root, file.path, memoryview(bytearray(min(buffer_nbytes, max(nbytes, 1)))), stop)
     return Compared(0, digest_difference(root, file, digest), is_digest=True)
@@ -50,13 +53,11 @@ def run(tasks: list[Task], num_workers: int, stop: Stop, progress: Callable[[int
     """What each task saw, as they finish; `progress(done, total)` counts tasks."""
     executor = ThreadPoolExecutor(num_workers) if num_workers > 1 else None
     try:
-        for num_done, (_, compared) in enumerate(engines.run_all(lambda task: task(), tasks, executor), 1):
-            progress(num_done, len(tasks))
-            stop.check()
-            yield compared
-    except BaseException:
-        stop.request()  # Tasks under way on other threads need not be waited for.
-        raise
+        with closing(engines.run_all(lambda task: task(), tasks, stop, executor)) as results:
+            for num_done, (_, compared) in enumerate(results, 1):
+                progress(num_done, len(tasks))
+                stop.check()
+                yield compared
     finally:
         if executor:
             executor.shutdown(cancel_futures=True)

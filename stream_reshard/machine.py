@@ -1,0 +1,79 @@
+"""What the machine says of itself: file systems, cores, and what the kernel has counted for this process."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+NETWORK_FILE_SYSTEMS = frozenset("""
+    nfs nfs4 cifs smb3 smbfs ceph lustre gpfs beegfs afs 9p virtiofs glusterfs ocfs2 gfs2 pvfs2 orangefs davfs
+    fuse.sshfs fuse.glusterfs fuse.s3fs fuse.goofys fuse.gcsfuse fuse.rclone fuse.mount-s3 fuse.blobfuse2
+    fuse.juicefs fuse.cephfs fuse.ceph""".split())
+"""Types whose bytes come over a network: each page that a mapping misses would cost a journey of its own there."""
+
+
+def file_system_of(path: Path) -> str:
+    """The type of the file system that a path is on, such as ext4; "unknown" where the kernel does not tell."""
+    try:
+        device = os.stat(path).st_dev
+        wanted = f"{os.major(device)}:{os.minor(device)}"
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    types = {fields[2]: rest.split()[0] for fields, rest in (
+        (line.split(), line.partition(" - ")[2]) for line in lines) if rest}
+    return types.get(wanted) or _by_mount_point(path, lines)
+
+
+def _by_mount_point(path: Path, lines: list[str]) -> str:
+    """The type by the longest mount point above a path: the devices of btrfs are other ones than mountinfo's."""
+    real, found = path.resolve(), ("", "unknown")
+    for line in lines:
+        point = line.split()[4].encode().decode("unicode_escape")
+        if real.is_relative_to(point) and len(point) >= len(found[0]):
+            found = point, line.partition(" - ")[2].split()[0]
+    return found[1]
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def io_counters() -> dict[str, int]:
+    """Bytes this process has moved so far: `rchar` and `wchar` by reading and writing calls, `read_bytes` and
+    `write_bytes` from and to disks (proc(5), /proc/PID/io). Empty where the kernel does not count."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return {}
+    counters = {key: int(value) for key, _, value in (line.partition(": ") for line in lines)}
+    return {key: counters[key] for key in ("rchar", "wchar", "read_bytes", "write_bytes") if key in counters}
+
+
+def group_limit() -> int | None:
+    """Bytes that the memory control groups around this process allow, page cache included; None where none does."""
+    limits = []
+    for folder in _memory_groups():
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            try:
+                limits.append(int((folder / name).read_text()))
+            except (OSError, ValueError):
+                continue
+    return min(limits, default=None)
+
+
+def _memory_groups() -> list[Path]:
+    """Folders of the memory control group of this process and of those around it (cgroups(7))."""
+    root, found = Path("/sys/fs/cgroup"), []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "memory" in controllers.split(","):
+            base = root / "memory" if controllers else root
+            own = base / path.lstrip("/")
+            # Inside a container the path is that of the host, and the group is mounted at the root.
+            found += [folder for folder in (own, *own.parents) if folder.is_relative_to(base)]
+    return found

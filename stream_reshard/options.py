@@ -1,0 +1,50 @@
+"""Options: everything a user can choose about a conversion, as one value."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stream_reshard import memory
+from stream_reshard.topology import Topology
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything a user can choose about a conversion."""
+
+    source: Path
+    destination: Path | None
+    """None where only a plan is asked for."""
+    topology: Topology = Topology()
+    config_class: str = "auto"
+    """auto, LlamaConfig or Qwen2Config."""
+    version: str = "1.5"
+    rope: str = "auto"
+    """auto, neox or interleaved."""
+    vocab_multiple: int = 1
+    dtype: str = "keep"
+    """keep, bfloat16, float16 or float32."""
+    allow: tuple[str, ...] = ()
+    max_memory: int = memory.DEFAULT_ALLOWED
+    """Limit on the peak resident set of the process tree, in bytes."""
+    num_workers: int = 2
+    """Jobs that may move bytes at the same time; they share `max_memory`."""
+    io: str = "auto"
+    """auto, mmap or pread: how the source is read."""
+    digests: str = "auto"
+    """auto, all or none: which tensor files get a digest."""
+    restart: bool = False
+    """Throw away what an interrupted run left."""
+    overwrite: bool = False
+    """Replace a checkpoint at the destination, once the new one is complete."""
+    break_lock: bool = False
+    """Take the place of a run on another machine."""
+    verify: bool = False
+    """Compare everything with the source before the commit."""
+    source_sha256: str | None = None
+    """A file as sha256sum writes it, or `cache`: sums that the shards must have."""
+
+    @property
+    def allowed_memory(self) -> int:
+        """`max_memory`, but never more than the machine has."""
+        return min(self.max_memory, memory.machine_limit())
