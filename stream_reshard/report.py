@@ -1,14 +1,14 @@
 """What a person reads: the plan as a table, the summary of a run; and the same as JSON."""
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 from stream_reshard.convert import Conversion
 from stream_reshard.errors import shell_word, shown
 from stream_reshard.execute import Done
-from stream_reshard.layouts.base import TORCH_DTYPES
+from stream_reshard.layouts.base import TORCH_DTYPES, Group
 from stream_reshard.layouts.nanotron import stages_of
 from stream_reshard.memory import human
 
@@ -19,10 +19,15 @@ def stage_table(conversion: Conversion) -> list[dict[str, Any]]:
     stages = stages_of(target.model.config, format)
     rows: list[dict[str, Any]] = [{"stage": stage, "blocks": [b for b, s in stages.items() if s == stage], "files": 0,
                                    "nbytes": 0} for stage in range(format.topology.pp)]
+    examples: dict[Any, Group] = {}
+    counts: Counter[tuple[int, Any]] = Counter()
     for group in target.groups():
-        row, ranks = rows[target.stage_of(group)], target.ranks_of(group)
-        row["files"] += len(ranks)
-        row["nbytes"] += sum([rank.nbytes for rank in ranks])
+        examples.setdefault(group.kind, group)
+        counts[target.stage_of(group), group.kind] += 1
+    for (stage, kind), count in counts.items():
+        ranks = target.ranks_of(examples[kind])
+        rows[stage]["files"] += count * len(ranks)
+        rows[stage]["nbytes"] += count * sum(rank.nbytes for rank in ranks)
     return rows
 
 
