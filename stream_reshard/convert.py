@@ -38,6 +38,8 @@ COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spe
 MAPPED: frozenset[str] = frozenset()
 """File systems on which a mapping is faster than reading."""
 
+_SAFETENSORS_DTYPES = {torch: name for name, torch in TORCH_DTYPES.items()}
+
 _SMALL_FILES_NBYTES = 2**20
 """What the documents, the manifest and folders may take beside the weights."""
 
@@ -120,8 +122,10 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     if options.source_sha256 is not None:
         sums = expected_sums(options.source, identities, options.source_sha256)
         problems.extend(sum_problems(options.source, source.shards, sums, stop or Stop()))
-    dtypes = _dtypes(source, options.dtype)
-    plan = make_plan(source, NanotronLayout(options.destination or Path(), source.model, format, dtypes))
+    dtypes = source.dtype_at if options.dtype == "keep" else partial(_always, _SAFETENSORS_DTYPES[options.dtype])
+    target = NanotronLayout(options.destination or Path(), source.model, format, dtypes)
+    _check_fused(target)
+    plan = make_plan(source, target)
     casts = bool(plan.casts)
     if casts:
         problems.collect(import_torch)
@@ -217,19 +221,14 @@ def _format_of(options: Options, family: Family) -> NanotronFormat:
     return NanotronFormat(options.topology, name, options.version, interleaved, options.vocab_multiple)
 
 
-def _dtypes(source: HuggingFaceLayout, wanted: str) -> Callable[[int], str]:
-    """The target's dtype of each parameter. Raises SourceError where fused parameters would keep different ones."""
-    if wanted != "keep":
-        return partial(_always, {torch: name for name, torch in TORCH_DTYPES.items()}[wanted])
-    model = source.model
-    fused: dict[str, str] = {}
-    for parameter in model.stored() if len(source.dtypes) > 1 else ():
-        own = source.dtype_of(parameter.name)
-        first = fused.setdefault(parameter.nanotron, own)
-        if first != own:
-            raise SourceError(f"{parameter.hugging_face} is {own}, but Nanotron keeps it in one tensor with {first} "
-                              f"weights; choose one with --dtype")
-    return source.dtype_at
+def _check_fused(target: NanotronLayout) -> None:
+    """Raises SourceError where parameters that Nanotron keeps in one tensor would have different dtypes."""
+    for group in target.groups():
+        for number in group.numbers[1:]:
+            if (own := target.dtypes(number)) != (first := target.dtypes(group.numbers[0])):
+                name = target.model.parameter(number).hugging_face
+                raise SourceError(f"{name} is {own}, but Nanotron keeps it in one tensor with {first} weights; choose "
+                                  f"one with --dtype")
 
 
 def _always(dtype: str, number: int) -> str:

@@ -49,7 +49,8 @@ class Survey:
         for group in target.groups():
             self._add(group, alignment)
         for alike in self._alike.values():
-            self._prove(alike.last)
+            if alike.count > 1:
+                self._prove(alike.last)
         self._prove_whole()
 
     def _add(self, group: Group, alignment: Alignment) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.box import has_twins
-from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.errors import Problems, Refused, SourceError, quoted
 from stream_reshard.header import MAX_HEADER_NBYTES, TensorFile, read_header
 from stream_reshard.json_stream import JsonReader, TooLong
 from stream_reshard.model import Model
@@ -170,16 +170,19 @@ class _Reading:
                 index.num_more += 1
 
     def _place_of(self, name: Any) -> int:
-        """The place of a shard that was not met before."""
+        """The place of a shard that was not met before. Raises Refused where it is no name at all."""
+        if len(self._problems) >= MAX_PROBLEMS:
+            return 0
         fault = self._fault_of(name)
         if fault is None:
             self._index.shards.append(name)
             return self._known.setdefault(name, len(self._index.shards) - 1)
-        text = f"a {type(name).__name__}" if isinstance(name, (list, dict)) else str(name)
-        if text not in self._known and len(self._problems) < MAX_PROBLEMS:
-            self._problems.append(SourceError(f"{INDEX_NAME} names {quoted(text)}, which is {fault}"))
-            if len(text) <= MAX_KEY_NBYTES:
-                self._known[text] = 0
+        text = f"a {type(name).__name__}" if isinstance(name, (list, dict)) else name
+        self._problems.append(SourceError(f"{INDEX_NAME} names {quoted(text)}, which is {fault}"))
+        if not isinstance(name, str):
+            raise Refused(self._problems)
+        if len(name) <= MAX_KEY_NBYTES:
+            self._known[name] = 0
         return 0
 
     def _fault_of(self, name: Any) -> str | None:
