@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stream_reshard.alignment import Alignment
 from stream_reshard.errors import StreamReshardError
@@ -37,7 +37,7 @@ class Plan:
 
     source: Layout
     target: Layout
-    order: array[int]
+    order: array[int] = field(repr=False)
     """The target's groups in the order of the source's bytes."""
     nbytes: int
     """Bytes of all target files."""

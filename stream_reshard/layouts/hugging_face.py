@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -38,13 +38,13 @@ class HuggingFaceLayout(Layout):
     format = "Hugging Face"
     shards: tuple[str, ...]
     """Their names."""
-    sizes: array[int]
+    sizes: array[int] = field(repr=False)
     """Of each shard, in bytes."""
-    places: array[int]
+    places: array[int] = field(repr=False)
     """Per parameter the index of its shard."""
-    begins: array[int]
+    begins: array[int] = field(repr=False)
     """Per parameter the offset of its first byte in the shard."""
-    codes: array[int]
+    codes: array[int] = field(repr=False)
     """Per parameter the code of its dtype; 0 where it is not there, which only a tied one may be."""
     ignored: Mapping[str, str]
     """Stored tensors that hold no parameter, with the reason."""
