@@ -34,6 +34,9 @@ COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spe
               "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 """Files that are copied from the source where it has them."""
 
+NUM_WAITING = 3
+"""Jobs that wait for the disk while others move bytes."""
+
 MAPPED: frozenset[str] = frozenset()
 """File systems on which a mapping is faster than reading."""
 
@@ -172,8 +175,7 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
     `progress` is called with every finished job. A request to `stop` ends the run with Interrupted; it can be resumed.
     """
     options, stop = conversion.options, stop or Stop()
-    # Half of the threads move bytes, the others wait for the disk.
-    executor = ThreadPoolExecutor(2 * options.num_workers)
+    executor = ThreadPoolExecutor(options.num_workers + NUM_WAITING)
     how = How(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
               conversion.transport, options.num_workers, partial(_check, conversion, stop) if options.verify else None,
               progress, stop)

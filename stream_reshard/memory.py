@@ -17,6 +17,7 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 DEFAULT_ALLOWED = 512 * 2**20
+import os
 MAX_BLOCK_NBYTES = 4 * 2**20
 MIN_BLOCK_NBYTES = 64 * 2**10
 
