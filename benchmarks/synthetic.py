@@ -15,7 +15,7 @@ from pathlib import Path
 from stream_reshard.architectures import FAMILIES, build_model
 from stream_reshard.header import ITEMSIZE, pack_header
 from stream_reshard.layouts.hf_config import CONFIG_NAME, read_config
-from stream_reshard.layouts.hugging_face import INDEX_NAME
+from stream_reshard.layouts.hf_shards import INDEX_NAME
 from stream_reshard.model import Parameter
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,

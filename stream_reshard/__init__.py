@@ -8,12 +8,15 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - stop:           a request to stop, honoured between blocks
 - durable:        files and names that survive a power cut whole, or are not there
 - small_files:    files that somebody else made: read up to a cap, parsed strictly
+- json_stream:    a JSON object too large to be parsed at once
 - header:         a safetensors file as its header tells it
+- names:          names made from templates, and the way back
 - model:          logical weights with their true dims
 - architectures:  one small table per model family
 - layouts:        one module per format
 - transfer:       one block of a parameter: what to read, which pieces of it go where
 - alignment:      where the data of a target file begin, so that blocks can be shared
+- proof:          that a plan is right, and what is counted on the way
 - plan:           a source layout against a target layout
 - memory:         allowed, reserved and projected memory
 - casts:          between the dtypes of weights

@@ -13,11 +13,11 @@ there. This depends on the plan alone and never on the file system: one plan has
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from stream_reshard.header import BLOCK_NBYTES, TensorFile
-from stream_reshard.layouts.base import Slice
+from stream_reshard.layouts.base import Group, Layout, Slice
 from stream_reshard.transfer import Part, Window, whole_step
 
 DATA_STEP = 8
@@ -25,6 +25,9 @@ DATA_STEP = 8
 
 MIN_SHARED_NBYTES = 2 * BLOCK_NBYTES
 """In less there may be no whole block between two ragged edges."""
+
+_MAX_CHOICES = 4096
+"""Choices that are remembered: layers repeat a few, but nothing makes them."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,40 @@ def begin_for(wishes: Iterable[Wish], source_begins: Sequence[int], least: int) 
             nbytes[residue] += wish.nbytes
     most = max(nbytes.values(), default=0)
     return min((least + (residue - least) % BLOCK_NBYTES for residue, n in nbytes.items() if n == most), default=least)
+
+
+class Alignment:
+    """Chooses where the data of the files of a target begin, group by group."""
+
+    def __init__(self, source: Layout, target: Layout):
+        """`target` has headers as short as can be."""
+        self.source, self.target = source, target
+        self._wished: dict[Hashable, list[tuple[list[Wish], int]]] = {}
+        """Per kind of group and file: what is wished, and the least begin."""
+        self._chosen: dict[Hashable, tuple[int, ...]] = {}
+
+    def likeness_of(self, group: Group) -> Hashable:
+        """Groups that agree in this are alike in both layouts."""
+        return (group.kind, *map(self.source.likeness_of, group.numbers))
+
+    def __call__(self, group: Group) -> tuple[int, ...]:
+        """Where the data of each file of a group begin, in bytes."""
+        begins = [begin for number in group.numbers for _, begin in self.source.places_of(number)]
+        return self.choose(group, self.likeness_of(group), begins)
+
+    def choose(self, group: Group, likeness: Hashable, source_begins: Sequence[int]) -> tuple[int, ...]:
+        """The same for a caller that knows the likeness, and where the group's source tensors begin."""
+        key = likeness, tuple([begin % BLOCK_NBYTES for begin in source_begins])
+        if (chosen := self._chosen.get(key)) is None:
+            if likeness not in self._wished:
+                self._wished[likeness] = self._wishes_of(group)
+            chosen = tuple([begin_for(wishes, source_begins, least) for wishes, least in self._wished[likeness]])
+            if len(self._chosen) >= _MAX_CHOICES:
+                self._chosen.clear()
+            self._chosen[key] = chosen
+        return chosen
+
+    def _wishes_of(self, group: Group) -> list[tuple[list[Wish], int]]:
+        files = self.target.files_of(group)
+        pairs = ((self.source.slices_of(number), self.target.slices_of(number)) for number in group.numbers)
+        return [(wishes, file.tensors[0].begin) for file, wishes in zip(files, wishes_of(files, pairs))]

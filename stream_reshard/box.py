@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -101,3 +102,12 @@ def tiling_fault(boxes: Sequence[Box], whole: Box) -> str | None:
                 return f"{first.start}..{first.stop} and {second.start}..{second.stop} overlap"
     covered = sum(box.num_elements for box in full)
     return None if covered == whole.num_elements else f"{covered} of {whole.num_elements} elements are covered"
+
+
+def has_twins(numbers: Iterable[int]) -> bool:
+    """Whether a number (of at most 64 bits, with a sign) occurs twice. Sorted in parts: a list of a million would take
+    five times their size."""
+    parts = [array("q") for _ in range(64)]
+    for number in numbers:
+        parts[number & 63].append(number)
+    return any(first == second for part in map(sorted, parts) for first, second in zip(part, part[1:]))

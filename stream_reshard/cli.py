@@ -90,7 +90,7 @@ def _bar(total: int, quiet: bool, **look: Any) -> Any:
 
 def _progress(conversion: Conversion, quiet: bool) -> tuple[Callable[[Job], None], Callable[[], None]]:
     """(called with each finished job, called at the end)."""
-    bar = _bar(conversion.plan.target.nbytes, quiet, unit="B", unit_scale=True)
+    bar = _bar(conversion.plan.nbytes, quiet, unit="B", unit_scale=True)
     if bar is None:
         return lambda job: None, lambda: None
 

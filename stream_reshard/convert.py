@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -10,17 +9,19 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from stream_reshard import memory
-from stream_reshard.architectures import Family
+from stream_reshard.architectures import Family, build_model
 from stream_reshard.casts import import_torch
 from stream_reshard.destination import destination_problems, disk_free, occupation_problems
 from stream_reshard.documents import documents
 from stream_reshard.errors import Problems, ResourceError, SourceError, StreamReshardError, UsageError, quoted
 from stream_reshard.execute import Done, How, Output, run
 from stream_reshard.journal import JOURNAL_NAME
-from stream_reshard.layouts.base import TORCH_DTYPES, Layout
+from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.hf_config import CONFIG_NAME, SourceConfig
-from stream_reshard.layouts.hugging_face import INDEX_NAME, layout_of, model_of, open_config, open_files
-from stream_reshard.layouts.nanotron import NanotronFormat, target_layout, topology_problems
+from stream_reshard.layouts.hf_shards import INDEX_NAME, open_shards
+from stream_reshard.layouts.hugging_face import HuggingFaceLayout, layout_of, model_of, open_config
+from stream_reshard.layouts.nanotron import NanotronFormat, topology_problems
+from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.layouts.nanotron_limits import limit_problems, not_honoured
 from stream_reshard.machine import NETWORK_FILE_SYSTEMS, file_system_of
 from stream_reshard.options import Options
@@ -40,6 +41,8 @@ NUM_WAITING = 3
 MAPPED: frozenset[str] = frozenset()
 """File systems on which a mapping is faster than reading."""
 
+_SAFETENSORS_DTYPES = {torch: name for name, torch in TORCH_DTYPES.items()}
+
 _SMALL_FILES_NBYTES = 2**20
 """What the documents, the manifest and folders may take beside the weights."""
 
@@ -51,6 +54,7 @@ class Conversion:
     options: Options
     config: SourceConfig
     format: NanotronFormat
+    source: HuggingFaceLayout
     plan: Plan
     memory: memory.MemoryPlan
     notes: tuple[str, ...]
@@ -61,10 +65,16 @@ class Conversion:
     """The source files as the plan saw them."""
 
     @property
+    def target(self) -> NanotronLayout:
+        """What is to be written."""
+        assert isinstance(self.plan.target, NanotronLayout), "no other format is written"
+        return self.plan.target
+
+    @property
     def disk_nbytes(self) -> int:
         """Bytes the destination needs."""
         copied = sum(path.stat().st_size for path in self.copies.values())
-        return self.plan.target.nbytes + copied + _SMALL_FILES_NBYTES
+        return self.plan.nbytes + copied + _SMALL_FILES_NBYTES
 
     @property
     def disk_free(self) -> int | None:
@@ -86,10 +96,7 @@ class Conversion:
     @property
     def dtype(self) -> str:
         """The dtype most weights have in the target, under torch's name."""
-        counts: Counter[str] = Counter()
-        for tensor in self.plan.target.tensors():
-            counts[TORCH_DTYPES[tensor.dtype]] += tensor.nbytes
-        return counts.most_common(1)[0][0]
+        return TORCH_DTYPES[max(self.plan.dtypes.items(), key=lambda item: item[1])[0]]
 
     @cached_property
     def output(self) -> Output:
@@ -101,7 +108,7 @@ class Conversion:
         texts = documents(config.model, self.format, config.family.has_attention_bias, self.dtype, destination,
                           has_tokenizer)
         facts = {"vocab_size": config.model.vocab_size, "dtype": options.dtype, "allowed": sorted(options.allow),
-                 "ignored_tensors": dict(self.plan.source.ignored)}
+                 "ignored_tensors": dict(self.source.ignored)}
         return Output(self.plan, destination, texts, self.copies, self.identities, facts)
 
     @property
@@ -116,22 +123,21 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     identities = _identities(options.source) if os.path.isdir(options.source) else {}
     config, format, source = _open(options, problems)
     if options.source_sha256 is not None:
-        shards = [file.path for file in source.files]
         sums = expected_sums(options.source, identities, options.source_sha256)
-        problems.extend(sum_problems(options.source, shards, sums, stop or Stop()))
-    dtypes = _dtypes(source, options.dtype)
-    plan = make_plan(source, target_layout(options.destination or Path(), source.model, dtypes, format))
-    casts = bool(plan.casts())
+        problems.extend(sum_problems(options.source, source.shards, sums, stop or Stop()))
+    dtypes = source.dtype_at if options.dtype == "keep" else partial(_always, _SAFETENSORS_DTYPES[options.dtype])
+    target = NanotronLayout(options.destination or Path(), source.model, format, dtypes)
+    _check_fused(target)
+    plan = make_plan(source, target)
+    casts = bool(plan.casts)
     if casts:
         problems.collect(import_torch)
-    budget = memory.plan_memory(options.allowed_memory, memory.resident(), options.num_workers, casts,
-                                needs_numpy=options.verify, num_phases=1 + options.verify,
-                                num_files=len(plan.target.files))
+    budget, budget_notes = _budget(options, plan, casts)
     copies = {name: options.source / name for name in COMPANIONS if (options.source / name).is_file()}
-    names = [CONFIG_NAME, *(file.path for file in source.files)]
-    names += [INDEX_NAME, *copies]
-    conversion = Conversion(options, config, format, plan, budget, tuple(_notes(options, config, format, source)),
-                            copies, {name: identities[name] for name in names if name in identities})
+    names = [CONFIG_NAME, *source.shards, INDEX_NAME, *copies]
+    conversion = Conversion(options, config, format, source, plan, budget,
+                            (*_notes(options, config, format, source), *budget_notes), copies,
+                            {name: identities[name] for name in names if name in identities})
     if options.destination is not None and (options.overwrite or not conversion.is_done):
         problems.extend(occupation_problems(options.destination, options.overwrite))
         problems.extend(_disk_problems(conversion, options.destination.resolve()))
@@ -140,20 +146,22 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     return conversion
 
 
-def _open(options: Options, problems: Problems) -> tuple[SourceConfig, NanotronFormat, Layout]:
+def _open(options: Options, problems: Problems) -> tuple[SourceConfig, NanotronFormat, HuggingFaceLayout]:
     """The source and the format, or Refused with everything that is wrong with source, flags and destination."""
     limit = memory.parse_limit(options.allowed_memory, memory.resident())
     config = problems.collect(open_config, options.source, limit)
-    files = problems.collect(open_files, options.source, limit) if os.path.isdir(options.source) else None
+    table = build_model(config.family, config.model) if config else None
+    is_folder = os.path.isdir(options.source)
+    shards = problems.collect(open_shards, options.source, table, limit) if is_folder else None
     if options.destination is not None:
         problems.extend(destination_problems(options.source, options.destination, options.overwrite))
     format, source = NanotronFormat(options.topology), None
     if config is not None:
         format = problems.collect(_format_of, options, config.family) or format
         problems.extend(limit_problems(config, format, options.allow))
-        if files is not None and (model := problems.collect(model_of, config, files)):
+        if shards is not None and (model := problems.collect(model_of, config, shards)):
             problems.extend(topology_problems(model, format))
-            source = problems.collect(layout_of, options.source, model, files)
+            source = problems.collect(layout_of, options.source, model, shards, limit)
     if source is not None:
         problems.extend(_tie_problems(source))
     if problems and options.destination is not None:
@@ -215,30 +223,38 @@ def _format_of(options: Options, family: Family) -> NanotronFormat:
     return NanotronFormat(options.topology, name, options.version, interleaved, options.vocab_multiple)
 
 
-def _dtypes(source: Layout, wanted: str) -> dict[str, str]:
-    """The target's dtype of each parameter. Raises SourceError where fused parameters would keep different ones."""
-    if wanted != "keep":
-        safetensors_name = {torch: name for name, torch in TORCH_DTYPES.items()}[wanted]
-        return dict.fromkeys(source.slices, safetensors_name)
-    by_name = {name: source.dtype_of(name) for name in source.slices}
-    fused: dict[str, str] = {}
-    for parameter in source.model.stored():
-        first = fused.setdefault(parameter.nanotron, by_name[parameter.name])
-        if first != by_name[parameter.name]:
-            raise SourceError(f"{parameter.hugging_face} is {by_name[parameter.name]}, but Nanotron keeps it in one "
-                              f"tensor with {first} weights; choose one with --dtype")
-    return by_name
+def _check_fused(target: NanotronLayout) -> None:
+    """Raises SourceError where parameters that Nanotron keeps in one tensor would have different dtypes."""
+    for group in target.groups():
+        for number in group.numbers[1:]:
+            if (own := target.dtypes(number)) != (first := target.dtypes(group.numbers[0])):
+                name = target.model.parameter(number).hugging_face
+                raise SourceError(f"{name} is {own}, but Nanotron keeps it in one tensor with {first} weights; choose "
+                                  f"one with --dtype")
 
 
-def _tie_problems(source: Layout) -> Iterator[StreamReshardError]:
+def _always(dtype: str, number: int) -> str:
+    return dtype
+
+
+def _tie_problems(source: HuggingFaceLayout) -> Iterator[StreamReshardError]:
     """A tied model may store its head or not; where it does, it must be the embedding."""
-    tensors = {tensor.key: tensor for tensor in source.tensors()}
-    for parameter in source.model.parameters:
-        if parameter.tied_to is not None and parameter.hugging_face in tensors:
-            other = source.slices[parameter.tied_to][0].tensor
-            if not same_bytes(source.root, tensors[parameter.hugging_face], other):
-                yield SourceError(f"{parameter.hugging_face} differs from {other.key}, but config.json says "
-                                  f"tie_word_embeddings; set it to false if the head is its own")
+    for tensor, other in source.tied():
+        if not same_bytes(source.root, tensor, other):
+            yield SourceError(f"{tensor.key} differs from {other.key}, but config.json says tie_word_embeddings; set "
+                              f"it to false if the head is its own")
+
+
+def _budget(options: Options, plan: Plan, casts: bool) -> tuple[memory.MemoryPlan, list[str]]:
+    """What the run will need of memory, and what to say of it. A run keeps a record per file; where no destination is
+    given nothing is run, and a limit that is too small for the records alone is no reason to refuse."""
+    of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.num_workers, casts,
+                 needs_numpy=options.verify, num_phases=1 + options.verify)
+    whole, bare = of(num_files=plan.target.num_files), of(num_files=0)
+    if options.destination is not None or whole.projected <= whole.allowed or bare.projected > bare.allowed:
+        return whole, []
+    return bare, [f"a run of this plan needs --max-memory {memory.human(whole.projected)} for the records of "
+                  f"{plan.target.num_files} files"]
 
 
 def _memory_problems(budget: memory.MemoryPlan) -> Iterator[StreamReshardError]:
@@ -253,17 +269,18 @@ def _disk_problems(conversion: Conversion, destination: Path) -> Iterator[Stream
     if conversion.disk_nbytes > free:
         yield ResourceError(f"the destination needs {memory.human(conversion.disk_nbytes)}, its disk has "
                             f"{memory.human(free)} free")
-    num_files = len(conversion.plan.target.files)
+    num_files = conversion.plan.target.num_files
     if num_free is not None and num_files > num_free:
         yield ResourceError(f"the destination needs {num_files} files, its disk has room for {num_free}")
 
 
-def _notes(options: Options, config: SourceConfig, format: NanotronFormat, source: Layout) -> Iterator[str]:
+def _notes(options: Options, config: SourceConfig, format: NanotronFormat,
+           source: HuggingFaceLayout) -> Iterator[str]:
     if options.destination is not None and options.destination.is_symlink():
         yield f"{quoted(options.destination)} is a link; {quoted(options.destination.resolve())} is written"
     yield from not_honoured(config, format)
     for key, reason in source.ignored.items():
         yield f"ignored tensor {key}: {reason}"
-    stray = {path.name for path in source.root.glob("*.safetensors")} - {file.path for file in source.files}
+    stray = {path.name for path in source.root.glob("*.safetensors")} - set(source.shards)
     if stray:
         yield f"files that no index names, ignored: {', '.join(map(quoted, sorted(stray)))}"

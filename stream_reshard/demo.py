@@ -10,7 +10,7 @@ from stream_reshard.architectures import FAMILIES, build_model
 from stream_reshard.convert import Options, plan_conversion, run_conversion
 from stream_reshard.header import pack_header
 from stream_reshard.layouts.hf_config import CONFIG_NAME, read_config
-from stream_reshard.layouts.hugging_face import SINGLE_NAME
+from stream_reshard.layouts.hf_shards import SINGLE_NAME
 from stream_reshard.report import plan_lines
 from stream_reshard.stop import Stop
 from stream_reshard.topology import Topology

@@ -104,7 +104,9 @@ class Problems(list[StreamReshardError]):
         except Refused as error:
             self.extend(error.problems)
         except StreamReshardError as error:
-            self.append(error)
+            # With its traceback it would keep what the function held, such as a header parsed half.
+            error.__cause__ = error.__context__ = None
+            self.append(error.with_traceback(None))
         return None
 
     def raise_if_any(self) -> None:

@@ -66,7 +66,7 @@ class Output:
     @property
     def max_files(self) -> int:
         """More files than its manifest can name."""
-        return len(self.plan.target.files) + len(self.documents) + len(self.copies) + len(self.identities) + 8
+        return self.plan.target.num_files + len(self.documents) + len(self.copies) + len(self.identities) + 8
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def run(output: Output, how: How) -> Done:
             manifest = finished(destination, output.run, output.max_files)
             if manifest and (is_swapped or not how.overwrite):
                 _confirm(output, how, manifest)
-                done = Done(len(output.plan.target.files))
+                done = Done(output.plan.target.num_files)
             else:
                 done = _write(output, how, lock)
             return replace(done, leftovers=clear_old(destination, is_swapped=False))
@@ -161,7 +161,7 @@ def _write(output: Output, how: How, lock: Lock) -> Done:
 
 def _run_jobs(output: Output, how: How, staging: Staging) -> Done:
     plan, num_kept, moved, num_digests = output.plan, 0, Moved(), 0
-    is_shared = all(can_share(plan.source.root / file.path, staging.path) for file in plan.source.files)
+    is_shared = all(can_share(plan.source.root / path, staging.path) for path in plan.source.paths)
     lanes = Lanes(how.num_workers, how.block_nbytes)
     work = Work(plan, staging.path, lanes, output.identities, dict(staging.journal.done), how.stop,
                 replace(how.transport, is_shared=is_shared))
@@ -194,7 +194,7 @@ def _add_small_files(output: Output, how: How, staging: Staging) -> Manifest:
     for name, text in output.documents.items():
         if name != MARKER_NAME:
             written.append(staging.write(name, io.BytesIO(text), how.stop.check))
-    tensor_files = [staging.journal.done[file.path] for file in output.plan.target.files]
+    tensor_files = [staging.journal.done[path] for path in output.plan.target.paths]
     manifest = with_files(Manifest(output.run, output.facts), [*tensor_files, *written])
     staging.write(MANIFEST_NAME, io.BytesIO(manifest.packed()), how.stop.check)
     return manifest

@@ -106,6 +106,13 @@ def planned_file(path: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]],
     return TensorFile(path, tuple(stored), tuple(metadata.items()))
 
 
+def placed(file: TensorFile, path: str, begin: int) -> TensorFile:
+    """The same file under another path, with a header that is padded until its data begin at byte `begin`."""
+    shift = begin - file.tensors[0].begin
+    return TensorFile(path, tuple(StoredTensor(path, tensor.key, tensor.dtype, tensor.shape, tensor.begin + shift)
+                                  for tensor in file.tensors), file.metadata)
+
+
 def header_of(file: TensorFile) -> bytes:
     """The first bytes of a planned file, up to where its first tensor begins."""
     return pack_header([(tensor.key, tensor.dtype, tensor.shape) for tensor in file.tensors], dict(file.metadata),

@@ -30,7 +30,7 @@ def _inspect_hugging_face(root: Path) -> dict[str, Any]:
             "num_layers": config.model.num_hidden_layers, "heads": config.model.num_attention_heads,
             "kv_heads": config.model.num_key_value_heads, "vocab_size": config.model.vocab_size,
             "tied": config.model.tie_word_embeddings, "rope_theta": config.model.rope_theta,
-            "dtypes": _dtypes(layout.files), "num_files": len(layout.files), "nbytes": layout.nbytes,
+            "dtypes": layout.count_dtypes(), "num_files": layout.num_files, "nbytes": layout.nbytes,
             "ignored": dict(layout.ignored), "faults": []}
 
 

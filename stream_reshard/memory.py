@@ -17,7 +17,6 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 DEFAULT_ALLOWED = 512 * 2**20
-import os
 MAX_BLOCK_NBYTES = 4 * 2**20
 MIN_BLOCK_NBYTES = 64 * 2**10
 
@@ -34,6 +33,8 @@ _NUMPY_NBYTES = 16 * 2**20
 """What importing numpy adds."""
 _PER_FILE = 2048
 """What a target file costs in records and in the manifest."""
+_PLAN_NBYTES = 5 * 2**20
+"""What is kept of headers and index: a few bytes per tensor."""
 _PARSED_PER_BYTE = 56
 """Bytes that parsing a byte of JSON takes, at most: nested empty lists in a text with one wide character."""
 
@@ -112,8 +113,9 @@ class MemoryPlan:
 
 
 def parse_limit(allowed: int, reserved: int) -> int:
-    """Bytes of a header or an index that can be parsed in what is left of the limit."""
-    return max(2**16, (allowed - reserved) // _PARSED_PER_BYTE)
+    """Bytes of JSON that can be parsed at once in what is left of the limit: one header, while a plan is growing."""
+    to_import = 0 if "numpy" in sys.modules else _NUMPY_NBYTES  # safetensors imports it.
+    return max(2**16, (allowed - reserved - to_import - _PLAN_NBYTES) // _PARSED_PER_BYTE)
 
 
 def yaml_limit(allowed: int, reserved: int) -> int:

@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from stream_reshard.box import Box
+from stream_reshard.names import Templates, fields_of, indices_of
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,6 @@ class Parameter:
     """The dims that make up each dim of the array as formats store it: ((0, 1, 2), (3,)) for a query projection."""
     split: str | None
     """The dim that tensor parallelism splits; None where every rank holds the whole parameter."""
-    layer: int | None
-    """Index of the transformer layer it belongs to, if any."""
     hugging_face: str
     """Name of the tensor that holds it in a Hugging Face checkpoint."""
     nanotron: str
@@ -81,6 +82,11 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def counts(self) -> dict[str, int]:
+        """How many there are of what the names of parameters count."""
+        return {"layer": self.num_hidden_layers}
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Extent of every named dim of the architecture tables."""
         return {"vocab": self.vocab_size, "hidden": self.hidden_size, "ffn": self.intermediate_size,
@@ -89,16 +95,104 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class Row:
+    """One parameter, or one per layer where the names hold `{layer}`."""
+
+    parameter: str
+    """Format-neutral name."""
+    dims: str
+    """The true dims, outermost first. A `|` separates what formats merge: "hidden | heads head_dim" is a matrix."""
+    split: str | None
+    """The dim that tensor parallelism splits (section 4 of Nanotron's format: column and row parallel layers)."""
+    hugging_face: str
+    """Tensor name in Hugging Face."""
+    nanotron: str
+    """Parameter name in Nanotron, below `model.`. Rows that share a name are fused along dim 0, in table order."""
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether there is one such parameter in each layer."""
+        return "{layer}" in self.parameter
+
+
+@dataclass(frozen=True)
 class Model:
-    """A model: its config and its parameters in the order of the forward pass."""
+    """A model: its config, and the table of its parameters. A parameter is derived when it is asked for, by its number:
+    those of a row follow each other, layer by layer, and the rows as they stand in the table."""
 
     config: ModelConfig
-    parameters: tuple[Parameter, ...]
+    rows: tuple[Row, ...]
+    """In the order of the forward pass; the rows of one layer stand together."""
 
     @cached_property
-    def by_name(self) -> dict[str, Parameter]:
-        """Parameters by their name."""
-        return {parameter.name: parameter for parameter in self.parameters}
+    def firsts(self) -> tuple[int, ...]:
+        """Number of the first parameter of each row, and behind them how many there are in all."""
+        counts = (math.prod(self.config.counts[field] for field in fields_of(row.parameter)) for row in self.rows)
+        return tuple(accumulate(counts, initial=0))
+
+    @cached_property
+    def _names(self) -> Templates:
+        return Templates([row.parameter for row in self.rows], self.config.counts)
+
+    def row_of(self, number: int) -> tuple[int, int]:
+        """(row, which one of its parameters) of a parameter."""
+        row = bisect_right(self.firsts, number) - 1
+        return row, number - self.firsts[row]
+
+    def number_of(self, name: str) -> int:
+        """The number of a parameter. Raises KeyError where the model has none of this name."""
+        if (found := self._names.find(name)) is None:
+            raise KeyError(name)
+        return self.firsts[found[0]] + found[1]
+
+    @cached_property
+    def _tensors(self) -> Templates:
+        return Templates([row.hugging_face for row in self.rows], self.config.counts)
+
+    def number_of_tensor(self, key: str) -> int | None:
+        """The number of the parameter that a tensor of this name holds in a Hugging Face checkpoint, if any."""
+        found = self._tensors.find(key)
+        return found and self.firsts[found[0]] + found[1]
+
+    def parameter(self, number: int) -> Parameter:
+        """The parameter of a number."""
+        index, instance = self.row_of(number)
+        row, sizes = self.rows[index], self.config.sizes
+        groups = [group.split() for group in row.dims.split("|")]
+        dims, ends = [dim for group in groups for dim in group], tuple(accumulate(map(len, groups), initial=0))
+        indices = indices_of(row.parameter, self.config.counts, instance)
+        return Parameter(
+            name=row.parameter.format(**indices), dims=tuple(dims), shape=tuple(sizes[dim] for dim in dims),
+            matrix=tuple(tuple(range(first, last)) for first, last in zip(ends, ends[1:])), split=row.split,
+            hugging_face=row.hugging_face.format(**indices), nanotron=row.nanotron.format(**indices),
+            tied_to="embedding" if self.is_tied(index) else None)
+
+    def is_tied(self, row: int) -> bool:
+        """Whether the parameters of a row share the values of another: checkpoints need not hold them."""
+        return self.rows[row].parameter == "lm_head" and self.config.tie_word_embeddings
+
+    @property
+    def stored_rows(self) -> list[int]:
+        """The rows whose parameters checkpoints hold themselves."""
+        return [row for row in range(len(self.rows)) if not self.is_tied(row)]
+
+    @property
+    def num_stored(self) -> int:
+        """How many parameters checkpoints hold themselves."""
+        return sum(self.firsts[row + 1] - self.firsts[row] for row in self.stored_rows)
+
+    @property
+    def parameters(self) -> Iterator[Parameter]:
+        """Every parameter, in the order of the forward pass."""
+        layered = [row for row, _ in enumerate(self.rows) if self.rows[row].per_layer]
+        yield from map(self.parameter, self.firsts[:layered[0]])
+        num_layers = self.config.num_hidden_layers
+        for layer in range(num_layers):
+            for row in layered:
+                per_layer = (self.firsts[row + 1] - self.firsts[row]) // num_layers
+                first = self.firsts[row] + layer * per_layer
+                yield from map(self.parameter, range(first, first + per_layer))
+        yield from map(self.parameter, self.firsts[layered[-1] + 1:-1])
 
     def stored(self) -> Iterator[Parameter]:
         """The parameters that checkpoints hold themselves: all but the tied ones."""
@@ -107,4 +201,5 @@ class Model:
     @property
     def num_elements(self) -> int:
         """Number of weights, tied ones counted once."""
-        return sum(parameter.num_elements for parameter in self.stored())
+        return sum((self.firsts[row + 1] - self.firsts[row]) * self.parameter(self.firsts[row]).num_elements
+                   for row in self.stored_rows)

@@ -1,29 +1,33 @@
 """What a person reads: the plan as a table, the summary of a run; and the same as JSON."""
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 from stream_reshard.convert import Conversion
 from stream_reshard.errors import shell_word, shown
 from stream_reshard.execute import Done
-from stream_reshard.layouts.base import TORCH_DTYPES
+from stream_reshard.layouts.base import TORCH_DTYPES, Group
 from stream_reshard.layouts.nanotron import stages_of
 from stream_reshard.memory import human
 
 
 def stage_table(conversion: Conversion) -> list[dict[str, Any]]:
     """Per stage: the blocks it holds, and the files and bytes of all its ranks."""
-    plan, format = conversion.plan, conversion.format
-    stages = stages_of(plan.target.model.config, format)
+    target, format = conversion.target, conversion.format
+    stages = stages_of(target.model.config, format)
     rows: list[dict[str, Any]] = [{"stage": stage, "blocks": [b for b, s in stages.items() if s == stage], "files": 0,
                                    "nbytes": 0} for stage in range(format.topology.pp)]
-    for parameter in {p.nanotron: p for p in plan.target.model.stored()}.values():
-        row = rows[stages[parameter.nanotron.split(".pp_block")[0]]]
-        files = {part.tensor.file: part.tensor.nbytes for part in plan.target.slices[parameter.name]}
-        row["files"] += len(files)
-        row["nbytes"] += sum(files.values())
+    examples: dict[Any, Group] = {}
+    counts: Counter[tuple[int, Any]] = Counter()
+    for group in target.groups():
+        examples.setdefault(group.kind, group)
+        counts[target.stage_of(group), group.kind] += 1
+    for (stage, kind), count in counts.items():
+        ranks = target.ranks_of(examples[kind])
+        rows[stage]["files"] += count * len(ranks)
+        rows[stage]["nbytes"] += count * sum(rank.nbytes for rank in ranks)
     return rows
 
 
@@ -33,16 +37,16 @@ def as_json(conversion: Conversion) -> dict[str, Any]:
     config, topology = plan.target.model.config, format.topology
     return {
         "source": {"path": str(plan.source.root), "format": plan.source.format, "family": config.family,
-                   "num_shards": len(plan.source.files), "nbytes": plan.source.nbytes},
+                   "num_shards": plan.source.num_files, "nbytes": conversion.source.nbytes},
         "target": {"path": str(options.destination) if options.destination else None, "format": plan.target.format,
                    "version": format.version, "config_class": format.config_class, "tp": topology.tp,
                    "pp": topology.pp, "dp": topology.dp, "rope_interleaved": format.rope_interleaved,
-                   "num_files": len(plan.target.files), "nbytes": plan.target.nbytes, "dtype": conversion.dtype},
+                   "num_files": plan.target.num_files, "nbytes": plan.nbytes, "dtype": conversion.dtype},
         "num_parameters": plan.target.model.num_elements,
         "vocab": {"size": config.vocab_size, "padded": format.padded_vocab(config.vocab_size)},
         "tied": config.tie_word_embeddings, "stages": stage_table(conversion),
-        "casts": {f"{TORCH_DTYPES[a]} to {TORCH_DTYPES[b]}": n for (a, b), n in plan.casts().items()},
-        "num_jobs": len(plan.jobs), "largest_job_nbytes": max(job.nbytes for job in plan.jobs),
+        "casts": {f"{TORCH_DTYPES[a]} to {TORCH_DTYPES[b]}": n for (a, b), n in plan.casts.items()},
+        "num_jobs": len(plan.jobs), "largest_job_nbytes": plan.largest_job_nbytes,
         "memory": {"allowed": conversion.memory.allowed, "reserved": conversion.memory.reserved,
                    "projected": conversion.memory.projected, "num_workers": conversion.memory.num_workers,
                    "block_nbytes": conversion.memory.block_nbytes},
@@ -96,9 +100,9 @@ def summary(conversion: Conversion, seconds: float, peak: int, done: Done) -> di
 
 def summary_lines(conversion: Conversion, seconds: float, peak: int, done: Done) -> Iterator[str]:
     """What a finished run did, for a person."""
-    memory, target = conversion.memory, conversion.plan.target
-    yield (f"done     {len(target.files)} files, {human(target.nbytes)} in {seconds:.1f} s "
-           f"({human(target.nbytes / max(seconds, 1e-9))}/s), durable in "
+    memory, plan = conversion.memory, conversion.plan
+    yield (f"done     {plan.target.num_files} files, {human(plan.nbytes)} in {seconds:.1f} s "
+           f"({human(plan.nbytes / max(seconds, 1e-9))}/s), durable in "
            f"{shown(conversion.options.destination)}")
     yield from (f"left     {shown(path)}: the old checkpoint could not be removed" for path in done.leftovers)
     if done.num_kept:

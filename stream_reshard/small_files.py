@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,9 +42,14 @@ def read_capped(root: Path, name: str, max_nbytes: int) -> bytes:
     except OSError as error:
         raise read_error(f"{quoted(name)} in {quoted(root)}", error) from error
     if len(content) > max_nbytes:
-        raise SourceError(f"{quoted(name)} has more than {max_nbytes} bytes, the limit for such a file; parsing one "
-                          f"takes many times its size, so a larger --max-memory may raise it")
+        raise too_long(name, max_nbytes)
     return content
+
+
+def too_long(name: str, max_nbytes: int) -> SourceError:
+    """The error a user sees of a file with more than `max_nbytes`."""
+    return SourceError(f"{quoted(name)} has more than {max_nbytes} bytes, the limit for such a file; parsing one takes "
+                       f"many times its size, so a larger --max-memory may raise it")
 
 
 def read_json(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTES) -> dict[str, Any]:
@@ -69,9 +75,13 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number that may stand there")
 
 
+STRICT: Mapping[str, Any] = {"object_pairs_hook": _no_twins, "parse_constant": _no_constant}
+"""For Python's reader: without its extensions NaN and Infinity, and no key twice."""
+
+
 def strict_json(text: bytes) -> Any:
     """JSON without the extensions of Python's reader: no NaN or Infinity, no key twice. Raises ValueError."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_no_twins, parse_constant=_no_constant)
+        return json.loads(text.decode("utf-8"), **STRICT)
     except RecursionError as error:
         raise ValueError(str(error)) from error

@@ -72,8 +72,8 @@ WRITE = {"header": lambda root, text: (root / "model.safetensors").write_bytes(r
              b'{"a":%s,%s' % (text, (root / "config.json").read_bytes()[1:]))}
 EACH = [*[("header", name, 0, "64MiB") for name in HEADERS], *[("index", name, 0, "64MiB") for name in INDEXES],
         ("header", "tensors", 24_999_000, "64MiB"), ("header", "deep lists", 24_999_000, "512MiB"),
-        ("index", "deep", 10_480_000, "512MiB"),
-        ("shards", "tensors", 600_000, "64MiB"), ("config", "deep lists", 10_480_000, "64MiB")]
+        *[("index", name, 10_480_000, limit) for name in INDEXES for limit in ("64MiB", "512MiB")],
+        *[("shards", name, 0, "64MiB") for name in ("tensors", "deep lists", "digits", "long names")], ("config", "deep lists", 10_480_000, "64MiB")]
 
 
 @pytest.fixture(scope="module")

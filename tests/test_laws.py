@@ -4,19 +4,27 @@ The oracle rebuilds every parameter from the files alone, through `local_global_
 numpy slicing and no code of the planner.
 """
 import json
+import pickle
 import re
+from dataclasses import replace
+from itertools import chain, islice
 
 import numpy as np
 import pytest
 
+from stream_reshard import alignment, proof
 from stream_reshard.architectures import FAMILIES, build_model
+from stream_reshard.box import Box
 from stream_reshard.convert import Options, plan_conversion, run_conversion
-from stream_reshard.errors import Refused
-from stream_reshard.header import pack_header
+from stream_reshard.errors import Refused, StreamReshardError
+from stream_reshard.header import pack_header, placed
 from stream_reshard.jobs import Work, run_job
 from stream_reshard.lanes import Lanes
+from stream_reshard.layouts import nanotron_ranks
 from stream_reshard.layouts.hf_config import read_config
-from stream_reshard.plan import coverage_faults
+from stream_reshard.layouts.hugging_face import HuggingFaceLayout
+from stream_reshard.layouts.nanotron_layout import NanotronLayout
+from stream_reshard.plan import coverage_faults, make_plan
 from stream_reshard.topology import Topology
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 48, "intermediate_size": 132, "num_hidden_layers": 3,
@@ -163,17 +171,108 @@ def test_result_and_digests_do_not_depend_on_workers(tmp_path):
     assert manifests[0] == manifests[1]
 
 
-def test_digest_of_a_plan_is_stable_and_tells_plans_apart(tmp_path):
+def of_parameter(layout, number):
+    return layout.model.parameter(number).name
+
+
+def without_last(of, *names):
+    """The last of what a layout says of these parameters is lost."""
+    return lambda self, number: of(self, number)[:-1 if of_parameter(self, number) in names else None]
+
+
+def doubled(of, name):
+    return lambda self, number: of(self, number) * (1 + (of_parameter(self, number) == name))
+
+
+def moved(of, name):
+    """A parameter stands a row below where it should."""
+    def slices_of(self, number):
+        return tuple(replace(part, place=Box(*((n + 1, *rest) for n, *rest in (part.place.start, part.place.stop))))
+                     if of_parameter(self, number) == name else part for part in of(self, number))
+    return slices_of
+
+
+def in_another_file(of, name):
+    return lambda self, number: tuple(replace(part, tensor=replace(part.tensor, file="elsewhere"))
+                                      if of_parameter(self, number) == name else part for part in of(self, number))
+
+
+K, LAST, FIRST = "layers.1.attention.k", "layers.2.attention.k", "layers.0.attention.k"
+SABOTAGE = [
+    ("a rank's part", NanotronLayout, "slices_of", lambda of: without_last(of, FIRST, K, LAST),
+     [f"{FIRST} in Nanotron", "elements are covered"]),
+    ("a rank's part, in the last layer", NanotronLayout, "slices_of", lambda of: without_last(of, LAST), [LAST]),
+    ("a part twice", NanotronLayout, "slices_of", lambda of: doubled(of, FIRST), [FIRST, "overlap"]),
+    ("a part elsewhere", NanotronLayout, "slices_of", lambda of: in_another_file(of, FIRST),
+     ["0/pp_block/attn/qkv_proj", "elements are covered", "not those of its group"]),
+    ("rows that are another's", NanotronLayout, "slices_of", lambda of: moved(of, FIRST), ["qkv_proj", "overlap"]),
+    ("padding that is not filled", NanotronLayout, "fills_of", lambda of: without_last(of, "embedding"),
+     ["token_embedding", "elements are covered"]),
+    ("padding over weights", NanotronLayout, "fills_of", lambda of: doubled(of, "lm_head"), ["lm_head", "overlap"]),
+    ("the source's part", HuggingFaceLayout, "slices_of", lambda of: without_last(of, FIRST),
+     [f"{FIRST} in Hugging Face"]),
+    ("a group", NanotronLayout, "groups", lambda of: lambda self: islice(of(self), 1, None),
+     ["embedding is in no group", "files are in groups"]),
+    ("a group instead of another", NanotronLayout, "groups", lambda of: lambda self: chain([*of(self)][:-1], of(self)),
+     ["is in two groups", "have a file in common"]),
+    ("a path of two groups", NanotronLayout, "paths_of",
+     lambda of: lambda self, group: [path.replace("/1/", "/0/") for path in of(self, group)],
+     ["have a file in common"]),
+    ("a file of a group", NanotronLayout, "files_of", lambda of: lambda self, group: of(self, group)[1:],
+     ["its files are not those of its group"]),
+    ("a header that is too short", NanotronLayout, "files_of",
+     lambda of: lambda self, group: tuple(placed(file, file.path, 64) for file in of(self, group)),
+     ["does not end where its data begin"])]
+
+
+@pytest.mark.parametrize("layout, name, change, words", [pytest.param(*row[1:], id=row[0]) for row in SABOTAGE])
+def test_a_broken_layout_is_found_before_anything_runs(tmp_path, monkeypatch, layout, name, change, words):
+    """The proof is no decoration: whatever a layout loses, doubles or puts elsewhere, it says so."""
     write_source(tmp_path / "hf")
-    digests = [plan_conversion(Options(tmp_path / "hf", None, Topology(tp, 2))).plan.digest for tp in (2, 2, 3)]
+    plan = plan_conversion(Options(tmp_path / "hf", None, Topology(4))).plan
+    assert list(coverage_faults(plan)) == []
+    monkeypatch.setattr(layout, name, change(getattr(layout, name)))
+    faults = "; ".join(coverage_faults(plan))
+    assert all(word in faults for word in words), faults
+    with pytest.raises(StreamReshardError, match="this is a fault of stream_reshard, nothing was written"):
+        make_plan(plan.source, plan.target)
+
+
+CHANGES = [
+    ("topology", {"topology": Topology(4, 2)}), ("stages", {"topology": Topology(2, 3)}), ("version", {"version": "1.4"}),
+    ("order in a head", {"rope": "interleaved"}), ("padding", {"vocab_multiple": 50})]
+
+
+@pytest.mark.parametrize("changes", [pytest.param(row[1], id=row[0]) for row in CHANGES])
+def test_digest_changes_with_everything_that_decides_the_output(tmp_path, changes):
+    write_source(tmp_path / "hf")
+    usual = {"topology": Topology(2, 2)}
+    digests = [plan_conversion(Options(tmp_path / "hf", None, **usual | told)).plan.digest for told in ({}, {}, changes)]
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_a_broken_plan_is_found_before_it_runs(tmp_path):
-    """The proof is no decoration: drop one slice of the target, and it says what is not covered."""
+RULES = [
+    ("names", NanotronLayout, "paths_of", lambda of: lambda self, group: [path + "x" for path in of(self, group)]),
+    ("one begin", HuggingFaceLayout, "places_of",
+     lambda of: lambda self, number: tuple((file, begin + 8 * (number == 5)) for file, begin in of(self, number))),
+    ("padding of headers", alignment, "begin_for", lambda of: lambda *told: of(*told) + 4096),
+    ("one header", nanotron_ranks, "planned_file",
+     lambda of: lambda path, tensors, metadata: of(path, tensors, metadata | {"x": "y"}))]
+
+
+@pytest.mark.parametrize("layout, name, change", [pytest.param(*row[1:], id=row[0]) for row in RULES])
+def test_digest_changes_with_the_rules_of_layouts(tmp_path, monkeypatch, layout, name, change):
+    write_source(tmp_path / "hf")
+    before = plan_conversion(Options(tmp_path / "hf", None, Topology(2))).plan.digest
+    monkeypatch.setattr(layout, name, change(getattr(layout, name)))
+    monkeypatch.setattr(proof, "group_faults", lambda *told: [])
+    assert plan_conversion(Options(tmp_path / "hf", None, Topology(2))).plan.digest != before
+
+
+def test_a_plan_can_be_sent_to_another_process(tmp_path):
     write_source(tmp_path / "hf")
     plan = plan_conversion(Options(tmp_path / "hf", None, Topology(2))).plan
-    slices = plan.target.slices["layers.1.attention.k"]
-    plan.target.slices["layers.1.attention.k"] = slices[:1]
-    faults = "; ".join(coverage_faults(plan))
-    assert "layers.1.attention.k in Nanotron" in faults and "elements are covered" in faults
+    twin = pickle.loads(pickle.dumps(plan))
+    assert list(twin.jobs) == list(plan.jobs) and twin.digest == plan.digest
+    assert all(twin.source.slices[name] == plan.source.slices[name] and twin.target.slices[name] == held
+               for name, held in plan.target.slices.items())

@@ -1,6 +1,6 @@
 """Architectures: one small table per model family; a new family is its difference from an old one.
 
-- base:  Row and Family, and how a table becomes a Model
+- base:  Family, and how it becomes a Model
 - llama: Llama and what shares its modules (SmolLM2, TinyLlama, Vicuna ...)
 - qwen2: Llama with biases on the query, key and value projections
 

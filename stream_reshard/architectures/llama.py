@@ -3,7 +3,8 @@
 `half` and `pair` are the two dims of a head that rotary embedding turns: element (0, j) turns with (1, j). Hugging Face
 keeps a head as (half, pair); Nanotron with `rope_interleaved` keeps it as (pair, half).
 """
-from stream_reshard.architectures.base import Family, Row
+from stream_reshard.architectures.base import Family
+from stream_reshard.model import Row
 
 _HF = "model.layers.{layer}."
 _NT = "decoder.{layer}.pp_block."

@@ -1,7 +1,8 @@
 """Qwen2: Llama with biases on the query, key and value projections, which only Nanotron's Qwen2Config has."""
-from stream_reshard.architectures.base import Family, Row
+from stream_reshard.architectures.base import Family
 from stream_reshard.architectures.llama import (
     ATTENTION_IN, ATTENTION_NORM, ATTENTION_OUT, EMBEDDING, FINAL, MLP, MLP_NORM)
+from stream_reshard.model import Row
 
 
 def _bias_of(row: Row) -> Row:

@@ -1,11 +1,13 @@
-"""Slice, Fill, Layout: the words in which every format says what is where."""
+"""Slice, Fill, Group, Layout: the words in which every format says what is where."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from stream_reshard.box import Box
 from stream_reshard.header import StoredTensor, TensorFile
@@ -13,6 +15,8 @@ from stream_reshard.model import Model
 
 TORCH_DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 """The dtypes that weights may have: safetensors' names, and those of torch, Hugging Face and Nanotron."""
+
+Part = TypeVar("Part")
 
 
 def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -79,31 +83,139 @@ class Fill:
     """In the coordinates of the tensor; contiguous there."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What is where in one checkpoint. A format is a module that makes one."""
+class Group(NamedTuple):
+    """Files that share parameters with each other and with no other file, and those parameters."""
 
-    format: str
+    position: int
+    """Which group of its layout it is."""
+    kind: Any
+    """Groups of one kind differ in the names of parameters and files, and in where their data begin. Hashable."""
+    numbers: tuple[int, ...]
+    """The parameters, in the order of their places."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout(ABC):
+    """What is where in one checkpoint. A format is a module that makes one.
+
+    A large model has a million slices, so none is held: a layout knows how to derive those of one parameter, or the
+    files of one group. Parameters go by their numbers in the model.
+    """
+
+    format: ClassVar[str]
     """Name of the format, for people."""
     root: Path
     model: Model
-    files: tuple[TensorFile, ...]
-    slices: Mapping[str, tuple[Slice, ...]]
-    """By parameter: where its elements stand, every one exactly once."""
-    fills: Mapping[str, tuple[Fill, ...]]
-    """By parameter: the padding that stands beside its elements. Parameters without padding are absent."""
-    ignored: Mapping[str, str]
-    """Stored tensors that hold no parameter, with the reason."""
+
+    @abstractmethod
+    def slices_of(self, number: int) -> tuple[Slice, ...]:
+        """Where the elements of a parameter stand, every one exactly once; () where they stand nowhere."""
+
+    def fills_of(self, number: int) -> tuple[Fill, ...]:
+        """The padding that stands beside the elements of a parameter."""
+        return ()
+
+    @abstractmethod
+    def dtype_at(self, number: int) -> str:
+        """The safetensors dtype that the elements of a parameter have here."""
+
+    @abstractmethod
+    def likeness_of(self, number: int) -> Hashable:
+        """Two parameters of one row that agree in this stand alike: their slices differ in names and begins only."""
+
+    @abstractmethod
+    def places_of(self, number: int) -> tuple[tuple[int, int], ...]:
+        """(which file, where the tensor begins in it, in bytes) of each slice of a parameter."""
+
+    @property
+    @abstractmethod
+    def num_groups(self) -> int:
+        """How many groups there are."""
+
+    @abstractmethod
+    def group(self, position: int) -> Group:
+        """The group at a position."""
+
+    def groups(self) -> Iterator[Group]:
+        """Every group."""
+        return map(self.group, range(self.num_groups))
+
+    @abstractmethod
+    def paths_of(self, group: Group) -> list[str]:
+        """The paths of a group's files."""
+
+    @abstractmethod
+    def files_of(self, group: Group) -> tuple[TensorFile, ...]:
+        """The files of a group."""
+
+    def aligned(self, begins: Callable[[Group], Sequence[int]]) -> Layout:
+        """The same layout, still to be written, with the data of the files of each group beginning at these bytes."""
+        raise TypeError(f"{self.format} files that are there already begin where they begin")
+
+    @property
+    @abstractmethod
+    def num_files(self) -> int:
+        """How many files there are."""
+
+    @property
+    def paths(self) -> Iterator[str]:
+        """The path of every file."""
+        return (path for group in self.groups() for path in self.paths_of(group))
+
+    @property
+    def files(self) -> Collection[TensorFile]:
+        """Every file, each derived when its turn comes."""
+        return _Files(self)
 
     def tensors(self) -> Iterator[StoredTensor]:
-        """Every stored tensor, file by file."""
+        """Every tensor that holds parameters, file by file."""
         return (tensor for file in self.files for tensor in file.tensors)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all tensor files."""
-        return sum(file.nbytes for file in self.files)
+    def slices(self) -> Mapping[str, tuple[Slice, ...]]:
+        """The slices of each parameter that is stored, by name."""
+        return _ByName(self.model, self.slices_of)
+
+    @property
+    def fills(self) -> Mapping[str, tuple[Fill, ...]]:
+        """The padding beside each parameter that has some, by name."""
+        return _ByName(self.model, self.fills_of)
 
     def dtype_of(self, parameter: str) -> str:
         """The safetensors dtype that the elements of a parameter have here."""
-        return self.slices[parameter][0].tensor.dtype
+        return self.dtype_at(self.model.number_of(parameter))
+
+
+class _Files(Collection[TensorFile]):
+    """The files of a layout."""
+
+    def __init__(self, layout: Layout):
+        self._layout = layout
+
+    def __len__(self) -> int:
+        return self._layout.num_files
+
+    def __iter__(self) -> Iterator[TensorFile]:
+        return (file for group in self._layout.groups() for file in self._layout.files_of(group))
+
+    def __contains__(self, file: object) -> bool:
+        return any(file == other for other in self)
+
+
+class _ByName(Mapping[str, tuple[Part, ...]]):
+    """Something of each parameter, by its name; parameters that have nothing of it are absent."""
+
+    def __init__(self, model: Model, of: Callable[[int], tuple[Part, ...]]):
+        self._model, self._of = model, of
+
+    def __getitem__(self, name: str) -> tuple[Part, ...]:
+        found = self._of(self._model.number_of(name))
+        if not found:
+            raise KeyError(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return (parameter.name for parameter in self._model.stored() if parameter.name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

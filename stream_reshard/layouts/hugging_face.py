@@ -1,55 +1,137 @@
-"""The Hugging Face layout: safetensors shards, an index, config.json.
-
-Names in the index are checked before they become paths; names of tensors never do. Links in the folder are followed,
-as the cache of huggingface_hub consists of them.
-"""
+"""The Hugging Face layout: config.json, and every parameter a tensor of its own in one of the shards."""
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
-from itertools import islice
+from array import array
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 
 from stream_reshard.architectures import build_model
 from stream_reshard.box import Box
 from stream_reshard.errors import Problems, SourceError, quoted
-from stream_reshard.header import MAX_HEADER_NBYTES, StoredTensor, TensorFile, read_header
-from stream_reshard.layouts.base import TORCH_DTYPES, Layout, Slice
+from stream_reshard.header import ITEMSIZE, MAX_HEADER_NBYTES, StoredTensor, TensorFile, read_header
+from stream_reshard.layouts.base import TORCH_DTYPES, Group, Layout, Slice
 from stream_reshard.layouts.hf_config import CONFIG_NAME, SourceConfig, read_config
-from stream_reshard.model import Model, Parameter
-from stream_reshard.small_files import MAX_JSON_NBYTES, read_json
+from stream_reshard.layouts.hf_shards import INDEX_NAME, MAX_PROBLEMS, Index, Shards, open_shards
+from stream_reshard.model import Model
+from stream_reshard.names import Templates
+from stream_reshard.small_files import MAX_JSON_NBYTES
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
+_BUFFERS = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+"""Tensors that old versions of transformers saved; they follow from config.json."""
 
-_IGNORED = re.compile(r"(model\.layers\.\d+\.self_attn\.|model\.)rotary_emb\.inv_freq")
-"""Buffers that old versions of transformers saved; they follow from config.json."""
+_DTYPES = (None, *ITEMSIZE)
+"""Dtypes by the code under which the layout keeps them; 0 is a tensor that is not there."""
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
-
-MAX_PROBLEMS = 1000
-"""More of one kind are not listed: a hostile index must not fill the memory with what is wrong with it."""
-
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
-def open_source(root: Path) -> tuple[SourceConfig, Layout]:
+@dataclass(frozen=True, eq=False)
+class HuggingFaceLayout(Layout):
+    """What is where in a folder of shards. Per parameter 13 bytes are kept; shape and name are the model's to say."""
+
+    format = "Hugging Face"
+    shards: tuple[str, ...]
+    """Their names."""
+    sizes: array[int]
+    """Of each shard, in bytes."""
+    places: array[int]
+    """Per parameter the index of its shard."""
+    begins: array[int]
+    """Per parameter the offset of its first byte in the shard."""
+    codes: array[int]
+    """Per parameter the code of its dtype; 0 where it is not there, which only a tied one may be."""
+    ignored: Mapping[str, str]
+    """Stored tensors that hold no parameter, with the reason."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(self.sizes)
+
+    @property
+    def dtypes(self) -> set[str]:
+        """Every dtype that occurs."""
+        return {str(_DTYPES[code]) for code in set(self.codes) if code}
+
+    def tensor_of(self, number: int) -> StoredTensor | None:
+        """The tensor of a parameter, of a tied one too; None where it is not there."""
+        if not self.codes[number]:
+            return None
+        parameter = self.model.parameter(number)
+        return StoredTensor(self.shards[self.places[number]], parameter.hugging_face, self.dtype_at(number),
+                            parameter.matrix_shape, self.begins[number])
+
+    def count_dtypes(self) -> dict[str, int]:
+        """How many tensors have which dtype."""
+        return {str(_DTYPES[code]): count for code, count in Counter(self.codes).items() if code}
+
+    def tied(self) -> Iterator[tuple[StoredTensor, StoredTensor]]:
+        """Tensors that are there although they are tied, each with the one whose values it must have."""
+        firsts = self.model.firsts
+        for number in (firsts[row] for row in range(len(self.model.rows)) if self.model.is_tied(row)):
+            if (tensor := self.tensor_of(number)) and (name := self.model.parameter(number).tied_to):
+                yield tensor, self.slices[name][0].tensor
+
+    def slices_of(self, number: int) -> tuple[Slice, ...]:
+        parameter, tensor = self.model.parameter(number), self.tensor_of(number)
+        if tensor is None or parameter.tied_to:
+            return ()
+        return (Slice(parameter.name, parameter.whole, tensor, Box.whole(tensor.shape), parameter.matrix),)
+
+    def dtype_at(self, number: int) -> str:
+        return str(_DTYPES[self.codes[number]])
+
+    def likeness_of(self, number: int) -> int:
+        return self.codes[number]
+
+    def places_of(self, number: int) -> tuple[tuple[int, int], ...]:
+        return ((self.places[number], self.begins[number]),)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.shards)
+
+    @property
+    def num_files(self) -> int:
+        return len(self.shards)
+
+    @cached_property
+    def _by_place(self) -> array[int]:
+        """The stored parameters in the order of their bytes."""
+        firsts = self.model.firsts
+        stored = [number for row in self.model.stored_rows for number in range(firsts[row], firsts[row + 1])]
+        return array("I", sorted(stored, key=lambda number: self.places[number] << 48 | self.begins[number]))
+
+    def group(self, position: int) -> Group:
+        first = bisect_left(self._by_place, position, key=self.places.__getitem__)
+        last = bisect_left(self._by_place, position + 1, key=self.places.__getitem__)
+        return Group(position, position, tuple(self._by_place[first:last]))
+
+    @property
+    def paths(self) -> Iterator[str]:
+        return iter(self.shards)
+
+    def paths_of(self, group: Group) -> list[str]:
+        return [self.shards[group.position]]
+
+    def files_of(self, group: Group) -> tuple[TensorFile, ...]:
+        tensors = (part.tensor for number in group.numbers for part in self.slices_of(number))
+        return (TensorFile(self.shards[group.position], tuple(tensors)),)
+
+
+def open_source(root: Path) -> tuple[SourceConfig, HuggingFaceLayout]:
     """Read the config and all headers of a Hugging Face folder. Raises Refused with everything that is wrong."""
     problems = Problems()
     config = problems.collect(open_config, root)
-    files = problems.collect(open_files, root)
+    shards = problems.collect(open_shards, root, config and build_model(config.family, config.model))
     problems.raise_if_any()
-    return config, layout_of(root, model_of(config, files), files)
-
-
-def model_of(config: SourceConfig, files: tuple[TensorFile, ...]) -> Model:
-    """The model that the config describes. Raises SourceError where the shards are far from enough for its layers."""
-    num_tensors = sum(len(file.tensors) for file in files)
-    if config.model.num_hidden_layers > num_tensors:
-        raise SourceError(f"config.json: num_hidden_layers is {config.model.num_hidden_layers}, but the shards hold "
-                          f"{num_tensors} tensors in all")
-    return build_model(config.family, config.model)
+    return config, layout_of(root, model_of(config, shards), shards)
 
 
 def open_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
@@ -61,104 +143,126 @@ def open_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
     return read_config(root, max_nbytes)
 
 
-def open_files(root: Path, max_nbytes: int = MAX_HEADER_NBYTES) -> tuple[TensorFile, ...]:
-    """The headers of all shards, checked against the index. Raises SourceError or Refused.
+def model_of(config: SourceConfig, shards: Shards) -> Model:
+    """The model that the config describes. Raises SourceError where the shards are far from enough for its layers."""
+    model = build_model(config.family, config.model)
+    num_layers, num_tensors = config.model.num_hidden_layers, shards.num_tensors
+    if num_layers > num_tensors or model.num_stored > num_tensors + MAX_PROBLEMS:
+        raise SourceError(f"config.json: num_hidden_layers is {num_layers}, but the shards hold {num_tensors} tensors "
+                          f"in all")
+    return model
 
-    Neither the index nor all headers together may have more than `max_nbytes`.
-    """
-    single, index = (root / SINGLE_NAME).is_file(), (root / INDEX_NAME).is_file()
-    if single and index:
-        raise SourceError(f"{quoted(root)} holds both {SINGLE_NAME} and {INDEX_NAME}; remove the one that is stale")
-    if single:
-        return (read_header(root, SINGLE_NAME, max_nbytes),)
-    if not index:
-        raise _without_shards(root)
-    weight_map = _weight_map(root, max_nbytes)
-    problems, files, left = Problems(), [], max_nbytes
-    for name in sorted(set(weight_map.values())):
-        if (file := problems.collect(read_header, root, name, left)) is not None:
-            files.append(file)
-            left = max(0, left - file.tensors[0].begin)
+
+def layout_of(root: Path, model: Model, shards: Shards, max_nbytes: int = MAX_HEADER_NBYTES) -> HuggingFaceLayout:
+    """Read the headers of all shards, each of at most `max_nbytes`, and match the tensors in them with the index and
+    with the model's parameters. Raises Refused."""
+    told = shards.index.told(model.firsts[-1])
+    found, problems = _Found(model, shards.names), Problems()
+    for place, name in enumerate(shards.names):
+        file = shards.single or problems.collect(read_header, root, name, max_nbytes)
+        if file is not None:
+            found.add(place, file)
+        if len(problems) + len(found.problems) > MAX_PROBLEMS:
+            break
     problems.raise_if_any()
-    _check_index(weight_map, files, problems)
+    if len(found.problems) <= MAX_PROBLEMS:  # All were opened.
+        if not shards.single:
+            problems.extend([*found.twins, *found.differences(told, shards.index)])
+            problems.raise_if_any()
+        problems.extend(found.missing())
+    problems.extend(found.problems)
     problems.raise_if_any()
-    return tuple(files)
+    return found.layout(root)
 
 
-def _without_shards(root: Path) -> SourceError:
-    """Why a folder without single file and index is refused, with what to do."""
-    pickled = sorted(path.name for pattern in _PICKLED for path in root.glob(pattern))
-    if pickled:
-        return SourceError(
-            f"{quoted(root)} holds pickled weights ({quoted(pickled[0])}), which are never opened because they can run "
-            f"code; convert them where you trust them: AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(NEW)")
-    shards = sorted(path.name for path in root.glob("*.safetensors"))
-    if shards:
-        return SourceError(f"{quoted(root)} holds {len(shards)} shards such as {quoted(shards[0])}, but no "
-                           f"{INDEX_NAME}")
-    return SourceError(f"{quoted(root)} holds neither {SINGLE_NAME} nor {INDEX_NAME}: it is not a Hugging Face "
-                       f"checkpoint")
+class _Found:
+    """The tensors that the headers name, matched with the parameters of a model."""
+
+    def __init__(self, model: Model, names: tuple[str, ...]):
+        self.model, self.names = model, names
+        self.twins = Problems()
+        self.problems = Problems()
+        """Of tensors that are not what the model asks for."""
+        self._places, self._begins, self._codes = (array(kind, [0]) * model.firsts[-1] for kind in "IQB")
+        self._sizes = array("Q")
+        self._others: dict[str, int] = {}
+        """Places of tensors that the model does not have."""
+        self._buffers = Templates(_BUFFERS, model.config.counts)
+        self._shapes = [model.parameter(first).matrix_shape for first in model.firsts[:-1]]
+
+    def add(self, place: int, file: TensorFile) -> None:
+        """The tensors of one shard."""
+        for tensor in file.tensors:
+            number = self.model.number_of_tensor(tensor.key)
+            if number is None:
+                self._add_other(place, tensor)
+                continue
+            if self._codes[number]:
+                self._note_twin(tensor, self._places[number])
+            self._places[number], self._begins[number] = place, tensor.begin
+            self._codes[number] = _CODES[tensor.dtype]
+            row, _ = self.model.row_of(number)
+            if not self.model.is_tied(row) and (tensor.shape != self._shapes[row] or tensor.dtype not in TORCH_DTYPES):
+                self._complain(_fault(tensor, self._shapes[row]))
+        self._sizes.append(file.nbytes)
+
+    def _add_other(self, place: int, tensor: StoredTensor) -> None:
+        if tensor.key in self._others:
+            self._note_twin(tensor, self._others[tensor.key])
+        if not self._buffers.find(tensor.key):
+            self._complain(f"unexpected tensor {quoted(tensor.key)} in {tensor.file}: a {self.model.config.family} "
+                           f"model of this config does not have it")
+        if len(self.problems) <= MAX_PROBLEMS:
+            self._others[tensor.key] = place
+
+    def _note_twin(self, tensor: StoredTensor, place: int) -> None:
+        if len(self.twins) < MAX_PROBLEMS:
+            self.twins.append(SourceError(f"{quoted(tensor.key)} is in both {self.names[place]} and "
+                                          f"{tensor.file}"))
+
+    def _complain(self, text: str) -> None:
+        if len(self.problems) <= MAX_PROBLEMS:
+            self.problems.append(SourceError(text))
+
+    def differences(self, told: array[int], index: Index) -> Iterator[SourceError]:
+        """Tensors that are not where the index has `told` (per parameter the place and 1, or 0)."""
+        actual = array("I", (code and place + 1 for place, code in zip(self._places, self._codes)))
+        if index.num_more:
+            yield SourceError(f"{INDEX_NAME} names {index.num_more} tensors and more that a {self.model.config.family} "
+                              f"model of this config does not have")
+        differ = ((self.model.parameter(number).hugging_face, told[number] - 1, actual[number] - 1)
+                  for number in range(len(told) if told != actual else 0) if told[number] != actual[number])
+        others = ((key, index.others.get(key, -1), self._others.get(key, -1))
+                  for key in sorted(index.others.keys() | self._others.keys()))
+        for key, said, place in islice((row for row in chain(differ, others) if row[1] != row[2]), MAX_PROBLEMS):
+            actual_name = self.names[place] if place >= 0 else "no shard"
+            yield SourceError(f"{quoted(key)} is in {actual_name}, but {INDEX_NAME} says "
+                              f"{quoted(self.names[said]) if said >= 0 else 'nothing of it'}")
+
+    def missing(self) -> Iterator[SourceError]:
+        """Parameters that no tensor holds."""
+        model, firsts = self.model, self.model.firsts
+        numbers = (number for row in model.stored_rows for number in range(firsts[row], firsts[row + 1])
+                   if not self._codes[number])
+        for parameter in map(model.parameter, islice(numbers, MAX_PROBLEMS)):
+            hint = "; is the model tied? then config.json must say so" if parameter.name == "lm_head" else ""
+            yield SourceError(f"{parameter.hugging_face} is missing{hint}")
+
+    def layout(self, root: Path) -> HuggingFaceLayout:
+        """The layout, once all is as it should be."""
+        firsts = self.model.firsts
+        ignored = {self.model.parameter(firsts[row]).hugging_face: f"tied to {self._key_of('embedding')}"
+                   for row in range(len(self.model.rows)) if self.model.is_tied(row) and self._codes[firsts[row]]}
+        ignored |= dict.fromkeys(self._others, "follows from config.json")
+        return HuggingFaceLayout(root, self.model, self.names, self._sizes, self._places, self._begins, self._codes,
+                                 ignored)
+
+    def _key_of(self, name: str) -> str:
+        return self.model.parameter(self.model.number_of(name)).hugging_face
 
 
-def _weight_map(root: Path, max_nbytes: int) -> Mapping[str, str]:
-    weight_map = read_json(root, INDEX_NAME, max_nbytes).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{INDEX_NAME} has no weight_map")
-    problems = Problems()
-    for name in dict.fromkeys(map(str, weight_map.values())):
-        if not _SHARD_NAME.fullmatch(name):
-            problems.append(SourceError(f"{INDEX_NAME} names {quoted(name)}, which is not a safetensors file in "
-                                        f"the folder"))
-        elif len(name) > 255 or not (root / name).is_file():
-            problems.append(SourceError(f"{INDEX_NAME} names {quoted(name)}, which is missing"))
-    problems.raise_if_any()
-    return weight_map
-
-
-def _check_index(weight_map: Mapping[str, str], files: list[TensorFile], problems: Problems) -> None:
-    found: dict[str, str] = {}
-    for tensor in (tensor for file in files for tensor in file.tensors):
-        if tensor.key in found:
-            problems.append(SourceError(f"{quoted(tensor.key)} is in both {found[tensor.key]} and {tensor.file}"))
-        found[tensor.key] = tensor.file
-    differ = (key for key in sorted(found.keys() | weight_map.keys()) if weight_map.get(key) != found.get(key))
-    for key in islice(differ, MAX_PROBLEMS):
-        told, actual = weight_map.get(key), found.get(key)
-        problems.append(SourceError(f"{quoted(key)} is in {actual or 'no shard'}, but {INDEX_NAME} says "
-                                    f"{quoted(told) if told else 'nothing of it'}"))
-
-
-def layout_of(root: Path, model: Model, files: tuple[TensorFile, ...]) -> Layout:
-    """Match the model's parameters with the tensors found, each by name and shape. Raises Refused."""
-    tensors = {tensor.key: tensor for file in files for tensor in file.tensors}
-    problems = Problems()
-    slices: dict[str, tuple[Slice, ...]] = {}
-    ignored: dict[str, str] = {}
-    for parameter in model.parameters:
-        tensor = tensors.pop(parameter.hugging_face, None)
-        if parameter.tied_to is not None:
-            if tensor is not None:
-                ignored[tensor.key] = f"tied to {model.by_name[parameter.tied_to].hugging_face}"
-        elif found := problems.collect(_slice, parameter, tensor):
-            slices[parameter.name] = (found,)
-    for key in tensors:
-        if _IGNORED.fullmatch(key):
-            ignored[key] = "follows from config.json"
-        else:
-            problems.append(SourceError(f"unexpected tensor {quoted(key)} in {tensors[key].file}: a "
-                                        f"{model.config.family} model of this config does not have it"))
-    problems.raise_if_any()
-    return Layout("Hugging Face", root, model, files, slices, {}, ignored)
-
-
-def _slice(parameter: Parameter, tensor: StoredTensor | None) -> Slice:
-    """The whole parameter as it stands in its tensor. Raises SourceError where it does not stand there so."""
-    key = parameter.hugging_face
-    if tensor is None:
-        hint = "; is the model tied? then config.json must say so" if parameter.name == "lm_head" else ""
-        raise SourceError(f"{key} is missing{hint}")
-    if tensor.shape != parameter.matrix_shape:
-        raise SourceError(f"{key} has the shape {tensor.shape}, but config.json asks for {parameter.matrix_shape}")
-    if tensor.dtype not in TORCH_DTYPES:
-        raise SourceError(f"{key} has the dtype {tensor.dtype}: it is quantised; dequantise the model first")
-    return Slice(parameter.name, parameter.whole, tensor, Box.whole(tensor.shape), parameter.matrix)
+def _fault(tensor: StoredTensor, shape: tuple[int, ...]) -> str:
+    """Why a tensor cannot be taken for a parameter of this shape."""
+    if tensor.shape != shape:
+        return f"{tensor.key} has the shape {tensor.shape}, but config.json asks for {shape}"
+    return f"{tensor.key} has the dtype {tensor.dtype}: it is quantised; dequantise the model first"
