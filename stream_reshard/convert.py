@@ -16,6 +16,7 @@ from stream_reshard.documents import documents
 from stream_reshard.errors import Problems, ResourceError, SourceError, StreamReshardError, UsageError, quoted
 from stream_reshard.execute import Done, How, Output, run
 from stream_reshard.journal import JOURNAL_NAME
+from stream_reshard.lanes import NUM_BUFFERS
 from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.hf_config import CONFIG_NAME, SourceConfig
 from stream_reshard.layouts.hf_shards import INDEX_NAME, open_shards
@@ -34,6 +35,12 @@ from stream_reshard.tensor_file import Identity, identity_of, same_bytes
 COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 """Files that are copied from the source where it has them."""
+
+VERIFY_BUFFERS = 2
+"""Buffers that a worker of a comparison has."""
+
+NUM_WAITING = 3
+"""Jobs that wait for the disk while others move bytes."""
 
 MAPPED: frozenset[str] = frozenset()
 """File systems on which a mapping is faster than reading."""
@@ -180,8 +187,7 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
     `progress` is called with every finished job. A request to `stop` ends the run with Interrupted; it can be resumed.
     """
     options, stop = conversion.options, stop or Stop()
-    # Half of the threads move bytes, the others wait for the disk.
-    executor = ThreadPoolExecutor(2 * options.num_workers)
+    executor = ThreadPoolExecutor(options.num_workers + NUM_WAITING)
     how = How(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
               conversion.transport, options.num_workers, partial(_check, conversion, stop) if options.verify else None,
               progress, stop)
@@ -247,8 +253,8 @@ def _budget(options: Options, plan: Plan, casts: bool) -> tuple[memory.MemoryPla
     """What the run will need of memory, and what to say of it. A run keeps a record per file; where no destination is
     given nothing is run, and a limit that is too small for the records alone is no reason to refuse."""
     of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.num_workers, casts,
-                 needs_numpy=options.verify, num_phases=1 + options.verify)
-    whole, bare = of(num_files=plan.target.num_files), of(num_files=0)
+                 NUM_BUFFERS + options.verify * VERIFY_BUFFERS)
+    whole, bare = of(num_files=plan.target.num_files * (1 + options.verify)), of(num_files=0)
     if options.destination is not None or whole.projected <= whole.allowed or bare.projected > bare.allowed:
         return whole, []
     return bare, [f"a run of this plan needs --max-memory {memory.human(whole.projected)} for the records of "

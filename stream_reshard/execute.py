@@ -21,7 +21,8 @@ from stream_reshard import engines
 from stream_reshard.destination import refuse_occupied
 from stream_reshard.durable import make_folder, target_error
 from stream_reshard.errors import DestinationError, DifferenceError, SourceError, StreamReshardError, quoted
-from stream_reshard.jobs import JobDone, Turns, Work, run_job
+from stream_reshard.jobs import JobDone, Work, run_job
+from stream_reshard.lanes import Lanes
 from stream_reshard.lock import Lock
 from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest, with_files
 from stream_reshard.moving import Moved
@@ -81,8 +82,8 @@ class How:
     break_lock: bool = False
     transport: Transport = Transport()
     """By which way bytes move; that blocks can be shared is found out by the run itself."""
-    num_turns: int = 1
-    """Jobs that may move bytes at the same time in one process."""
+    num_workers: int = 1
+    """Jobs that may read at the same time in one process."""
     check: Callable[[Path], object] | None = None
     """Called with the finished folder before it becomes the destination; raises where it must not."""
     progress: Callable[[Job], None] = lambda job: None
@@ -161,10 +162,10 @@ def _write(output: Output, how: How, lock: Lock) -> Done:
 def _run_jobs(output: Output, how: How, staging: Staging) -> Done:
     plan, num_kept, moved, num_digests = output.plan, 0, Moved(), 0
     is_shared = all(can_share(plan.source.root / path, staging.path) for path in plan.source.paths)
-    turns = Turns(how.num_turns, how.block_nbytes)
-    work = Work(plan, staging.path, turns, output.identities, dict(staging.journal.done), how.stop,
+    lanes = Lanes(how.num_workers, how.block_nbytes)
+    work = Work(plan, staging.path, lanes, output.identities, dict(staging.journal.done), how.stop,
                 replace(how.transport, is_shared=is_shared))
-    with closing(turns), closing(engines.run_all(partial(run_job, work), plan.jobs, how.stop, how.executor,
+    with closing(lanes), closing(engines.run_all(partial(run_job, work), plan.jobs, how.stop, how.executor,
                                  partial(_note, staging))) as results:
         for job, done in results:
             _note(staging, done)

@@ -1,79 +1,20 @@
 """Running one job: move its parameters into its files, then make them durable."""
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 
 from stream_reshard.durable import WriteFault
+from stream_reshard.lanes import Lanes, Writing
 from stream_reshard.manifest import FileDone
 from stream_reshard.moving import Moved, OpenFiles, move, write_zeros
-from stream_reshard.pipeline import Pipeline
 from stream_reshard.plan import Job, Plan
 from stream_reshard.stop import Stop
 from stream_reshard.target_file import NewTensorFile, Transport
 from stream_reshard.tensor_file import Identity, SourceFile, digest_of
-
-
-MAX_OPEN_SOURCES = 4
-"""Source files that one turn keeps open."""
-
-
-class Turn:
-    """The right to move bytes, with what is used for it: a pipeline, and the source files that are open. They stay open
-    from job to job, because the kernel reads ahead of a descriptor that is read in order."""
-
-    def __init__(self, block_nbytes: int):
-        self.pipeline = Pipeline(block_nbytes)
-        self._open: OrderedDict[str, SourceFile] = OrderedDict()
-
-    def source(self, path: str, work: Work) -> SourceFile:
-        """A source file, opened if it is not; of several the last few stay open."""
-        if path not in self._open:
-            root = work.plan.source.root
-            self._open[path] = SourceFile(root, path, work.identities.get(path), work.transport.is_mapped)
-        self._open.move_to_end(path)
-        return self._open[path]
-
-    def close_sources(self, num_left: int = 0) -> None:
-        """Close the source files that were used longest ago."""
-        while len(self._open) > num_left:
-            self._open.popitem(last=False)[1].close()
-
-
-class Turns:
-    """Who may move bytes: a job takes a turn, and returns it before it waits for the disk (fsync), so that another one
-    can use the time. Shared by all threads; another process has turns of its own."""
-
-    def __init__(self, num_turns: int, block_nbytes: int):
-        """`block_nbytes`: size of one buffer."""
-        self._made_of = num_turns, block_nbytes
-        self._all = [Turn(block_nbytes) for _ in range(num_turns)]
-        self._free: SimpleQueue[Turn] = SimpleQueue()
-        for turn in self._all:
-            self._free.put(turn)
-
-    def __reduce__(self) -> tuple[type[Turns], tuple[int, int]]:
-        return Turns, self._made_of
-
-    @contextmanager
-    def taken(self) -> Iterator[Turn]:
-        """Wait for a turn, and hold it."""
-        turn = self._free.get()
-        try:
-            yield turn
-        finally:
-            turn.close_sources(MAX_OPEN_SOURCES)
-            self._free.put(turn)
-
-    def close(self) -> None:
-        """Close all source files, and let the assistants go."""
-        for turn in self._all:
-            turn.close_sources()
-            turn.pipeline.close()
 
 
 @dataclass(frozen=True)
@@ -83,7 +24,7 @@ class Work:
     plan: Plan
     staging: Path
     """The folder under which the files grow."""
-    turns: Turns
+    lanes: Lanes
     identities: Mapping[str, Identity]
     """The source files as the plan saw them, by path."""
     done: Mapping[str, FileDone] = field(default_factory=dict)
@@ -124,8 +65,8 @@ def _kept(work: Work, job: Job) -> tuple[FileDone, ...]:
         done, path = work.done.get(file.path), work.staging / file.path
         if not (done and path.is_file() and path.stat().st_size == done.nbytes == file.nbytes and done.xxh3_128):
             return ()
-        with work.turns.taken() as turn:
-            if digest_of(work.staging, file.path, turn.pipeline.scratch, work.stop) != done.xxh3_128:
+        with work.lanes.taken() as lane:
+            if digest_of(work.staging, file.path, lane.buffer(), work.stop) != done.xxh3_128:
                 return ()
         found.append(done)
     return tuple(found)
@@ -133,20 +74,35 @@ def _kept(work: Work, job: Job) -> tuple[FileDone, ...]:
 
 def _written(work: Work, job: Job) -> JobDone:
     plan, moved = work.plan, Moved()
-    with ExitStack() as stack:
-        with work.turns.taken() as turn:
-            targets = {file.path: stack.enter_context(NewTensorFile(work.staging, file, work.transport))
-                       for file in job.files}
-            with turn.pipeline.used() as pipeline:
-                for name in job.parameters:
-                    held = plan.source.slices[name]
-                    sources = {part.tensor.file: turn.source(part.tensor.file, work) for part in held}
-                    files = OpenFiles(sources, targets, pipeline, work.stop)
-                    moved += move(held, plan.targets_of(job, name), files)
-                    for fill in plan.target.fills.get(name, ()):
-                        write_zeros(fill, files)
-            for target in targets.values():
-                target.complete(pipeline.scratch)
-        done = [FileDone(path, target.nbytes, target.commit()) for path, target in targets.items()]
-    shared = sum(target.shared_nbytes for target in targets.values())
-    return JobDone(tuple(done), False, moved.with_shared(shared))
+    targets = {file.path: NewTensorFile(work.staging, file, work.transport) for file in job.files}
+    with ExitStack() as opened, ExitStack() as sources:
+        with work.lanes.taken() as lane:
+            writing = Writing(lane)
+            sources.enter_context(writing.settled())
+            writing.write(partial(_begin, targets.values(), opened))
+            for name in job.parameters:
+                held = plan.source.slices[name]
+                files = OpenFiles({path: sources.enter_context(lane.source(path, partial(_opened, work, path)))
+                                   for path in dict.fromkeys(part.tensor.file for part in held)},
+                                  targets, writing, work.stop)
+                moved += move(held, plan.targets_of(job, name), files)
+                for fill in plan.target.fills.get(name, ()):
+                    write_zeros(fill, files)
+            writing.write(partial(_complete, targets.values(), lane.scratch))
+        writing.wait()
+        done = tuple(FileDone(path, target.nbytes, target.commit()) for path, target in targets.items())
+    return JobDone(done, False, moved.with_shared(sum(target.shared_nbytes for target in targets.values())))
+
+
+def _opened(work: Work, path: str) -> SourceFile:
+    return SourceFile(work.plan.source.root, path, work.identities.get(path), work.transport.is_mapped)
+
+
+def _begin(targets: Iterable[NewTensorFile], opened: ExitStack) -> None:
+    for target in targets:
+        opened.enter_context(target)
+
+
+def _complete(targets: Iterable[NewTensorFile], buffer: memoryview) -> None:
+    for target in targets:
+        target.complete(buffer)

@@ -20,7 +20,7 @@ DEFAULT_ALLOWED = 512 * 2**20
 MAX_BLOCK_NBYTES = 4 * 2**20
 MIN_BLOCK_NBYTES = 64 * 2**10
 
-_TWO_WORKERS_NBYTES = 96 * 2**20
+_MANY_WORKERS_NBYTES = 2**28
 _MAX_DEFAULT_WORKERS = 8
 
 _PER_WORKER = 2 * 2**20
@@ -83,9 +83,9 @@ def machine_limit() -> int:
 
 
 def default_workers(allowed: int, num_cores: int) -> int:
-    """Workers where nobody says how many: what measured best. A disk likes few streams, each of them sequential; more
-    only help where there are many cores. Small limits leave room for one."""
-    return 1 if allowed < _TWO_WORKERS_NBYTES else min(max(2, num_cores // 4), _MAX_DEFAULT_WORKERS)
+    """Workers where nobody says how many: what measured best. A disk likes one stream that is read in order, and a
+    worker keeps two cores busy; more help where there are many cores and, usually, many disks."""
+    return 1 if allowed < _MANY_WORKERS_NBYTES else min(max(1, num_cores // 8), _MAX_DEFAULT_WORKERS)
 
 
 @dataclass(frozen=True)
@@ -96,20 +96,20 @@ class MemoryPlan:
     reserved: int
     num_workers: int
     block_nbytes: int
-    """Size of one buffer; a worker has two."""
+    """Size of one buffer."""
     casts: bool
     """Whether results of casts will be held."""
     to_import: int
     """What will be added before the work begins: modules that are imported later, records of files."""
-    num_phases: int = 1
-    """Sets of buffers that are held at once: a comparison before the commit has its own."""
+    num_buffers: int
+    """Buffers that one worker has."""
 
     @property
     def projected(self) -> int:
         """What the process tree will reach."""
-        buffers = 2 + 2 * self.casts
+        buffers = self.num_buffers + 2 * self.casts
         return (self.reserved + self.to_import + _SLACK
-                + self.num_workers * self.num_phases * (_PER_WORKER + buffers * self.block_nbytes))
+                + self.num_workers * (_PER_WORKER + buffers * self.block_nbytes))
 
 
 def parse_limit(allowed: int, reserved: int) -> int:
@@ -123,13 +123,13 @@ def yaml_limit(allowed: int, reserved: int) -> int:
     return max(2**15, (allowed - reserved) // 512)
 
 
-def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool, needs_numpy: bool = False,
-                num_phases: int = 1, num_files: int = 0) -> MemoryPlan:
+def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool, num_buffers: int,
+                num_files: int = 0) -> MemoryPlan:
     """The largest buffers that keep the limit; the smallest ones where none do (compare `projected`)."""
     to_import = _TORCH_NBYTES if casts and "torch" not in sys.modules else 0
-    to_import += num_files * num_phases * _PER_FILE
-    to_import += _NUMPY_NBYTES if needs_numpy and not casts and "numpy" not in sys.modules else 0
-    plan = MemoryPlan(allowed, reserved, num_workers, MAX_BLOCK_NBYTES, casts, to_import, num_phases)
+    to_import += num_files * _PER_FILE
+    to_import += _NUMPY_NBYTES if not casts and "numpy" not in sys.modules else 0
+    plan = MemoryPlan(allowed, reserved, num_workers, MAX_BLOCK_NBYTES, casts, to_import, num_buffers)
     while plan.projected > allowed and plan.block_nbytes > MIN_BLOCK_NBYTES:
         plan = replace(plan, block_nbytes=plan.block_nbytes // 2)
     return plan

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from stream_reshard.durable import NewFile, target_error
 from stream_reshard.errors import StreamReshardError
 from stream_reshard.header import TensorFile, header_of
 from stream_reshard.sharing import inner_blocks, share
-from stream_reshard.tensor_file import SourceFile, mapping_fault
+from stream_reshard.tensor_file import SourceFile
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,17 @@ class NewTensorFile(NewFile):
         self._passed_by()
         return True
 
-    def write_mapped(self, sources: Iterable[SourceFile], offset: int, pieces: Sequence[memoryview]) -> None:
-        """Write views of these sources' mappings. Raises SourceError where one of them shrank."""
-        try:
-            self.write(offset, pieces, is_mapped=True)
-        except StreamReshardError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EFAULT:
-                raise mapping_fault(sources) from error
-            raise
+    def take_mapped(self, source: SourceFile, source_offset: int, offset: int, nbytes: int, buffer: memoryview,
+                    check: Callable[[], None]) -> None:
+        """The same, written straight from the mapping of the source, in blocks of the size of `buffer`. Raises
+        SourceError where it shrank."""
+        for at in range(offset, offset + nbytes, len(buffer)):
+            check()
+            place, size = source_offset + at - offset, min(len(buffer), offset + nbytes - at)
+            try:
+                self.write(at, [source.view(place, size)], is_mapped=True)
+            except StreamReshardError as error:
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EFAULT:
+                    raise source.mapping_fault() from error
+                raise
+            source.release(place, size)

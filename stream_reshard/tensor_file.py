@@ -9,7 +9,7 @@ import errno
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,13 @@ class SourceFile:
         return SourceError(f"{quoted(self.path)} shrank during the run: it ends before byte {end}; nothing was "
                            f"committed")
 
+    def mapping_fault(self) -> StreamReshardError:
+        """The error of a mapping that the kernel could not read (EFAULT): the file shrank, or its disk is broken."""
+        size = os.fstat(self._descriptor).st_size
+        if self._mapping is not None and size < len(self._mapping):
+            return self.shrank(len(self._mapping))
+        return ResourceError(f"{quoted(self.path)} cannot be read through a mapping; --io pread says what is wrong")
+
     def release(self, offset: int, nbytes: int) -> None:
         """Give back the memory that a stretch which will not be read again takes, in this process and in the cache."""
         if self._mapping is not None:
@@ -157,16 +164,6 @@ class SourceFile:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def mapping_fault(sources: Iterable[SourceFile]) -> StreamReshardError:
-    """The error of a mapping that the kernel could not read (EFAULT): the source that shrank, or one that is broken."""
-    for source in sources:
-        size = os.fstat(source.descriptor).st_size
-        if source.identity and size < source.identity[2]:
-            return source.shrank(source.identity[2])
-    return ResourceError(f"{', '.join(quoted(source.path) for source in sources)} cannot be read through a mapping; "
-                         f"--io pread says what is wrong")
 
 
 def same_bytes(root: Path, first: StoredTensor, second: StoredTensor, buffer_nbytes: int = 2**20) -> bool:

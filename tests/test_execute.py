@@ -14,6 +14,7 @@ from stream_reshard.errors import Interrupted, Refused, ResourceError, SourceErr
 from stream_reshard.staging import staging_of
 from stream_reshard.stop import Stop
 from stream_reshard.topology import Topology
+from stream_reshard.lanes import Lanes
 
 
 @pytest.fixture
@@ -255,7 +256,7 @@ def test_a_stop_does_not_wait_for_the_end_of_a_job(tmp_path, source, monkeypatch
 
     monkeypatch.setattr(durable.os, "pwritev", asking)
     largest = max(plan.plan.jobs, key=lambda job: job.nbytes)
-    work = jobs.Work(plan.plan, staging_of(tmp_path / "nt"), jobs.Turns(1, 64), plan.identities, {}, stop)
+    work = jobs.Work(plan.plan, staging_of(tmp_path / "nt"), Lanes(1, 64), plan.identities, {}, stop)
     staging_of(tmp_path / "nt").mkdir()
     with pytest.raises(Interrupted, match="interrupted by SIGTERM"):
         jobs.run_job(work, largest)
@@ -265,16 +266,16 @@ def test_a_stop_does_not_wait_for_the_end_of_a_job(tmp_path, source, monkeypatch
 
 def test_buffers_are_not_shared_with_forked_processes():
     """Two forks of a process that has run a job must not write into one buffer: their output would be mixed."""
-    turns = jobs.Turns(1, 4096)
-    with turns.taken() as turn:
-        turn.pipeline.scratch[:4] = b"ours"
+    lanes = Lanes(1, 4096)
+    with lanes.taken() as lane:
+        lane.scratch[:4] = b"ours"
     if not (pid := os.fork()):
-        with turns.taken() as turn:
-            turn.pipeline.scratch[:4] = b"fork"
+        with lanes.taken() as lane:
+            lane.scratch[:4] = b"fork"
         os._exit(0)
     os.waitpid(pid, 0)
-    with turns.taken() as turn:
-        assert bytes(turn.pipeline.scratch[:4]) == b"ours"
+    with lanes.taken() as lane:
+        assert bytes(lane.scratch[:4]) == b"ours"
 
 
 def test_each_source_byte_is_read_once(tmp_path, source, monkeypatch):

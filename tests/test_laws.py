@@ -18,7 +18,8 @@ from stream_reshard.box import Box
 from stream_reshard.convert import Options, plan_conversion, run_conversion
 from stream_reshard.errors import Refused, StreamReshardError
 from stream_reshard.header import pack_header, placed
-from stream_reshard.jobs import Turns, Work, run_job
+from stream_reshard.jobs import Work, run_job
+from stream_reshard.lanes import Lanes
 from stream_reshard.layouts import nanotron_ranks
 from stream_reshard.layouts.hf_config import read_config
 from stream_reshard.layouts.hugging_face import HuggingFaceLayout
@@ -154,7 +155,7 @@ def test_result_does_not_depend_on_the_block_size(tmp_path, block_nbytes, rope):
     for name, nbytes in (("a", block_nbytes), ("b", 2**22)):
         (tmp_path / name).mkdir()
         for job in conversion.plan.jobs:
-            run_job(Work(conversion.plan, tmp_path / name, Turns(1, nbytes), conversion.identities), job)
+            run_job(Work(conversion.plan, tmp_path / name, Lanes(1, nbytes), conversion.identities), job)
     files = [file.path for file in conversion.plan.target.files]
     assert all((tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes() for path in files)
 

@@ -126,7 +126,7 @@ def _budget(original: Side, other: Side, how: How, allowed: int) -> memory.Memor
     source, copy = original.checkpoint, other.checkpoint
     casts = bool(source and copy and not how.quick and _cast_to(other, how) and any(
         source.weights[name].dtype != copy.weights[name].dtype for name in shared(source, copy)))
-    budget = memory.plan_memory(allowed, memory.resident(), how.num_workers, casts, needs_numpy=True)
+    budget = memory.plan_memory(allowed, memory.resident(), how.num_workers, casts, num_buffers=2)
     if budget.projected > budget.allowed:
         raise ResourceError(f"--max-memory {memory.human(allowed)} cannot be kept: the comparison would reach "
                             f"{memory.human(budget.projected)} with {how.num_workers} workers"

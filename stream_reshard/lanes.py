@@ -1,0 +1,166 @@
+"""Lanes: while one block is written, the next is read. As many lanes as workers; in each, bytes move in one stream.
+
+A disk likes to be read in order, so in a lane one job after the other reads by itself. What was read waits in a buffer
+until the lane's assistant, a thread of its own, has put it in order, digested and written it::
+
+    jobs        read A | read B | wait, read A | next job: read B ...
+    assistant            write A | write B      | write A | write B ...
+
+The next job begins to read when the one before has read everything; that one then waits, outside the lane, until it is
+written, and for the disk (fsync).
+"""
+from __future__ import annotations
+
+import mmap
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import TypeVar
+
+from stream_reshard.tensor_file import SourceFile
+
+NUM_READ_BUFFERS = 3
+NUM_BUFFERS = NUM_READ_BUFFERS + 1
+"""Buffers of a lane: some to read into, and one for what must be put in order first."""
+
+MAX_UNUSED = 4
+"""Source files that a lane keeps open although no job uses them."""
+
+Result = TypeVar("Result")
+
+
+class Lane:
+    """Buffers, an assistant, and source files that stay open from job to job: the kernel reads ahead of a descriptor
+    that is read in order."""
+
+    def __init__(self, block_nbytes: int):
+        """`block_nbytes`: size of one buffer. Touched as needed."""
+        self._buffers = [_buffer(block_nbytes) for _ in range(NUM_READ_BUFFERS)]
+        self._writing: list[Future | None] = [None] * NUM_READ_BUFFERS
+        self._next = 0
+        self._assistant = ThreadPoolExecutor(1)
+        self.scratch = _buffer(block_nbytes)
+        """For the assistant alone."""
+        self._open: OrderedDict[str, SourceFile] = OrderedDict()
+        self._users: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def buffer(self) -> memoryview:
+        """The next buffer to read into; waits until what was in it is written."""
+        writing = self._writing[self._next]
+        if writing is not None:
+            writing.exception()  # Its own job raises it.
+        return self._buffers[self._next]
+
+    def submit(self, task: Callable[[], Result]) -> Future[Result]:
+        """Let the assistant do this, after everything it was given before: it uses the buffer that came last."""
+        future = self._assistant.submit(task)
+        self._writing[self._next] = future
+        self._next = (self._next + 1) % NUM_READ_BUFFERS
+        return future
+
+    @contextmanager
+    def source(self, path: str, open_source: Callable[[], SourceFile]) -> Iterator[SourceFile]:
+        """A source file, opened if it is not. It stays open while it is used, also after the lane was given on."""
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = open_source()
+            self._open.move_to_end(path)
+            self._users[path] += 1
+        try:
+            yield self._open[path]
+        finally:
+            with self._lock:
+                self._users[path] -= 1
+                self._close_unused(MAX_UNUSED)
+
+    def _close_unused(self, num_left: int) -> None:
+        unused = [path for path in self._open if not self._users[path]]
+        for path in unused[:max(0, len(unused) - num_left)]:
+            self._open.pop(path).close()
+
+    def close(self) -> None:
+        """Let the assistant go, and close the source files."""
+        self._assistant.shutdown()
+        with self._lock:
+            self._close_unused(0)
+
+
+class Writing:
+    """What one job has given to the assistant of its lane."""
+
+    def __init__(self, lane: Lane):
+        self.lane = lane
+        self._last: Future | None = None
+        self._error: BaseException | None = None
+
+    def write(self, task: Callable[[], None]) -> None:
+        """Let the assistant do this after what came before it. Raises what that has raised: then nothing more is
+        done."""
+        if self._error is not None:
+            raise self._error
+        self._last = self.lane.submit(lambda: self._do(task))
+
+    def _do(self, task: Callable[[], None]) -> None:
+        if self._error is None:
+            try:
+                task()
+            except BaseException as error:
+                self._error = error
+
+    def wait(self) -> None:
+        """Until all of it is done, or nothing more will be. Raises what it raised."""
+        if self._last is not None:
+            self._last.result()
+        if self._error is not None:
+            raise self._error
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """At the end of this, however it comes, nothing of the job is being written any more."""
+        try:
+            yield
+        except BaseException as error:
+            self._error = self._error or error
+            if self._last is not None:
+                self._last.result()
+            raise
+        self.wait()
+
+
+class Lanes:
+    """The lanes of a run, shared by all its threads; another process has its own."""
+
+    def __init__(self, num_workers: int, block_nbytes: int):
+        """`block_nbytes`: size of one buffer."""
+        self._made_of = num_workers, block_nbytes
+        self._all = [Lane(block_nbytes) for _ in range(num_workers)]
+        self._free: SimpleQueue[Lane] = SimpleQueue()
+        for lane in self._all:
+            self._free.put(lane)
+
+    def __reduce__(self) -> tuple[type[Lanes], tuple[int, int]]:
+        return Lanes, self._made_of
+
+    @contextmanager
+    def taken(self) -> Iterator[Lane]:
+        """Wait for a lane, and hold it."""
+        lane = self._free.get()
+        try:
+            yield lane
+        finally:
+            self._free.put(lane)
+
+    def close(self) -> None:
+        """Let the assistants go, and close the source files."""
+        for lane in self._all:
+            lane.close()
+
+
+def _buffer(nbytes: int) -> memoryview:
+    """Memory that is touched as needed, and private: Python's default would let a forked process write into its
+    parent's."""
+    return memoryview(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
