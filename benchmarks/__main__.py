@@ -5,6 +5,7 @@ import argparse
 import json
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in sorted(arguments.results.glob("*.json")):
             redraw(path)
         return 0
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # Unmounts and removes on the way.
     arguments.results.mkdir(parents=True, exist_ok=True)
     parent = arguments.scratch or arguments.results.parent
     parent.mkdir(parents=True, exist_ok=True)

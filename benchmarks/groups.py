@@ -1,7 +1,7 @@
 """Memory control groups: a limit that the kernel enforces, page cache counted, version 1 or 2. Root only."""
 from __future__ import annotations
 
-import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,10 +26,9 @@ class Group:
 def memory_group(nbytes: int) -> Iterator[Group]:
     """A group with this limit on memory and page cache. Raises OSError where none can be made."""
     is_second = (_ROOT / "cgroup.controllers").exists()
-    path = (_ROOT if is_second else _ROOT / "memory") / f"stream_reshard_bench_{os.getpid()}_{nbytes}"
     if is_second and "memory" not in (_ROOT / "cgroup.subtree_control").read_text().split():
         raise OSError("the memory controller is not delegated")
-    path.mkdir()
+    path = Path(tempfile.mkdtemp(prefix="stream_reshard_bench_", dir=_ROOT if is_second else _ROOT / "memory"))
     try:
         (path / ("memory.max" if is_second else "memory.limit_in_bytes")).write_text(str(nbytes))
         yield Group(path, nbytes)

@@ -47,12 +47,13 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit that is measured; a plus sign where files of the package differ from it."""
+    """The last commit that changed the package; a plus sign where its files differ from that."""
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=_ROOT, capture_output=True, text=True,
                               check=True).stdout.strip()
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "stream_reshard") else "")
+        is_changed = bool(git("status", "--porcelain", "stream_reshard"))
+        return git("log", "-1", "--format=%h", "--", "stream_reshard") + "+" * is_changed
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -125,6 +125,8 @@ def _clear(folder: Path) -> None:
 
 def problem_of(run: Measurement, case: Case) -> str:
     """Why a run does not count; "ok" if it does."""
+    if run.exit_code == 2 and ("unrecognized arguments" in run.stderr or "invalid choice" in run.stderr):
+        return "this version does not know the flag"
     if run.exit_code:
         lines = run.stderr.strip().splitlines() or ["no message"]
         ended = f"signal {-run.exit_code}" if run.exit_code < 0 else f"exit code {run.exit_code}: {lines[-1][:200]}"
