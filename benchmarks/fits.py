@@ -5,6 +5,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 GB = 10**9
+OURS, COPY, SWEPT = "stream_reshard, TP=4", "cp -r && sync", "llama-1.3b"
+BY_TP = f"stream_reshard, {SWEPT}"
+"""Names of the lines; the shape for which TP is varied."""
 
 
 def line(points: Sequence[tuple[float, float]], unit: str) -> dict[str, Any]:
@@ -17,11 +20,16 @@ def line(points: Sequence[tuple[float, float]], unit: str) -> dict[str, Any]:
             "r2": round(float(1 - rest / ((y - y.mean()) ** 2).sum()), 5), "num_points": len(points)}
 
 
-def seconds_by_size(cases: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds against GB of the source, every run a point: this tool at TP=4, and cp; none for a single size."""
-    points: dict[str, list[tuple[float, float]]] = {"stream_reshard": [], "cp -r && sync": []}
+def of_growth(cases: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds against GB of the source (this tool at TP=4, and cp), and against TP; every run is a point."""
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for case in cases:
-        if case.get("tp", 4) == 4:
-            name = "stream_reshard" if case.get("is_ours") else "cp -r && sync"
-            points[name] += [(case["source_nbytes"] / GB, seconds) for seconds in case["seconds"]]
-    return {f"{name}": line(p, "GB of source, in seconds") for name, p in points.items() if len({x for x, _ in p}) > 1}
+        for seconds in case["seconds"]:
+            if not case.get("is_ours"):
+                points.setdefault((COPY, "GB"), []).append((case["source_nbytes"] / GB, seconds))
+                continue
+            if case["tp"] == 4:
+                points.setdefault((OURS, "GB"), []).append((case["source_nbytes"] / GB, seconds))
+            if case["shape"] == SWEPT:
+                points.setdefault((BY_TP, "TP"), []).append((case["tp"], seconds))
+    return {name: line(found, unit) for (name, unit), found in points.items() if len({x for x, _ in found}) > 1}

@@ -14,7 +14,7 @@ from typing import Any
 
 _ROOT = Path(__file__).parent.parent
 _PACKAGES = ("stream_reshard", "safetensors", "numpy", "torch", "transformers", "mergekit")
-_LEAST_TOUCHED = 2 * 2**30
+_LEAST_TOUCHED = 4 * 2**30
 """Bytes of memory that are touched before a run, or 2.5 times the source: more than a run puts into the page cache."""
 
 

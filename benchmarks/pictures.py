@@ -6,9 +6,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.fits import BY_TP, COPY, GB, OURS, SWEPT
+
 MIB = 2**20
-GB = 10**9
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
+_OURS, _COPY = "#0072B2", "#555555"
+_COLOURS = ("#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 _MARKERS = "oD^svPX"
 Document = dict[str, Any]
 
@@ -29,7 +31,8 @@ def _figure(num_panels: int = 1, height: float = 4.5) -> tuple[Any, list[Any]]:
 
 def _caption(document: Document) -> str:
     facts = document["machine"]
-    return (f"{document['shape']}, {facts['num_cores']} cores, {facts['memory_nbytes'] / 2**30:.0f} GiB, "
+    shape = "" if document["section"] == "growth" else f"{document['shape']}, "
+    return (f"{shape}{facts['num_cores']} cores, {facts['memory_nbytes'] / 2**30:.0f} GiB, "
             f"{facts['file_system']}, {facts['date']}")
 
 
@@ -38,7 +41,9 @@ def _finished(document: Document) -> list[dict[str, Any]]:
 
 
 def _look(index: int, case: dict[str, Any]) -> dict[str, Any]:
-    return {"color": _COLOURS[index % len(_COLOURS)], "linewidth": 2.6 if case.get("is_ours") else 1.4,
+    """One colour for this tool and one for cp in all pictures; the others by their place."""
+    other = _COPY if "cp" in case["name"].split() else _COLOURS[index % len(_COLOURS)]
+    return {"color": _OURS if case.get("is_ours") else other, "linewidth": 2.6 if case.get("is_ours") else 1.4,
             "zorder": 3 if case.get("is_ours") else 2}
 
 
@@ -94,43 +99,44 @@ def ratios(document: Document) -> Any:
     spreads = [[m - min(c["ratios"]) for m, c in zip(middles, cases)],
                [max(c["ratios"]) - m for m, c in zip(middles, cases)]]
     panel.barh([case["name"] for case in cases], middles, xerr=spreads, capsize=3,
-               color=[_COLOURS[0] if case.get("is_ours") else "#999999" for case in cases])
+               color=[_OURS if case.get("is_ours") else "#999999" for case in cases])
     panel.axvline(1, color="#444444", linestyle="--", linewidth=1)
     panel.set(xlabel="time, ratio (median; bars: min and max)", title=f"{document['section']}: {_caption(document)}")
     return figure
 
 
 def growth(document: Document) -> Any:
-    """Seconds and memory against size, with the fits; seconds against TP."""
+    """Seconds and memory against size, seconds against TP, with the fits."""
     figure, (left, middle, right) = _figure(3)
-    cases = [case for case in _finished(document) if case.get("tp", 4) == 4]
-    for index, (word, fit) in enumerate(document["fits"].items()):
-        chosen = [case for case in cases if bool(case.get("is_ours")) == (word == "stream_reshard")]
-        sizes = [case["source_nbytes"] / GB for case in chosen for _ in case["seconds"]]
-        left.plot(sizes, [s for case in chosen for s in case["seconds"]], linestyle="none", marker=_MARKERS[index],
-                  color=_COLOURS[index], label=word)
-        ends = [0, max(sizes)]
-        left.plot(ends, [fit["intercept"] + fit["slope"] * end for end in ends], color=_COLOURS[index], linewidth=1)
-        if word == "stream_reshard":
-            middle.plot([c["source_nbytes"] / GB for c in chosen], [max(c["peak_rss"]) / MIB for c in chosen],
-                        marker="o", color=_COLOURS[index], label=word)
-            middle.axhline(chosen[0]["limit_nbytes"] / MIB, color="#666666", linestyle="--", linewidth=1,
-                           label="--max-memory")
-    left.set(xlabel="source, GB", ylabel="seconds", xlim=(0, None), ylim=(0, None), title="time against size (TP=4)")
-    middle.set(xlabel="source, GB", ylabel="peak resident memory, MiB", xlim=(0, None), ylim=(0, None),
-               title="memory against size (TP=4)")
-    swept = [case for case in _finished(document) if case.get("shape") == "llama-1.3b" and case.get("is_ours")]
-    for number in range(document["num_rounds"]):
-        right.plot([case["tp"] for case in swept], [case["ratios"][number] for case in swept], marker="o",
-                   linestyle="none", color=_COLOURS[0])
-    right.plot([case["tp"] for case in swept], [median(case["ratios"]) for case in swept], color=_COLOURS[0])
-    right.set_xscale("log", base=2)
-    _plain(right.xaxis)
-    right.set(xlabel="TP (llama-1.3b, PP=2)", ylabel="time, multiple of cp", ylim=(0, None),
-              title="time against TP (line: median)")
-    for panel in (left, middle):
-        panel.legend(fontsize=8, frameon=False)
+    cases = _finished(document)
+    ours = [case for case in cases if case.get("is_ours") and case["tp"] == 4]
+    copies = [case for case in cases if not case.get("is_ours")]
+    for name, chosen, look in ((OURS, ours, _look(0, ours[0])), (COPY, copies, _look(0, copies[0]))):
+        _fitted(left, document, name, [(c["source_nbytes"] / GB, s) for c in chosen for s in c["seconds"]], look)
+    left.set(xlabel="source, GB", ylabel="seconds", title="time against size")
+    middle.plot([c["source_nbytes"] / GB for c in ours], [max(c["peak_rss"]) / MIB for c in ours], marker="o",
+                label="stream_reshard, TP=4, peak", **_look(0, ours[0]))
+    middle.axhline(ours[0]["limit_nbytes"] / MIB, color="#666666", linestyle="--", linewidth=1,
+                   label="the limit it was given")
+    middle.set(xlabel="source, GB", ylabel="resident memory, MiB", title="memory against size")
+    swept = [case for case in cases if case.get("is_ours") and case["shape"] == SWEPT]
+    _fitted(right, document, BY_TP, [(c["tp"], s) for c in swept for s in c["seconds"]], _look(0, ours[0]))
+    right.set(xlabel="TP (PP=2)", ylabel="seconds", xticks=[c["tp"] for c in swept], title="time against TP")
+    for panel in (left, middle, right):
+        panel.set(xlim=(0, None), ylim=(0, None))
+        panel.legend(fontsize=8, frameon=False, loc="best")
+    figure.suptitle(_caption(document), fontsize=9, color="#444444")
     return figure
+
+
+def _fitted(panel: Any, document: Document, name: str, points: list[tuple[float, float]], look: dict[str, Any]) -> None:
+    """Runs as points, and the line through them where there is one."""
+    panel.plot(*zip(*points), linestyle="none", marker="o", markersize=5, color=look["color"],
+               label=f"{name}, every run")
+    if fit := document["fits"].get(name):
+        ends = [0, max(x for x, _ in points)]
+        panel.plot(ends, [fit["intercept"] + fit["slope"] * end for end in ends], color=look["color"], linewidth=1,
+                   label=f"{fit['intercept']:.2f} + {fit['slope']:.2f} {fit['unit']}  (R² {fit['r2']:.3f})")
 
 
 PICTURES: dict[str, dict[str, Callable[[Document], Any]]] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.fits import seconds_by_size
+from benchmarks.fits import SWEPT, of_growth
 from benchmarks.groups import memory_group
 from benchmarks.images import MAKERS, mounted
 from benchmarks.rounds import ROOT, Case, Plan, run_rounds
@@ -43,6 +43,8 @@ class Peer:
     script: str
     needs: tuple[str, ...]
     """Packages."""
+    holds: float = 0.2
+    """Anonymous memory that it takes, about, as a multiple of the source."""
 
 
 PEERS = (
@@ -50,7 +52,7 @@ PEERS = (
     Peer("torch DCP consolidation (inverse job)", "consolidate", ("torch", "safetensors")),
     Peer("mergekit, plain copy", "mergekit", ("torch", "mergekit")),
     Peer("transformers from_pretrained + save_pretrained", "transformers", ("torch", "transformers")),
-    Peer("naive: load all, fuse, chunk, save_file", "naive", ("torch", "safetensors")),
+    Peer("naive: load all, fuse, chunk, save_file", "naive", ("torch", "safetensors"), 1.2),
 )
 
 
@@ -103,16 +105,24 @@ def peers(bench: Bench) -> dict[str, Any]:
 
 def _peer(bench: Bench, source: Source, peer: Peer, stack: ExitStack) -> Case:
     script = (sys.executable, "-m", f"benchmarks.peers.{peer.script}")
-    missing = [name for name in peer.needs if importlib.util.find_spec(name) is None]
+    skipped = _obstacle(source, peer)
     case = Case(peer.name, (*script, str(source.path), str(bench.output)), source.path, bench.output, source.nbytes,
                 reference="cp -r && sync", needs_sync=True, warm_up=(*script, "--help"),
-                skipped=f"not installed: {', '.join(missing)}" if missing else "")
-    if missing or peer.script != "consolidate":
+                skipped=skipped)
+    if skipped or peer.script != "consolidate":
         return case
     sharded = bench.scratch / "sharded"
     stack.callback(shutil.rmtree, sharded)
     subprocess.run([*script, str(source.path), str(sharded), "--prepare"], cwd=ROOT, check=True)
     return replace(case, source=sharded, command=(*script, str(sharded), str(bench.output)))
+
+
+def _obstacle(source: Source, peer: Peer) -> str:
+    """Why a peer cannot be run here; "" if it can."""
+    if missing := [name for name in peer.needs if importlib.util.find_spec(name) is None]:
+        return f"not installed: {', '.join(missing)}"
+    needed, there = peer.holds * source.nbytes, machine.available()
+    return f"needs {needed / 2**30:.0f} GiB of memory, {there / 2**30:.0f} are free" if needed > there else ""
 
 
 def speed(bench: Bench) -> dict[str, Any]:
@@ -187,12 +197,12 @@ def growth(bench: Bench) -> dict[str, Any]:
         copy = bench.copy(source, name=f"{shape}: cp -r && sync", reference=f"{shape}: cp -r && sync",
                           facts={"shape": shape})
         cases.append(copy)
-        tps = (1, 2, 4, 8, 16) if shape == "llama-1.3b" else (4,)
+        tps = (1, 2, 4, 8, 16) if shape == SWEPT else (4,)
         for tp in tps:
             ours = bench.ours(f"{shape}: TP={tp} PP=2", source, tp, 2, reference=copy.name)
             cases.append(replace(ours, facts={**ours.facts, "shape": shape}))
     results = bench.run(cases)
-    return {"cases": results, "fits": seconds_by_size(results)}
+    return {"cases": results, "fits": of_growth(results)}
 
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {

@@ -109,7 +109,7 @@ def notes_of(document: Document) -> Iterator[str]:
            f"max; seconds and bytes: median; memory: highest of all rounds, summed over the process tree. Bytes: "
            f"multiples of the source. Caches before each run: {document['machine']['caches']}.")
     for name, fit in document.get("fits", {}).items():
-        yield (f"Fit, {name}: {fit['intercept']:.3f} + {fit['slope']:.3f} * {fit['unit']} "
+        yield (f"Fit, {name}: seconds = {fit['intercept']:.3f} + {fit['slope']:.3f} * {fit['unit']} "
                f"(R² = {fit['r2']:.4f}, {fit['num_points']} runs).")
     yield machine_line(document)
 
