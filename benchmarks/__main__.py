@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pictures import draw
+from benchmarks.readme import lines_of
 from benchmarks.rounds import Plan
 from benchmarks.sections import SECTIONS, Bench, document_of
 from benchmarks.sources import NBYTES, shape_for, sources_in
@@ -52,6 +53,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sources", type=Path, metavar="DIR", help="holds sources by name of shape, such as llama-7b, to be used")
     add("--results", type=Path, default=RESULTS, metavar="DIR", help="for JSON, Markdown and PNG")
     add("--lock", type=Path, metavar="FILE", help="lock it (flock) for each round: for machines where others measure")
+    add("--readme", action="store_true", help="measure nothing; print what the README says of the results")
     add("--redraw", action="store_true", help="measure nothing; make tables and pictures again from the JSON")
     return parser.parse_args(argv)
 
@@ -63,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.redraw:
         for path in sorted(arguments.results.glob("*.json")):
             redraw(path)
+        return 0
+    if arguments.readme:
+        print("\n".join(lines_of(arguments.results)))
         return 0
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # Unmounts and removes on the way.
     arguments.results.mkdir(parents=True, exist_ok=True)

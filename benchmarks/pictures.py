@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.fits import BY_TP, COPY, GB, OURS, SWEPT
 
 MIB = 2**20
-_OURS, _COPY = "#0072B2", "#555555"
+_OURS, _COPY = "#0072B2", "#888888"
 _COLOURS = ("#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000")
 _MARKERS = "oD^svPX"
 Document = dict[str, Any]
@@ -99,7 +99,7 @@ def ratios(document: Document) -> Any:
     spreads = [[m - min(c["ratios"]) for m, c in zip(middles, cases)],
                [max(c["ratios"]) - m for m, c in zip(middles, cases)]]
     panel.barh([case["name"] for case in cases], middles, xerr=spreads, capsize=3,
-               color=[_OURS if case.get("is_ours") else "#999999" for case in cases])
+               color=[_OURS if case.get("is_ours") else _COPY for case in cases])
     panel.axvline(1, color="#444444", linestyle="--", linewidth=1)
     panel.set(xlabel="time, ratio (median; bars: min and max)", title=f"{document['section']}: {_caption(document)}")
     return figure

@@ -108,10 +108,15 @@ def notes_of(document: Document) -> Iterator[str]:
     yield (f"{document['num_rounds']} interleaved rounds; ratios are taken within a round and given as min / median / "
            f"max; seconds and bytes: median; memory: highest of all rounds, summed over the process tree. Bytes: "
            f"multiples of the source. Caches before each run: {document['machine']['caches']}.")
+    yield from fits_of(document)
+    yield machine_line(document)
+
+
+def fits_of(document: Document) -> Iterator[str]:
+    """The lines through the runs, in words."""
     for name, fit in document.get("fits", {}).items():
         yield (f"Fit, {name}: seconds = {fit['intercept']:.3f} + {fit['slope']:.3f} * {fit['unit']} "
                f"(R² = {fit['r2']:.4f}, {fit['num_points']} runs).")
-    yield machine_line(document)
 
 
 def markdown_of(document: Document) -> str:

@@ -179,6 +179,16 @@ def test_figures_of_the_readme_are_those_of_the_results():
         assert (ROOT / picture).exists(), picture
 
 
+def test_readme_text_passes_its_own_check(capsys):
+    """Every table of the text that is printed for the README is marked, and what its results say."""
+    assert command.main(["--readme"]) == 0
+    text = capsys.readouterr().out
+    tables = dict(re.findall(r"<!-- benchmark (\w+) -->\n\n((?:\|.*\n)+)", text))
+    assert text.count("|---|") == len(tables)
+    for name, table in tables.items():
+        assert table == table_of(json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()))
+
+
 def test_pictures_are_drawn_again_from_the_results(tmp_path):
     pytest.importorskip("matplotlib")
     for path in RESULTS:

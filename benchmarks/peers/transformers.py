@@ -1,7 +1,7 @@
 """transformers: from_pretrained, save_pretrained; what a converter that goes through the model class pays at least."""
 from __future__ import annotations
 
-from transformers import AutoModelForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks.peers.common import folders
 
@@ -9,7 +9,7 @@ from benchmarks.peers.common import folders
 def main() -> None:
     """The dtype of the checkpoint, no weight made twice."""
     source, output = folders(__doc__)
-    AutoModelForCausalLM.from_pretrained(source, dtype="auto").save_pretrained(output)
+    LlamaForCausalLM.from_pretrained(source, dtype="auto").save_pretrained(output)
 
 
 if __name__ == "__main__":
