@@ -11,10 +11,10 @@ from benchmarks.tables import ABOUT, GB, fits_of, machine_line, table_of
 _INTRODUCTION = """\
 `python -m benchmarks` measures this tool beside others and writes what is shown here (`--full`: a 7B; `--only peers`:
 one section; `pip install -e '.[bench]'` for the others and the pictures; then `pip install --no-deps mergekit`, whose
-pins ask for older releases; what is not installed is left out and said so). Every run is a process of its own, watched from outside. Before
-each, caches are dropped and memory is touched and freed, so that all find the machine alike; cases are interleaved, and
-a ratio is taken within a round: min / median / max. Times are those of durable output: what does not sync its files
-itself is followed by `sync`. All results, with each run: `benchmarks/results/`."""
+pins ask for older releases; what is not installed is left out and said so). Every run is a process of its own, watched
+from outside. Before each, caches are dropped and memory is touched and freed, so that all find the machine alike; cases
+are interleaved, and a ratio is taken within a round: min / median / max. Times are those of durable output: what does
+not sync its files itself is followed by `sync`. All results, with each run: `benchmarks/results/`."""
 
 _PICTURES = {
     "peers": (("_memory", "Memory over time of this tool and of others, against the limit"),
