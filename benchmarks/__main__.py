@@ -58,6 +58,12 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _end(number: int, frame: object) -> None:
+    """Unmount and remove on the way out."""
+    print(f"ended by signal {number}", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run sections, write results, print tables."""
     arguments = arguments_of(argv)
@@ -69,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.readme:
         print("\n".join(lines_of(arguments.results)))
         return 0
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # Unmounts and removes on the way.
+    signal.signal(signal.SIGTERM, _end)
     arguments.results.mkdir(parents=True, exist_ok=True)
     parent = arguments.scratch or arguments.results.parent
     parent.mkdir(parents=True, exist_ok=True)
