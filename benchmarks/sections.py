@@ -212,5 +212,5 @@ SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 def document_of(name: str, bench: Bench) -> dict[str, Any]:
     """Run a section: everything that its table and pictures say."""
     facts = machine.facts(bench.scratch)
-    return {"section": name, "shape": bench.shape, "num_rounds": bench.plan.num_rounds, "machine": facts,
-            **SECTIONS[name](bench)}
+    return {"section": name, "shape": bench.shape, "num_rounds": bench.plan.num_rounds,
+            "is_rehearsed": bench.plan.settles, "machine": facts, **SECTIONS[name](bench)}

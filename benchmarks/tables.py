@@ -41,7 +41,9 @@ def times(case: Case, *counters: str) -> str:
 
 
 def told(case: Case, key: str) -> str:
-    """A size that the tool itself printed, in MiB."""
+    """A size that the tool itself printed, in MiB; cp prints none."""
+    if not case.get("is_ours"):
+        return "-"
     return f"{case['told'][key] / MIB:,.0f}" if key in case["told"] else "not told"
 
 
@@ -105,9 +107,10 @@ def notes_of(document: Document) -> Iterator[str]:
     shape = "" if document["section"] == "growth" else (
         f" {document['shape']}, {document['cases'][0]['source_nbytes'] / GB:.2f} GB of bfloat16.")
     yield ABOUT[document["section"]] + shape
+    rehearsed = "Each round begins with an unrecorded run of the references. " if document.get("is_rehearsed") else ""
     yield (f"{document['num_rounds']} interleaved rounds; ratios are taken within a round and given as min / median / "
            f"max; seconds and bytes: median; memory: highest of all rounds, summed over the process tree. Bytes: "
-           f"multiples of the source. Caches before each run: {document['machine']['caches']}.")
+           f"multiples of the source. {rehearsed}Caches before each run: {document['machine']['caches']}.")
     yield from fits_of(document)
     yield machine_line(document)
 
