@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from stream_reshard.memory import machine_limit
+
 _ROOT = Path(__file__).parent.parent
 _PACKAGES = ("stream_reshard", "safetensors", "numpy", "torch", "transformers", "mergekit")
-_LEAST_TOUCHED = 4 * 2**30
-"""Bytes of memory that are touched before a run, or 2.5 times the source: more than a run puts into the page cache."""
+_TOUCHED = 0.8
+"""Part of the free memory that is touched before a run."""
+_POPULATE_WRITE = 23
+"""MADV_POPULATE_WRITE (madvise(2), Linux 5.14), which Python does not name."""
 
 
 def facts(scratch: Path) -> dict[str, Any]:
@@ -70,9 +74,9 @@ def settle(source: Path, is_warm: bool, warm_up: Sequence[str] = ()) -> None:
     """Bring the machine into a known state; what is measured starts at once afterwards.
 
     Dirty pages are written, caches dropped; `warm_up` is a command that brings the program to be measured back into the
-    cache; for a warm run the source is read. A virtual machine gives freed memory
-    back to its host within seconds and pays for each page when it takes it again: so much is touched and freed here
-    that the run finds its pages there.
+    cache; for a warm run the source is read. A virtual machine gives freed memory back to its host within seconds and
+    pays for each page when it takes it again: most of what is free is touched and freed here, so that the run finds its
+    pages there, whichever it gets.
     """
     os.sync()
     files = [path for path in source.iterdir() if path.is_file()]
@@ -86,10 +90,8 @@ def settle(source: Path, is_warm: bool, warm_up: Sequence[str] = ()) -> None:
     if is_warm:
         for path in files:
             _read(path)
-    wanted = max(_LEAST_TOUCHED, int(2.5 * sum(path.stat().st_size for path in files)))
-    touched = min(wanted, int(available("MemFree") * 0.8))
-    subprocess.run([sys.executable, "-m", "benchmarks.machine", str(touched)], check=True,
-                   cwd=_ROOT)
+    touched = int(min(available("MemFree"), machine_limit()) * _TOUCHED)
+    subprocess.run([sys.executable, "-m", "benchmarks.machine", str(touched)], check=True, cwd=_ROOT)
 
 
 def _can_drop() -> bool:
@@ -108,5 +110,16 @@ def _read(path: Path) -> None:
             pass
 
 
+def touch(nbytes: int) -> None:
+    """Take so much memory, in huge pages where there are any, which needs fewer faults."""
+    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.madvise(_POPULATE_WRITE)
+    except OSError:
+        for place in range(0, nbytes, mmap.PAGESIZE):
+            memory[place] = 1
+
+
 if __name__ == "__main__":  # A process of its own: what it touches is free when it ends.
-    mmap.mmap(-1, int(sys.argv[1]), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    touch(int(sys.argv[1]))
