@@ -1,0 +1,13 @@
+"""Time, memory and work of stream_reshard beside other tools: `python -m benchmarks`, and `--full` for a 7B.
+
+    machine    what the machine is; the same state of its memory before every timed run
+    groups     memory control groups
+    images     file systems in a file, for those that share blocks
+    measure    one command, its process tree watched from outside
+    rounds     cases in interleaved rounds, ratios within each round
+    peers/     what others do with the same weights, one script each
+    sources    synthetic sources, sized to the machine; synthetic: how they are made
+    sections   what is run
+    fits       straight lines through the runs
+    tables     results as Markdown; pictures: as PNG; readme: what the README says of them
+"""

@@ -1,0 +1,216 @@
+"""What is run: one function per section, each makes its cases, runs them in rounds and returns its results as JSON."""
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.fits import SWEPT, of_growth
+from benchmarks.groups import memory_group
+from benchmarks.images import MAKERS, mounted
+from benchmarks.rounds import ROOT, Case, Plan, run_rounds
+from benchmarks.sources import Source, Sources
+
+MIB = 2**20
+_OURS = (sys.executable, "-m", "stream_reshard")
+_WARM_UP = (*_OURS, "demo", "--quiet")
+
+OPTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("default", ()),
+    ("--workers 1", ("--workers", "1")),
+    ("--workers 2", ("--workers", "2")),
+    ("--workers 4", ("--workers", "4")),
+    ("--io mmap", ("--io", "mmap")),
+    ("--io pread", ("--io", "pread")),
+    ("--digests none", ("--digests", "none")),
+    ("--digests all", ("--digests", "all")),
+)
+"""Variants of this tool: a name, flags. One whose flags the tool does not know is reported so."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another tool: a script in `peers/`."""
+
+    name: str
+    script: str
+    needs: tuple[str, ...]
+    """Packages."""
+    holds: float = 0.2
+    """Anonymous memory that it takes, about, as a multiple of the source."""
+
+
+PEERS = (
+    Peer("safe_open().get_slice + save_file", "get_slice", ("torch", "safetensors")),
+    Peer("torch DCP consolidation (inverse job)", "consolidate", ("torch", "safetensors")),
+    Peer("mergekit, plain copy", "mergekit", ("torch", "mergekit")),
+    Peer("transformers from_pretrained + save_pretrained", "transformers", ("torch", "transformers")),
+    Peer("naive: load all, fuse, chunk, save_file", "naive", ("torch", "safetensors"), 1.2),
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the sections have to work with."""
+
+    scratch: Path
+    sources: Sources
+    shape: str
+    plan: Plan
+    is_full: bool = False
+
+    @property
+    def output(self) -> Path:
+        """Where cases write, one after the other."""
+        return self.scratch / "out" / "run"
+
+    def copy(self, source: Source, output: Path | None = None, **how: Any) -> Case:
+        """`cp -r SRC OUT && sync`: the floor."""
+        output = output or self.output
+        case = Case("cp -r && sync", ("cp", "-r", str(source.path), str(output)), source.path, output, source.nbytes,
+                    reference="cp -r && sync", needs_sync=True, warm_up=("cp", "--version"))
+        return replace(case, **how)
+
+    def ours(self, name: str, source: Source, tp: int = 4, pp: int = 2, limit: int = 256 * MIB,
+             extra: Sequence[str] = (), output: Path | None = None, **how: Any) -> Case:
+        """This tool; its output is durable when it ends."""
+        output = output or self.output
+        command = (*_OURS, str(source.path), str(output), "--tp", str(tp), "--pp", str(pp), "--max-memory", str(limit),
+                   "--json", *extra)
+        facts = {"is_ours": True, "tp": tp, "pp": pp, "limit_nbytes": limit, "flags": list(extra)}
+        case = Case(name, command, source.path, output, source.nbytes, reference="cp -r && sync", warm_up=_WARM_UP,
+                    facts=facts)
+        return replace(case, **how)
+
+    def run(self, cases: Iterable[Case]) -> list[dict[str, Any]]:
+        """Their results."""
+        return run_rounds(list(cases), self.plan)
+
+
+def peers(bench: Bench) -> dict[str, Any]:
+    """This tool and others, TP=4 PP=2, cold source, all durable."""
+    source = bench.sources.get(bench.shape)
+    with ExitStack() as stack:
+        cases = [bench.copy(source), bench.ours("stream_reshard", source)]
+        cases += [_peer(bench, source, peer, stack) for peer in PEERS]
+        return {"cases": bench.run(cases)}
+
+
+def _peer(bench: Bench, source: Source, peer: Peer, stack: ExitStack) -> Case:
+    script = (sys.executable, "-m", f"benchmarks.peers.{peer.script}")
+    skipped = _obstacle(source, peer)
+    case = Case(peer.name, (*script, str(source.path), str(bench.output)), source.path, bench.output, source.nbytes,
+                reference="cp -r && sync", needs_sync=True, warm_up=(*script, "--help"),
+                skipped=skipped)
+    if skipped or peer.script != "consolidate":
+        return case
+    sharded = bench.scratch / "sharded"
+    stack.callback(shutil.rmtree, sharded)
+    subprocess.run([*script, str(source.path), str(sharded), "--prepare"], cwd=ROOT, check=True)
+    return replace(case, source=sharded, command=(*script, str(sharded), str(bench.output)))
+
+
+def _obstacle(source: Source, peer: Peer) -> str:
+    """Why a peer cannot be run here; "" if it can."""
+    if missing := [name for name in peer.needs if importlib.util.find_spec(name) is None]:
+        return f"not installed: {', '.join(missing)}"
+    needed, there = peer.holds * source.nbytes, machine.available()
+    return f"needs {needed / 2**30:.0f} GiB of memory, {there / 2**30:.0f} are free" if needed > there else ""
+
+
+def speed(bench: Bench) -> dict[str, Any]:
+    """This tool and cp: cold and warm, three topologies, two limits."""
+    source = bench.sources.get(bench.shape)
+    cases = []
+    for state in ("cold", "warm"):
+        name, is_warm = f"cp -r && sync, {state}", state == "warm"
+        cases.append(bench.copy(source, name=name, reference=name, is_warm=is_warm))
+        cases += [bench.ours(f"TP={tp} PP={pp}, {limit} MiB, {state}", source, tp, pp, limit * MIB, reference=name,
+                             is_warm=is_warm) for tp, pp in ((4, 2), (8, 1), (2, 4)) for limit in (256, 64)]
+    return {"cases": bench.run(cases)}
+
+
+def groups(bench: Bench) -> dict[str, Any]:
+    """Inside control groups that count the page cache, against this tool's own run outside of any."""
+    source = bench.sources.get(bench.shape)
+    outside = "no control group"
+    with ExitStack() as stack:
+        cases = [bench.ours(outside, source, reference=outside)]
+        for limit in (64, 256):
+            ours = bench.ours(f"stream_reshard in {limit} MiB", source, limit=limit * MIB, reference=outside)
+            copy = bench.copy(source, name=f"cp -r && sync in {limit} MiB", reference="cp -r && sync")
+            cases += [_grouped(case, limit * MIB, stack) for case in (ours, copy)]
+        return {"cases": bench.run([*cases, bench.copy(source)])}
+
+
+def _grouped(case: Case, nbytes: int, stack: ExitStack) -> Case:
+    try:
+        return replace(case, group=stack.enter_context(memory_group(nbytes)),
+                       facts={**case.facts, "group_nbytes": nbytes})
+    except OSError as error:
+        return replace(case, skipped=f"no memory control group: {error}")
+
+
+def options(bench: Bench) -> dict[str, Any]:
+    """Variants of this tool, TP=4 PP=2, cold."""
+    source = bench.sources.get(bench.shape)
+    return {"cases": bench.run([bench.copy(source), *(bench.ours(name, source, extra=extra)
+                                                      for name, extra in OPTIONS)])}
+
+
+def clones(bench: Bench) -> dict[str, Any]:
+    """On file systems that share blocks."""
+    source = bench.sources.get(bench.shape)
+    results = []
+    for kind in MAKERS:
+        try:
+            with mounted(kind, bench.scratch / kind, int(source.nbytes * 2.3) + 2**30) as point:
+                results += bench.run(_cloned(bench, source, kind, point))
+        except OSError as error:
+            results += bench.run([bench.ours(f"{kind}", source, skipped=f"no {kind} here: {error}")])
+    return {"cases": results}
+
+
+def _cloned(bench: Bench, source: Source, kind: str, point: Path) -> list[Case]:
+    inside = Source(point / "source", source.nbytes)
+    shutil.copytree(source.path, inside.path)
+    how: dict[str, Any] = {"output": point / "out" / "run", "reference": f"{kind}: cp --reflink=never -r && sync",
+                           "counts_space": True}
+    copy = bench.copy(inside, name=how["reference"], **how)
+    copy = replace(copy, command=("cp", "--reflink=never", *copy.command[1:]))
+    return [copy, *(bench.ours(f"{kind}: TP={tp} PP={pp}", inside, tp, pp, **how) for tp, pp in ((1, 4), (4, 2)))]
+
+
+def growth(bench: Bench) -> dict[str, Any]:
+    """How time and memory grow with the model and with TP, cold."""
+    shapes = ["llama-0.3b", "llama-1.3b", "llama-2.7b"] + ["llama-7b"] * bench.is_full
+    cases = []
+    for shape in bench.sources.fitting(shapes):
+        source = bench.sources.get(shape)
+        copy = bench.copy(source, name=f"{shape}: cp -r && sync", reference=f"{shape}: cp -r && sync",
+                          facts={"shape": shape})
+        cases.append(copy)
+        tps = (1, 2, 4, 8, 16) if shape == SWEPT else (4,)
+        for tp in tps:
+            ours = bench.ours(f"{shape}: TP={tp} PP=2", source, tp, 2, reference=copy.name)
+            cases.append(replace(ours, facts={**ours.facts, "shape": shape}))
+    results = bench.run(cases)
+    return {"cases": results, "fits": of_growth(results)}
+
+
+SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "peers": peers, "speed": speed, "groups": groups, "options": options, "clones": clones, "growth": growth}
+
+
+def document_of(name: str, bench: Bench) -> dict[str, Any]:
+    """Run a section: everything that its table and pictures say."""
+    facts = machine.facts(bench.scratch)
+    return {"section": name, "shape": bench.shape, "num_rounds": bench.plan.num_rounds,
+            "is_rehearsed": bench.plan.settles, "machine": facts, **SECTIONS[name](bench)}

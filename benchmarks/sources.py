@@ -1,0 +1,73 @@
+"""Synthetic sources: made once, kept while the suite runs, sized to the machine."""
+from __future__ import annotations
+
+import fcntl
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks import machine
+from benchmarks.rounds import locked
+from benchmarks.synthetic import SHAPES, write_source
+
+NBYTES = {"llama-0.3b": 536 * 10**6, "llama-1.3b": 2691 * 10**6, "llama-2.7b": 5428 * 10**6,
+          "llama-7b": 13477 * 10**6}
+"""Size of each shape on disk, about, smallest first."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder of Hugging Face shards."""
+
+    path: Path
+    nbytes: int
+    """Of its tensor files."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The sources below one folder; what is there already is used as it is, and kept."""
+
+    root: Path
+    lock: Path | None = None
+    """Shared while a source is made."""
+    made: list[Path] = field(default_factory=list)
+
+    def get(self, shape: str) -> Source:
+        """The source of this shape."""
+        path = self.root / shape
+        if not path.exists():
+            with locked(self.lock, fcntl.LOCK_SH):
+                self.made.append(path)
+                write_source(path, SHAPES[shape])
+        return Source(path.resolve(), sum(shard.stat().st_size for shard in path.glob("*.safetensors")))
+
+    def fitting(self, shapes: Sequence[str]) -> list[str]:
+        """Those that are there or fit on the disk, all of them together and one output."""
+        fitting, free = [], shutil.disk_usage(self.root).free * 0.9
+        for shape in shapes:
+            free -= 0 if (self.root / shape).exists() else NBYTES[shape]
+            if free > NBYTES[shape]:
+                fitting.append(shape)
+        return fitting
+
+
+@contextmanager
+def sources_in(root: Path, lock: Path | None) -> Iterator[Sources]:
+    """Sources that are removed at the end where they were made here."""
+    root.mkdir(parents=True, exist_ok=True)
+    sources = Sources(root, lock)
+    try:
+        yield sources
+    finally:
+        for path in sources.made:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def shape_for(scratch: Path) -> str:
+    """The shape of a quick run: 1.3 B where a naive converter of it fits into memory and five of it on the disk."""
+    big = NBYTES["llama-1.3b"]
+    fits = machine.available() > 3 * big and shutil.disk_usage(scratch).free > 5 * big
+    return "llama-1.3b" if fits else "llama-0.3b"
