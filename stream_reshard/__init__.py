@@ -18,9 +18,14 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - alignment:      where the data of a target file begin, so that blocks can be shared
 - proof:          that a plan is right, and what is counted on the way
 - plan:           a source layout against a target layout
+- machine:        file systems, cores, control groups, counters of the kernel
 - memory:         allowed, reserved and projected memory
 - casts:          between the dtypes of weights
-- tensor_file:    reading the bytes of tensor files, beginning new ones
+- tensor_file:    reading the bytes of tensor files
+- sharing:        sharing blocks with the source instead of copying bytes
+- target_file:    writing tensor files: shared, copied by the file system, from a mapping, or through buffers
+- lanes:          one block is written while the next is read
+- moving:         bringing one parameter to where it is wanted
 - manifest:       what a finished conversion says of itself, with a digest of every file
 - lock:           one run at a time writes to a destination
 - journal:        which files an unfinished run has written
@@ -32,6 +37,7 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - source_digests: the source against sums made elsewhere
 - destination:    what speaks against a destination
 - documents:      the files beside the weights that Nanotron's trainer reads
+- options:        everything a user can choose
 - convert:        a conversion from options to plan to checkpoint
 - report:         what a person reads
 - inspect, demo:  the smaller commands

@@ -16,7 +16,7 @@ from stream_reshard import memory
 from stream_reshard.convert import Conversion, Options, plan_conversion, run_conversion
 from stream_reshard.errors import ResourceError, StreamReshardError, UsageError, quoted, shell_word
 from stream_reshard.flags import COMMANDS, parser_of
-from stream_reshard.machine import num_cores
+from stream_reshard.machine import io_counters, num_cores
 from stream_reshard.plan import Job
 from stream_reshard.report import as_json, done_lines, plan_lines, summary, summary_lines
 from stream_reshard.staging import staging_of
@@ -25,6 +25,9 @@ from stream_reshard.topology import Topology
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What asks a run to stop; batch systems send the last one some time before the limit."""
+
+_SWITCH_SECONDS = 0.0005
+"""How long a thread may keep others from running Python: one that waits for the next block should not wait long."""
 
 _MAX_LINES = 50
 """Problems that are printed; the worst come first."""
@@ -103,7 +106,7 @@ def _progress(conversion: Conversion, quiet: bool) -> tuple[Callable[[Job], None
 
 def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`SRC DST`: plan, print the plan, run it, print the summary."""
-    begin = time.monotonic()
+    begin, io_before = time.monotonic(), io_counters()
     conversion = plan_conversion(options_of(arguments), stop)
     if conversion.is_done and not arguments.overwrite:
         run_conversion(conversion, stop=stop)  # Removes what a stop in the middle of a swap left.
@@ -122,8 +125,8 @@ def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
         raise
     finally:
         close()
-    seconds, peak = time.monotonic() - begin, memory.peak_resident()
-    _print(arguments, summary(conversion, seconds, peak, done), summary_lines(conversion, seconds, peak, done))
+    told = conversion, time.monotonic() - begin, memory.peak_resident(), io_counters(io_before), done
+    _print(arguments, summary(*told), summary_lines(*told))
 
 
 def _resume_command(arguments: argparse.Namespace) -> str:
@@ -205,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser_of(command).parse_args(rest)
     arguments.argv = argv
     stop = Stop()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         with _listening(stop):
             _RUN[command](arguments, stop)

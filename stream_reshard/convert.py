@@ -39,7 +39,7 @@ COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spe
 VERIFY_BUFFERS = 2
 """Buffers that a worker of a comparison has."""
 
-NUM_WAITING = 3
+NUM_WAITING = 4
 """Jobs that wait for the disk while others move bytes."""
 
 MAPPED: frozenset[str] = frozenset()

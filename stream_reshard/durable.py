@@ -34,6 +34,9 @@ _sync_file_range = getattr(_libc, "sync_file_range", None)
 _renameat2 = getattr(_libc, "renameat2", None)
 _SYNC_FILE_RANGE_WRITE = 2
 
+_DIGESTED_NBYTES = 2**18
+"""What is read back at a time: it stays in the processor's cache."""
+
 _WRITEBACK_NBYTES = 2**18
 """Smaller writes wait for the next fsync: a request of its own costs more than it saves."""
 
@@ -128,17 +131,10 @@ class NewFile:
             write_all(self._descriptor, rest, offset)
             offset += len(rest)
 
-    def complete(self, buffer: memoryview | None = None) -> None:
-        """Everything is written. Where a digest is wanted and the bytes did not come by in the file's order, it is made
-        of the file as it stands, read through `buffer`."""
-        if self.is_digested and self._position != self.nbytes:
-            try:
-                self._digest_again(buffer or memoryview(bytearray(2**20)))
-            except OSError as error:
-                raise target_error(self.final, error) from error
-
-    def _digest_again(self, buffer: memoryview) -> None:
+    def _digest_again(self) -> None:
+        """Digest the file as it stands, for bytes that did not come by in its order. They are still cached."""
         self._digest.reset()
+        buffer = memoryview(bytearray(min(self.nbytes, _DIGESTED_NBYTES)))
         for offset in range(0, self.nbytes, len(buffer)):
             view = buffer[:min(len(buffer), self.nbytes - offset)]
             if os.preadv(self._descriptor, [view], offset) != len(view):
@@ -151,8 +147,9 @@ class NewFile:
 
         The new name itself is durable only after `sync_folder`.
         """
-        self.complete()
         try:
+            if self.is_digested and self._position != self.nbytes:
+                self._digest_again()
             os.fsync(self._descriptor)
             drop_from_cache(self._descriptor)
             descriptor, self._descriptor = self._descriptor, -1

@@ -82,8 +82,7 @@ def _add_resource_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-memory", default="512MiB", metavar="SIZE",
         help="limit on the peak resident set of the whole process tree (default 512MiB)")
     add("--workers", type=int, default=None, metavar="N",
-        help="jobs that move bytes at the same time, within the one limit (default: a quarter of the cores, 2 to 8; 1 "
-             "below 96MiB)")
+        help="jobs that move bytes at the same time, within the one limit (default: an eighth of the cores, 1 to 8)")
     add("--dtype", default="keep", choices=("keep", "bfloat16", "float16", "float32"),
         help="cast the weights of the source, needs torch (default keep)")
     add("--allow", action="append", default=[], metavar="NAME",

@@ -1,7 +1,7 @@
 """Running one job: move its parameters into its files, then make them durable."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,12 +74,12 @@ def _kept(work: Work, job: Job) -> tuple[FileDone, ...]:
 
 def _written(work: Work, job: Job) -> JobDone:
     plan, moved = work.plan, Moved()
-    targets = {file.path: NewTensorFile(work.staging, file, work.transport) for file in job.files}
     with ExitStack() as opened, ExitStack() as sources:
+        targets = {file.path: opened.enter_context(NewTensorFile(work.staging, file, work.transport))
+                   for file in job.files}
         with work.lanes.taken() as lane:
             writing = Writing(lane)
             sources.enter_context(writing.settled())
-            writing.write(partial(_begin, targets.values(), opened))
             for name in job.parameters:
                 held = plan.source.slices[name]
                 files = OpenFiles({path: sources.enter_context(lane.source(path, partial(_opened, work, path)))
@@ -88,21 +88,10 @@ def _written(work: Work, job: Job) -> JobDone:
                 moved += move(held, plan.targets_of(job, name), files)
                 for fill in plan.target.fills.get(name, ()):
                     write_zeros(fill, files)
-            writing.write(partial(_complete, targets.values(), lane.scratch))
         writing.wait()
         done = tuple(FileDone(path, target.nbytes, target.commit()) for path, target in targets.items())
-    return JobDone(done, False, moved.with_shared(sum(target.shared_nbytes for target in targets.values())))
+    return JobDone(done, False, moved.with_cloned(sum(target.cloned_nbytes for target in targets.values())))
 
 
 def _opened(work: Work, path: str) -> SourceFile:
     return SourceFile(work.plan.source.root, path, work.identities.get(path), work.transport.is_mapped)
-
-
-def _begin(targets: Iterable[NewTensorFile], opened: ExitStack) -> None:
-    for target in targets:
-        opened.enter_context(target)
-
-
-def _complete(targets: Iterable[NewTensorFile], buffer: memoryview) -> None:
-    for target in targets:
-        target.complete(buffer)

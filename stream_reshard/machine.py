@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 NETWORK_FILE_SYSTEMS = frozenset("""
@@ -39,15 +40,16 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def io_counters() -> dict[str, int]:
-    """Bytes this process has moved so far: `rchar` and `wchar` by reading and writing calls, `read_bytes` and
+def io_counters(since: Mapping[str, int] = {}) -> dict[str, int]:
+    """Bytes this process has moved so far, or since it counted `since`: `rchar` and `wchar` by reading and writing calls, `read_bytes` and
     `write_bytes` from and to disks (proc(5), /proc/PID/io). Empty where the kernel does not count."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
         return {}
     counters = {key: int(value) for key, _, value in (line.partition(": ") for line in lines)}
-    return {key: counters[key] for key in ("rchar", "wchar", "read_bytes", "write_bytes") if key in counters}
+    names = ("rchar", "wchar", "read_bytes", "write_bytes")
+    return {name: counters.get(name, 0) - since.get(name, 0) for name in names}
 
 
 def group_limit() -> int | None:

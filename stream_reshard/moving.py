@@ -33,7 +33,7 @@ class OpenFiles:
 class Moved:
     """Bytes of tensors that were written, by the way they took."""
 
-    shared: int = 0
+    cloned: int = 0
     """Blocks that are now the source's too."""
     copied: int = 0
     """In stretches as long as the source has them."""
@@ -41,11 +41,11 @@ class Moved:
     """Cut into pieces, put in another order, or cast."""
 
     def __add__(self, other: Moved) -> Moved:
-        return Moved(self.shared + other.shared, self.copied + other.copied, self.strided + other.strided)
+        return Moved(self.cloned + other.cloned, self.copied + other.copied, self.strided + other.strided)
 
-    def with_shared(self, nbytes: int) -> Moved:
-        """The same, of which so many bytes that seemed to be copied are shared."""
-        return Moved(self.shared + nbytes, self.copied - nbytes, self.strided)
+    def with_cloned(self, nbytes: int) -> Moved:
+        """The same, of which so many bytes that seemed to be copied are cloned."""
+        return Moved(self.cloned + nbytes, self.copied - nbytes, self.strided)
 
 
 def move(held: Sequence[Slice], wanted: Sequence[Slice], files: OpenFiles) -> Moved:

@@ -19,11 +19,12 @@ from stream_reshard.proof import Survey
 @dataclass(frozen=True)
 class Job:
     """The work that writes the files which share parameters with each other and with no other file, so that each source
-    byte is read once. Idempotent, and independent of every other job; its copies are derived when it runs."""
+    byte is read once; and those of other groups that lie in between. Idempotent, and independent of every other job;
+    its copies are derived when it runs."""
 
     files: tuple[TensorFile, ...]
     parameters: tuple[str, ...]
-    """Names of the parameters that these files hold, in the order of their places."""
+    """Names of the parameters that these files hold, in the order of the source's bytes."""
 
     @property
     def nbytes(self) -> int:
@@ -39,6 +40,8 @@ class Plan:
     target: Layout
     order: array[int] = field(repr=False)
     """The target's groups in the order of the source's bytes."""
+    starts: array[int] = field(repr=False)
+    """Where in `order` jobs begin."""
     nbytes: int
     """Bytes of all target files."""
     largest_job_nbytes: int
@@ -67,14 +70,18 @@ class _Jobs(Sequence[Job]):
         self._plan = plan
 
     def __len__(self) -> int:
-        return len(self._plan.order)
+        return len(self._plan.starts)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        target = self._plan.target
-        group = target.group(self._plan.order[index])
-        return Job(target.files_of(group), tuple(target.model.parameter(number).name for number in group.numbers))
+        plan, index = self._plan, range(len(self))[index]
+        end = plan.starts[index + 1] if index + 1 < len(self) else len(plan.order)
+        groups = [plan.target.group(position) for position in plan.order[plan.starts[index]:end]]
+        numbers = sorted((number for group in groups for number in group.numbers),
+                         key=lambda number: min(plan.source.places_of(number)))
+        return Job(tuple(file for group in groups for file in plan.target.files_of(group)),
+                   tuple(plan.target.model.parameter(number).name for number in numbers))
 
 
 def make_plan(source: Layout, target: Layout) -> Plan:
@@ -88,8 +95,10 @@ def make_plan(source: Layout, target: Layout) -> Plan:
     if survey.faults:
         raise StreamReshardError("this is a fault of stream_reshard, nothing was written: "
                                  + "; ".join(survey.faults[:5]))
-    return Plan(source, survey.target, survey.order(), survey.nbytes, survey.largest_nbytes, survey.casts(),
-                survey.dtypes(), survey.digest())
+    order = survey.order()
+    starts = survey.starts(order)
+    return Plan(source, survey.target, order, starts, survey.nbytes, survey.largest_job_nbytes(order, starts),
+                survey.casts(), survey.dtypes(), survey.digest())
 
 
 def coverage_faults(plan: Plan) -> Iterator[str]:

@@ -20,6 +20,9 @@ from stream_reshard.layouts.base import Fill, Group, Layout, Slice
 
 _MAX_FAULTS = 100
 
+MAX_JOINED = 4
+"""Groups in one job: a source in which everything lies between everything must not become one endless job."""
+
 
 @dataclass
 class _Alike:
@@ -40,11 +43,13 @@ class Survey:
 
     def __init__(self, alignment: Alignment, target: Layout):
         self.source, self.target, self.faults = alignment.source, target, list[str]()
-        self.nbytes = self.largest_nbytes = 0
+        self._nbytes = array("Q")
+        """Per group what its files take."""
         self._alike: dict[Hashable, _Alike] = {}
         self._seen = bytearray(target.model.firsts[-1])
         self._paths = array("q")
-        self._keys: list[int] = []
+        self._spans: list[tuple[int, int]] = []
+        """Per group the first place in the source, and the last one that begins in the same file."""
         self._hash = hashlib.sha256()
         for group in target.groups():
             self._add(group, alignment)
@@ -61,11 +66,9 @@ class Survey:
         alike.last = group
         places = [place for number in group.numbers for place in self.source.places_of(number)]
         begins = alignment.choose(group, likeness, [begin for _, begin in places])
-        nbytes = sum(begins) + alike.data_nbytes
-        self.nbytes += nbytes
-        self.largest_nbytes = max(self.largest_nbytes, nbytes)
+        self._nbytes.append(sum(begins) + alike.data_nbytes)
         file, begin = min(places)
-        self._keys.append(file << 48 | begin)
+        self._spans.append((file << 48 | begin, file << 48 | max(at for shard, at in places if shard == file)))
         paths = self.target.paths_of(group)
         self._paths.extend(map(hash, paths))
         self._hash.update(f"{alike.index} {places} {begins} {chr(10).join(paths)}\n".encode())
@@ -103,9 +106,31 @@ class Survey:
         if len(self.faults) < _MAX_FAULTS:
             self.faults.append(fault)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all target files."""
+        return sum(self._nbytes)
+
+    def largest_job_nbytes(self, order: array[int], starts: array[int]) -> int:
+        """What the largest job writes."""
+        ends = (*starts[1:], len(order))
+        return max(sum(self._nbytes[group] for group in order[start:end]) for start, end in zip(starts, ends))
+
     def order(self) -> array[int]:
         """The groups in the order of the source's bytes: by their lowest file, then the lowest offset in it."""
-        return array("I", sorted(range(len(self._keys)), key=self._keys.__getitem__))
+        return array("I", sorted(range(len(self._spans)), key=self._spans.__getitem__))
+
+    def starts(self, order: array[int]) -> array[int]:
+        """Where in `order` jobs begin. Groups that lie between each other's bytes are one job, which can read all of
+        them in one go: in Hugging Face's shards k_proj, o_proj, q_proj, v_proj follow each other."""
+        starts, reach = array("I"), -1
+        for index, group in enumerate(order):
+            first, last = self._spans[group]
+            if first > reach or index - starts[-1] >= MAX_JOINED:
+                starts.append(index)
+                reach = -1
+            reach = max(reach, last)
+        return starts
 
     def casts(self) -> dict[tuple[str, str], int]:
         """Number of parameters per (source dtype, target dtype) that changes."""

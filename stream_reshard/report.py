@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stream_reshard.convert import Conversion
@@ -91,14 +91,17 @@ def _blocks(names: list[str]) -> str:
                      for kind, indices in grouped.items())
 
 
-def summary(conversion: Conversion, seconds: float, peak: int, done: Done) -> dict[str, Any]:
-    """What a finished run did, as JSON; sizes in bytes."""
+def summary(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int], done: Done) -> dict[str, Any]:
+    """What a finished run did, as JSON; sizes in bytes. `io`: what the kernel counted meanwhile."""
     return as_json(conversion) | {"seconds": round(seconds, 3), "peak_nbytes": peak, "num_files_kept": done.num_kept,
-                                  "leftovers": list(map(str, done.leftovers)),
+                                  "leftovers": list(map(str, done.leftovers)), "num_digests": done.num_digests,
+                                  "nbytes_cloned": done.moved.cloned, "nbytes_copied": done.moved.copied,
+                                  "nbytes_strided": done.moved.strided, "io": dict(io),
                                   "verified": conversion.options.verify, "torchrun": torchrun_line(conversion)}
 
 
-def summary_lines(conversion: Conversion, seconds: float, peak: int, done: Done) -> Iterator[str]:
+def summary_lines(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int],
+                  done: Done) -> Iterator[str]:
     """What a finished run did, for a person."""
     memory, plan = conversion.memory, conversion.plan
     yield (f"done     {plan.target.num_files} files, {human(plan.nbytes)} in {seconds:.1f} s "
@@ -107,11 +110,24 @@ def summary_lines(conversion: Conversion, seconds: float, peak: int, done: Done)
     yield from (f"left     {shown(path)}: the old checkpoint could not be removed" for path in done.leftovers)
     if done.num_kept:
         yield f"resumed  {done.num_kept} files were kept from an earlier attempt, each with the digest in its journal"
+    yield _moved_line(conversion, io, done)
     if conversion.options.verify:
         yield "verified every weight, header and file against the source, before the commit: all equal"
     yield (f"memory   peak {human(peak)} measured, {human(memory.projected)} projected, "
            f"{human(memory.allowed)} allowed")
     yield "train    " + torchrun_line(conversion)
+
+
+def _moved_line(conversion: Conversion, io: Mapping[str, int], done: Done) -> str:
+    moved = done.moved
+    line = f"moved    {human(moved.cloned)} cloned, {human(moved.copied)} copied, {human(moved.strided)} strided"
+    if io:
+        line += f"; {human(io['rchar'])} read and {human(io['wchar'])} written by calls"
+    num_without = conversion.plan.target.num_files - done.num_kept - done.num_digests
+    if num_without > 0:
+        line += f"; {num_without} files have no digest" + (
+            ", as they share blocks (--digests all reads them)" if moved.cloned else "")
+    return line
 
 
 def done_lines(conversion: Conversion) -> Iterator[str]:

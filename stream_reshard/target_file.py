@@ -43,7 +43,7 @@ class NewTensorFile(NewFile):
     def __init__(self, root: Path, file: TensorFile, transport: Transport = Transport()):
         super().__init__(root / file.path, file.nbytes, transport.digests != "none")
         self.file, self.transport = file, transport
-        self.shared_nbytes = 0
+        self.cloned_nbytes = 0
         """Bytes that it shares with sources."""
 
     def __enter__(self) -> NewTensorFile:
@@ -67,7 +67,7 @@ class NewTensorFile(NewFile):
         """Let `nbytes` from byte `source_offset` of the source be those from byte `offset` on: shared where they can
         be, else copied by the file system, else through `buffer`. `check` is called between its blocks."""
         first, last = self._shared(source, source_offset, offset, nbytes)
-        self.shared_nbytes += last - first
+        self.cloned_nbytes += last - first
         for begin, end in ((offset, first), (last, offset + nbytes)):
             for at in range(begin, end, len(buffer)):
                 check()

@@ -94,8 +94,8 @@ def opened():
         _OPENED.clear()
 
 
-SYSTEM = re.compile(r"/proc/(\d+/statm?|self/status|stat|meminfo)"
-                    r"|/sys/fs/cgroup/(memory\.max|memory/memory\.limit_in_bytes)")
+SYSTEM = re.compile(r"/proc/(\d+/statm?|self/(status|cgroup|mountinfo|io)|stat|meminfo)"
+                    r"|/sys/fs/cgroup/.*memory\.(max|limit_in_bytes)")
 """What a plan may open beside its source: how much memory there is, and is held."""
 
 FOREIGN = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "socket.connect", "import"}

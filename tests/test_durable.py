@@ -13,7 +13,8 @@ from stream_reshard.errors import DestinationError, ResourceError
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled", "with gaps filled later"])
 @pytest.mark.parametrize("size", [0, 1000])
-def test_the_digest_is_that_of_the_content_however_it_was_written(tmp_path, order, size):
+def test_the_digest_is_that_of_the_content_however_it_was_written(tmp_path, monkeypatch, order, size):
+    monkeypatch.setattr(durable, "_DIGESTED_NBYTES", 64)
     content = hashlib.shake_128(b"content").digest(1000)
     pieces = [(at, content[at:at + 100]) for at in range(0, 1000, 100)]
     if order == "backwards":
@@ -25,7 +26,6 @@ def test_the_digest_is_that_of_the_content_however_it_was_written(tmp_path, orde
     with NewFile(tmp_path / "x", size) as file:
         for at, piece in pieces:
             file.write(at, [piece[:30], piece[30:]])
-        file.complete(memoryview(bytearray(64)))
         digest = file.commit()
     assert (tmp_path / "x").read_bytes() == content
     assert digest == xxhash.xxh3_128(content).hexdigest()
@@ -60,6 +60,17 @@ def test_many_pieces_are_gathered(tmp_path):
     with NewFile(tmp_path / "x") as file:
         file.write(0, pieces)
         file.commit()
+    assert (tmp_path / "x").read_bytes() == b"".join(pieces)
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 20, 21, 29])
+def test_a_gathered_write_may_stop_anywhere(tmp_path, monkeypatch, length):
+    """Inside its first piece, inside a later one, or between two."""
+    pieces, real = [b"abcdefg", b"", b"hijklmnopqrstu", b"v", b"wxyz012"], os.pwritev
+    monkeypatch.setattr(durable.os, "pwritev", lambda file, parts, at: real(file, [b"".join(parts)[:length]], at))
+    with NewFile(tmp_path / "x") as file:
+        file.write(0, pieces)
+        assert file.commit() == xxhash.xxh3_128(b"".join(pieces)).hexdigest()
     assert (tmp_path / "x").read_bytes() == b"".join(pieces)
 
 
