@@ -41,8 +41,8 @@ def num_cores() -> int:
 
 
 def io_counters(since: Mapping[str, int] = {}) -> dict[str, int]:
-    """Bytes this process has moved so far, or since it counted `since`: `rchar` and `wchar` by reading and writing calls, `read_bytes` and
-    `write_bytes` from and to disks (proc(5), /proc/PID/io). Empty where the kernel does not count."""
+    """Bytes this process has moved so far, or since it counted `since`: `rchar` and `wchar` by reading and writing
+    calls, `read_bytes` and `write_bytes` from and to disks (proc(5), /proc/PID/io). Empty where nothing is counted."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
