@@ -81,12 +81,13 @@ def _written(work: Work, job: Job) -> JobDone:
             writing = Writing(lane)
             sources.enter_context(writing.settled())
             for name in job.parameters:
-                held = plan.source.slices[name]
+                number = plan.target.model.number_of(name)
+                held = plan.source.slices_of(number)
                 files = OpenFiles({path: sources.enter_context(lane.source(path, partial(_opened, work, path)))
                                    for path in dict.fromkeys(part.tensor.file for part in held)},
                                   targets, writing, work.stop)
-                moved += move(held, plan.targets_of(job, name), files)
-                for fill in plan.target.fills.get(name, ()):
+                moved += move(held, plan.target.slices_of(number), files)
+                for fill in plan.target.fills_of(number):
                     write_zeros(fill, files)
         writing.wait()
         done = tuple(FileDone(path, target.nbytes, target.commit()) for path, target in targets.items())

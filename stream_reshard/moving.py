@@ -60,12 +60,38 @@ def move(held: Sequence[Slice], wanted: Sequence[Slice], files: OpenFiles) -> Mo
     if is_stretched and (transport.passes_by or transport.is_mapped):
         for part in whole.parts:
             _take(part, whole.windows[part.window], files)
+    elif is_stretched:
+        for index, window in enumerate(whole.windows):
+            _copy(window, [part for part in whole.parts if part.window == index], files)
     else:
         block_nbytes = len(files.writing.lane.scratch)
         for step in steps(held, wanted, block_nbytes // max(source.itemsize, target.itemsize)):
             files.stop.check()
             files.writing.write(partial(_write_shares, step, _read(step, files), files))
     return Moved(copied=nbytes) if is_stretched else Moved(strided=nbytes)
+
+
+def _copy(window: Window, parts: Sequence[Part], files: OpenFiles) -> None:
+    """Read a window in blocks, and write what each block has of each stretch."""
+    source, itemsize = files.sources[window.slice.tensor.file], window.slice.tensor.itemsize
+    stretches = [(part.window_offset * itemsize, (part.window_offset + part.num_elements) * itemsize,
+                  files.targets[part.target.tensor.file], part.target.tensor.begin + part.target_offset * itemsize)
+                 for part in parts]
+    for begin in range(0, window.nbytes, len(files.writing.lane.scratch)):
+        files.stop.check()
+        view = files.writing.lane.buffer()[:window.nbytes - begin]
+        source.read_into(view, window.offset + begin)
+        end = begin + len(view)
+        pieces = [(target, offset + max(first, begin) - first, view[max(first, begin) - begin:min(last, end) - begin])
+                  for first, last, target, offset in stretches if first < end and last > begin]
+        files.writing.write(partial(_write_pieces, pieces, source, window.offset + begin, len(view)))
+
+
+def _write_pieces(pieces: Sequence[tuple[NewTensorFile, int, memoryview]], source: SourceFile, source_offset: int,
+                  nbytes: int) -> None:
+    for target, offset, piece in pieces:
+        target.write(offset, [piece])
+    source.release(source_offset, nbytes)
 
 
 def _take(part: Part, window: Window, files: OpenFiles) -> None:
