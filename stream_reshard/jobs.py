@@ -49,15 +49,16 @@ def run_job(work: Work, job: Job) -> JobDone:
     After an I/O error in a file of the destination the job is run once more: the kernel may
     have dropped what was written, and only the source can give it back.
     """
-    if kept := _kept(work, job):
-        return JobDone(kept, True)
-    try:
-        return _written(work, job)
-    except WriteFault:
-        return _written(work, job)
+    with work.lanes.ticket() as ticket:
+        if kept := _kept(work, job, ticket):
+            return JobDone(kept, True)
+        try:
+            return _written(work, job, ticket)
+        except WriteFault:
+            return _written(work, job, ticket)
 
 
-def _kept(work: Work, job: Job) -> tuple[FileDone, ...]:
+def _kept(work: Work, job: Job, ticket: int) -> tuple[FileDone, ...]:
     """The files of a job as an earlier attempt left them, read and compared with its journal; () where one differs, or
     has no digest to be compared with."""
     found = []
@@ -65,19 +66,19 @@ def _kept(work: Work, job: Job) -> tuple[FileDone, ...]:
         done, path = work.done.get(file.path), work.staging / file.path
         if not (done and path.is_file() and path.stat().st_size == done.nbytes == file.nbytes and done.xxh3_128):
             return ()
-        with work.lanes.taken() as lane:
+        with work.lanes.taken(ticket) as lane:
             if digest_of(work.staging, file.path, lane.buffer(), work.stop) != done.xxh3_128:
                 return ()
         found.append(done)
     return tuple(found)
 
 
-def _written(work: Work, job: Job) -> JobDone:
+def _written(work: Work, job: Job, ticket: int) -> JobDone:
     plan, moved = work.plan, Moved()
     with ExitStack() as opened, ExitStack() as sources:
         targets = {file.path: opened.enter_context(NewTensorFile(work.staging, file, work.transport))
                    for file in job.files}
-        with work.lanes.taken() as lane:
+        with work.lanes.taken(ticket) as lane:
             writing = Writing(lane)
             sources.enter_context(writing.settled())
             for name in job.parameters:

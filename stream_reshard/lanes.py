@@ -17,7 +17,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from queue import SimpleQueue
 from typing import TypeVar
 
 from stream_reshard.tensor_file import SourceFile
@@ -132,27 +131,59 @@ class Writing:
 
 
 class Lanes:
-    """The lanes of a run, shared by all its threads; another process has its own."""
+    """The lanes of a run, shared by all its threads; another process has its own.
+
+    Jobs take a lane in the order in which they drew their tickets, which is that of the source's bytes: threads that
+    overtake each other would make the disk jump, and the kernel read ahead what was read and given back already.
+    """
 
     def __init__(self, num_workers: int, block_nbytes: int):
         """`block_nbytes`: size of one buffer."""
         self._made_of = num_workers, block_nbytes
         self._all = [Lane(block_nbytes) for _ in range(num_workers)]
-        self._free: SimpleQueue[Lane] = SimpleQueue()
-        for lane in self._all:
-            self._free.put(lane)
+        self._free = list(self._all)
+        self._changed = threading.Condition()
+        self._num_drawn = self._next = 0
+        """Tickets drawn; the first of them that still may take a lane."""
+        self._done: set[int] = set()
+        """Tickets behind that one that will not take a lane before it."""
 
     def __reduce__(self) -> tuple[type[Lanes], tuple[int, int]]:
         return Lanes, self._made_of
 
     @contextmanager
-    def taken(self) -> Iterator[Lane]:
-        """Wait for a lane, and hold it."""
-        lane = self._free.get()
+    def ticket(self) -> Iterator[int]:
+        """For one job: its place among those that wait for a lane, given up at the end if it was not used."""
+        with self._changed:
+            ticket, self._num_drawn = self._num_drawn, self._num_drawn + 1
+        try:
+            yield ticket
+        finally:
+            self._pass(ticket)
+
+    def _pass(self, ticket: int) -> None:
+        """Those behind this one need not wait for it any more."""
+        with self._changed:
+            if ticket >= self._next:
+                self._done.add(ticket)
+            while self._next in self._done:
+                self._done.remove(self._next)
+                self._next += 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def taken(self, ticket: int) -> Iterator[Lane]:
+        """Wait until those before have had their turn, and for a lane; hold it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free and self._next >= ticket)
+            lane = self._free.pop()
+        self._pass(ticket)
         try:
             yield lane
         finally:
-            self._free.put(lane)
+            with self._changed:
+                self._free.append(lane)
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Let the assistants go, and close the source files."""

@@ -266,14 +266,14 @@ def test_a_stop_does_not_wait_for_the_end_of_a_job(tmp_path, source, monkeypatch
 def test_buffers_are_not_shared_with_forked_processes():
     """Two forks of a process that has run a job must not write into one buffer: their output would be mixed."""
     lanes = Lanes(1, 4096)
-    with lanes.taken() as lane:
+    with lanes.taken(0) as lane:
         lane.scratch[:4] = b"ours"
     if not (pid := os.fork()):
-        with lanes.taken() as lane:
+        with lanes.taken(0) as lane:
             lane.scratch[:4] = b"fork"
         os._exit(0)
     os.waitpid(pid, 0)
-    with lanes.taken() as lane:
+    with lanes.taken(0) as lane:
         assert bytes(lane.scratch[:4]) == b"ours"
 
 
