@@ -16,15 +16,12 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from stream_reshard.header import BLOCK_NBYTES, TensorFile
+from stream_reshard.header import BLOCK_NBYTES, MIN_SHARED_NBYTES, TensorFile
 from stream_reshard.layouts.base import Group, Layout, Slice
 from stream_reshard.transfer import Part, Window, whole_step
 
 DATA_STEP = 8
 """The data of a safetensors file begin at a multiple of this many bytes."""
-
-MIN_SHARED_NBYTES = 2 * BLOCK_NBYTES
-"""In less there may be no whole block between two ragged edges."""
 
 _MAX_CHOICES = 4096
 """Choices that are remembered: layers repeat a few, but nothing makes them."""

@@ -46,8 +46,8 @@ class JobDone:
 def run_job(work: Work, job: Job) -> JobDone:
     """Write the files of one job, unless all are there as the journal says; returns them with their digests.
 
-    After an I/O error in a file of the destination the job is run once more: the kernel may
-    have dropped what was written, and only the source can give it back.
+    After an I/O error in a file of the destination the job is run once more: the kernel may have dropped what was
+    written, and only the source can give it back.
     """
     with work.lanes.ticket() as ticket:
         if kept := _kept(work, job, ticket):
@@ -75,12 +75,13 @@ def _kept(work: Work, job: Job, ticket: int) -> tuple[FileDone, ...]:
 
 def _written(work: Work, job: Job, ticket: int) -> JobDone:
     plan, moved = work.plan, Moved()
-    with ExitStack() as opened, ExitStack() as sources:
+    # On the way out nothing may be closed that the assistant still works with: it is waited for first.
+    with ExitStack() as opened, ExitStack() as sources, ExitStack() as settled:
         targets = {file.path: opened.enter_context(NewTensorFile(work.staging, file, work.transport))
                    for file in job.files}
         with work.lanes.taken(ticket) as lane:
             writing = Writing(lane)
-            sources.enter_context(writing.settled())
+            settled.enter_context(writing.settled())
             for name in job.parameters:
                 number = plan.target.model.number_of(name)
                 held = plan.source.slices_of(number)

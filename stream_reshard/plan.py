@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from stream_reshard.alignment import Alignment
 from stream_reshard.errors import StreamReshardError
 from stream_reshard.header import TensorFile
-from stream_reshard.layouts.base import Layout, Slice
+from stream_reshard.layouts.base import Layout
 from stream_reshard.proof import Survey
 
 
@@ -57,10 +57,6 @@ class Plan:
     def jobs(self) -> Sequence[Job]:
         """Every job, each derived when its turn comes, in the order of the source's bytes."""
         return _Jobs(self)
-
-    def targets_of(self, job: Job, parameter: str) -> tuple[Slice, ...]:
-        """The slices of a parameter that stand in the files of a job: all, for no other job holds any of it."""
-        return self.target.slices[parameter]
 
 
 class _Jobs(Sequence[Job]):

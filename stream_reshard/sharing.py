@@ -12,10 +12,7 @@ import os
 import struct
 from pathlib import Path
 
-from stream_reshard.header import BLOCK_NBYTES
-
-MIN_SHARED_NBYTES = 2 * BLOCK_NBYTES
-"""Stretches shorter than this are copied: a call for each block would cost more."""
+from stream_reshard.header import BLOCK_NBYTES, MIN_SHARED_NBYTES
 
 _FICLONERANGE = 0x4020940D
 _FILE_CLONE_RANGE = struct.Struct("=qQQQ")
