@@ -16,7 +16,7 @@ from stream_reshard import memory
 from stream_reshard.convert import Conversion, Options, plan_conversion, run_conversion
 from stream_reshard.errors import ResourceError, StreamReshardError, UsageError, quoted, shell_word
 from stream_reshard.flags import COMMANDS, parser_of
-from stream_reshard.machine import io_counters, num_cores
+from stream_reshard.machine import io_counters
 from stream_reshard.plan import Job
 from stream_reshard.report import as_json, done_lines, plan_lines, summary, summary_lines
 from stream_reshard.staging import staging_of
@@ -35,26 +35,15 @@ _MAX_LINES = 50
 
 def options_of(arguments: argparse.Namespace) -> Options:
     """The one frozen value that the flags mean."""
-    max_memory, workers = _resources(arguments)
     return Options(
         source=arguments.source, destination=arguments.destination,
         topology=Topology(arguments.tp, arguments.pp, arguments.dp), config_class=arguments.nanotron_config,
         version=arguments.checkpoint_version, rope=arguments.rope, vocab_multiple=arguments.vocab_multiple,
-        dtype=arguments.dtype, allow=tuple(arguments.allow), max_memory=max_memory, num_workers=workers,
+        dtype=arguments.dtype, allow=tuple(arguments.allow),
+        max_memory=memory.parse_nbytes(arguments.max_memory), num_workers=arguments.workers,
         io=arguments.io, digests=arguments.digests,
         restart=arguments.restart, overwrite=arguments.overwrite, break_lock=arguments.break_lock,
         verify=arguments.verify, source_sha256=arguments.source_sha256)
-
-
-def _resources(arguments: argparse.Namespace) -> tuple[int, int]:
-    """(limit on memory in bytes, number of workers)."""
-    max_memory = memory.parse_nbytes(arguments.max_memory)
-    workers = arguments.workers
-    if workers is None:
-        workers = memory.default_workers(min(max_memory, memory.machine_limit()), num_cores())
-    if workers < 1:
-        raise UsageError(f"--workers {workers}: it is at least 1")
-    return max_memory, workers
 
 
 def _percent(text: str) -> float:
@@ -144,9 +133,9 @@ def plan_command(arguments: argparse.Namespace, stop: Stop) -> None:
 def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`verify SRC DST`."""
     from stream_reshard import verify
-    max_memory, workers = _resources(arguments)
-    how = verify.How(max_memory, workers, arguments.quick, _percent(arguments.sample), arguments.seed, arguments.dtype,
-                     tuple(arguments.allow), tuple(arguments.edited))
+    max_memory = memory.parse_nbytes(arguments.max_memory)
+    how = verify.How(max_memory, arguments.workers, arguments.quick, _percent(arguments.sample), arguments.seed,
+                     arguments.dtype, tuple(arguments.allow), tuple(arguments.edited))
     bar = _bar(0, arguments.quiet, unit="part")
 
     def advance(done: int, total: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from stream_reshard import memory
 from stream_reshard.architectures import Family, build_model
 from stream_reshard.casts import import_torch
-from stream_reshard.destination import destination_problems, disk_free, occupation_problems
+from stream_reshard.destination import destination_problems, disk_free, existing_parent, occupation_problems
 from stream_reshard.documents import documents
 from stream_reshard.errors import Problems, ResourceError, SourceError, StreamReshardError, UsageError, quoted
 from stream_reshard.execute import Done, How, Output, run
@@ -28,6 +28,7 @@ from stream_reshard.machine import NETWORK_FILE_SYSTEMS, file_system_of
 from stream_reshard.options import Options
 from stream_reshard.plan import Job, Plan, make_plan
 from stream_reshard.source_digests import expected_sums, sum_problems
+from stream_reshard.sharing import can_share_all, shareable_nbytes
 from stream_reshard.stop import Stop
 from stream_reshard.target_file import Transport
 from stream_reshard.tensor_file import Identity, identity_of, same_bytes
@@ -39,7 +40,7 @@ COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spe
 VERIFY_BUFFERS = 2
 """Buffers that a worker of a comparison has."""
 
-NUM_WAITING = 4
+NUM_WAITING = 8
 """Jobs that wait for the disk while others move bytes."""
 
 MAPPED: frozenset[str] = frozenset()
@@ -187,9 +188,9 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
     `progress` is called with every finished job. A request to `stop` ends the run with Interrupted; it can be resumed.
     """
     options, stop = conversion.options, stop or Stop()
-    executor = ThreadPoolExecutor(options.num_workers + NUM_WAITING)
+    executor = ThreadPoolExecutor(options.workers + NUM_WAITING)
     how = How(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
-              conversion.transport, options.num_workers, partial(_check, conversion, stop) if options.verify else None,
+              conversion.transport, options.workers, partial(_check, conversion, stop) if options.verify else None,
               progress, stop)
     try:
         return run(conversion.output, how)
@@ -202,7 +203,7 @@ def _check(conversion: Conversion, stop: Stop, folder: Path) -> None:
     from stream_reshard.verify import How as HowToVerify
     from stream_reshard.verify import verify
     options = conversion.options
-    how = HowToVerify(options.max_memory, options.num_workers, ignored=(JOURNAL_NAME,), is_own=True)
+    how = HowToVerify(options.max_memory, options.workers, ignored=(JOURNAL_NAME,), is_own=True)
     verify(options.source, folder, how, stop)
 
 
@@ -220,8 +221,7 @@ def _format_of(options: Options, family: Family) -> NanotronFormat:
                                        "RoPE; use interleaved or auto"))
     if options.vocab_multiple < 1:
         problems.append(UsageError(f"--vocab-multiple {options.vocab_multiple}: it is at least 1"))
-    if options.num_workers < 1:
-        problems.append(UsageError(f"--workers {options.num_workers}: it is at least 1"))
+    problems.collect(lambda: options.workers)
     problems.raise_if_any()
     interleaved = options.rope == "interleaved" or (options.rope == "auto" and options.version == "1.2")
     return NanotronFormat(options.topology, name, options.version, interleaved, options.vocab_multiple)
@@ -252,7 +252,7 @@ def _tie_problems(source: HuggingFaceLayout) -> Iterator[StreamReshardError]:
 def _budget(options: Options, plan: Plan, casts: bool) -> tuple[memory.MemoryPlan, list[str]]:
     """What the run will need of memory, and what to say of it. A run keeps a record per file; where no destination is
     given nothing is run, and a limit that is too small for the records alone is no reason to refuse."""
-    of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.num_workers, casts,
+    of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.workers, casts,
                  NUM_BUFFERS + options.verify * VERIFY_BUFFERS)
     whole, bare = of(num_files=plan.target.num_files * (1 + options.verify)), of(num_files=0)
     if options.destination is not None or whole.projected <= whole.allowed or bare.projected > bare.allowed:
@@ -270,8 +270,11 @@ def _memory_problems(budget: memory.MemoryPlan) -> Iterator[StreamReshardError]:
 
 def _disk_problems(conversion: Conversion, destination: Path) -> Iterator[StreamReshardError]:
     free, num_free = disk_free(destination)
-    if conversion.disk_nbytes > free:
-        yield ResourceError(f"the destination needs {memory.human(conversion.disk_nbytes)}, its disk has "
+    needed, plan = conversion.disk_nbytes, conversion.plan
+    if needed > free and can_share_all(plan.source.root, plan.source.paths, existing_parent(destination)):
+        needed -= shareable_nbytes(plan.source, plan.target)
+    if needed > free:
+        yield ResourceError(f"the destination needs {memory.human(needed)}, its disk has "
                             f"{memory.human(free)} free")
     num_files = conversion.plan.target.num_files
     if num_free is not None and num_files > num_free:

@@ -27,7 +27,7 @@ from stream_reshard.lock import Lock
 from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest, with_files
 from stream_reshard.moving import Moved
 from stream_reshard.plan import Job, Plan
-from stream_reshard.sharing import can_share
+from stream_reshard.sharing import can_share_all
 from stream_reshard.small_files import open_regular
 from stream_reshard.staging import MARKER_NAME, Staging, clear_old, finished, lock_of, was_swapped
 from stream_reshard.stop import Stop
@@ -161,7 +161,7 @@ def _write(output: Output, how: How, lock: Lock) -> Done:
 
 def _run_jobs(output: Output, how: How, staging: Staging) -> Done:
     plan, num_kept, moved, num_digests = output.plan, 0, Moved(), 0
-    is_shared = all(can_share(plan.source.root / path, staging.path) for path in plan.source.paths)
+    is_shared = can_share_all(plan.source.root, plan.source.paths, staging.path)
     lanes = Lanes(how.num_workers, how.block_nbytes)
     work = Work(plan, staging.path, lanes, output.identities, dict(staging.journal.done), how.stop,
                 replace(how.transport, is_shared=is_shared))

@@ -142,7 +142,10 @@ class Lanes:
         self._made_of = num_workers, block_nbytes
         self._all = [Lane(block_nbytes) for _ in range(num_workers)]
         self._free = list(self._all)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._waiting: dict[int, threading.Condition] = {}
+        """By ticket, those who wait for their turn: each is woken for itself, a crowd would keep the one who reads from
+        running."""
         self._num_drawn = self._next = 0
         """Tickets drawn; the first of them that still may take a lane."""
         self._done: set[int] = set()
@@ -154,7 +157,7 @@ class Lanes:
     @contextmanager
     def ticket(self) -> Iterator[int]:
         """For one job: its place among those that wait for a lane, given up at the end if it was not used."""
-        with self._changed:
+        with self._lock:
             ticket, self._num_drawn = self._num_drawn, self._num_drawn + 1
         try:
             yield ticket
@@ -163,27 +166,38 @@ class Lanes:
 
     def _pass(self, ticket: int) -> None:
         """Those behind this one need not wait for it any more."""
-        with self._changed:
+        with self._lock:
             if ticket >= self._next:
                 self._done.add(ticket)
             while self._next in self._done:
                 self._done.remove(self._next)
                 self._next += 1
-            self._changed.notify_all()
+            self._call()
+
+    def _is_turn_of(self, ticket: int) -> bool:
+        return bool(self._free) and self._next >= ticket
+
+    def _call(self) -> None:
+        """Wake those whose turn it is."""
+        for ticket, turn in self._waiting.items():
+            if self._is_turn_of(ticket):
+                turn.notify()
 
     @contextmanager
     def taken(self, ticket: int) -> Iterator[Lane]:
         """Wait until those before have had their turn, and for a lane; hold it."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._free and self._next >= ticket)
+        with self._lock:
+            turn = self._waiting[ticket] = threading.Condition(self._lock)
+            turn.wait_for(lambda: self._is_turn_of(ticket))
+            del self._waiting[ticket]
             lane = self._free.pop()
         self._pass(ticket)
         try:
             yield lane
         finally:
-            with self._changed:
+            with self._lock:
                 self._free.append(lane)
-                self._changed.notify_all()
+                self._call()
 
     def close(self) -> None:
         """Let the assistants go, and close the source files."""

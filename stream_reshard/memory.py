@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stream_reshard.errors import UsageError, quoted
-from stream_reshard.machine import group_limit
+from stream_reshard.machine import group_limit, num_cores
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 DEFAULT_ALLOWED = 512 * 2**20
-MAX_BLOCK_NBYTES = 4 * 2**20
+MAX_BLOCK_NBYTES = 2 * 2**20
 MIN_BLOCK_NBYTES = 64 * 2**10
 
 _MANY_WORKERS_NBYTES = 2**28
@@ -80,6 +80,15 @@ def machine_limit() -> int:
     import psutil
     total, group = psutil.virtual_memory().total, group_limit()
     return total if group is None else min(total, group)
+
+
+def chosen_workers(num_workers: int | None, allowed: int) -> int:
+    """What a user says, or the default. Raises UsageError for less than one."""
+    if num_workers is None:
+        return default_workers(allowed, num_cores())
+    if num_workers < 1:
+        raise UsageError(f"--workers {num_workers}: it is at least 1")
+    return num_workers
 
 
 def default_workers(allowed: int, num_cores: int) -> int:

@@ -49,18 +49,17 @@ class Moved:
 
 
 def move(held: Sequence[Slice], wanted: Sequence[Slice], files: OpenFiles) -> Moved:
-    """Bring one parameter from where it is held to where it is wanted. It is there once all is written; what is shared
+    """Bring one parameter from where it is held to where it is wanted. It is there once all is written; what is cloned
     counts as copied here."""
     if not wanted:
         return Moved()
     source, target = held[0].tensor, wanted[0].tensor
     whole, transport = whole_step(held, wanted), files.targets[target.file].transport
     nbytes = sum(part.num_elements for part in whole.parts) * target.itemsize
-    is_stretched = source.dtype == target.dtype and all(part.is_stretch for part in whole.parts)
-    if is_stretched and (transport.passes_by or transport.is_mapped):
+    if whole.is_stretched and (transport.passes_by or transport.is_mapped):
         for part in whole.parts:
             _take(part, whole.windows[part.window], files)
-    elif is_stretched:
+    elif whole.is_stretched:
         for index, window in enumerate(whole.windows):
             _copy(window, [part for part in whole.parts if part.window == index], files)
     else:
@@ -68,7 +67,7 @@ def move(held: Sequence[Slice], wanted: Sequence[Slice], files: OpenFiles) -> Mo
         for step in steps(held, wanted, block_nbytes // max(source.itemsize, target.itemsize)):
             files.stop.check()
             files.writing.write(partial(_write_shares, step, _read(step, files), files))
-    return Moved(copied=nbytes) if is_stretched else Moved(strided=nbytes)
+    return Moved(copied=nbytes) if whole.is_stretched else Moved(strided=nbytes)
 
 
 def _copy(window: Window, parts: Sequence[Part], files: OpenFiles) -> None:

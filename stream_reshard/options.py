@@ -27,8 +27,8 @@ class Options:
     allow: tuple[str, ...] = ()
     max_memory: int = memory.DEFAULT_ALLOWED
     """Limit on the peak resident set of the process tree, in bytes."""
-    num_workers: int = 2
-    """Jobs that may move bytes at the same time; they share `max_memory`."""
+    num_workers: int | None = None
+    """Jobs that may move bytes at the same time; they share `max_memory`. None: as many as measured best."""
     io: str = "auto"
     """auto, mmap or pread: how the source is read."""
     digests: str = "auto"
@@ -43,6 +43,11 @@ class Options:
     """Compare everything with the source before the commit."""
     source_sha256: str | None = None
     """A file as sha256sum writes it, or `cache`: sums that the shards must have."""
+
+    @property
+    def workers(self) -> int:
+        """`num_workers`, or what measured best. Raises UsageError for less than one."""
+        return memory.chosen_workers(self.num_workers, self.allowed_memory)
 
     @property
     def allowed_memory(self) -> int:

@@ -10,9 +10,12 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 from stream_reshard.header import BLOCK_NBYTES, MIN_SHARED_NBYTES
+from stream_reshard.layouts.base import Layout
+from stream_reshard.transfer import whole_step
 
 _FICLONERANGE = 0x4020940D
 _FILE_CLONE_RANGE = struct.Struct("=qQQQ")
@@ -52,6 +55,26 @@ def can_share(source: Path, folder: Path) -> bool:
             os.close(reading)
     except OSError:
         return False
+
+
+def can_share_all(root: Path, paths: Iterable[str], folder: Path) -> bool:
+    """Whether that is so for every one of these files below `root`."""
+    return all(can_share(root / path, folder) for path in paths)
+
+
+def shareable_nbytes(source: Layout, target: Layout) -> int:
+    """Bytes of the target that need no room of their own where blocks can be shared."""
+    total = 0
+    for number in range(target.model.firsts[-1]):
+        if wanted := target.slices_of(number):
+            whole = whole_step(source.slices_of(number), wanted)
+            for part in whole.parts if whole.is_stretched else ():
+                itemsize = part.target.tensor.itemsize
+                first, last = inner_blocks(whole.windows[part.window].offset + part.window_offset * itemsize,
+                                           part.target.tensor.begin + part.target_offset * itemsize,
+                                           part.num_elements * itemsize)
+                total += last - first
+    return total
 
 
 def inner_blocks(source_offset: int, offset: int, nbytes: int) -> tuple[int, int]:

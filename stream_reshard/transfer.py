@@ -81,6 +81,12 @@ class Step:
     parts: tuple[Part, ...]
     """Grouped by target tensor."""
 
+    @property
+    def is_stretched(self) -> bool:
+        """Whether all of it stands in the same order on both sides, so that its bytes are only moved."""
+        return all(part.is_stretch and part.target.tensor.dtype == self.windows[part.window].slice.tensor.dtype
+                   for part in self.parts)
+
 
 def steps(sources: Sequence[Slice], targets: Sequence[Slice], max_elements: int) -> Iterator[Step]:
     """The blocks of what `targets` hold of a parameter, in the source's order, of at most `max_elements` elements."""

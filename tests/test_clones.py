@@ -123,6 +123,19 @@ def test_a_flipped_bit_without_a_digest_is_found_by_its_weight(disk, capsys):
     assert "gate_up_proj" in capsys.readouterr().err
 
 
+def test_what_is_cloned_needs_no_room(disk, capsys):
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    weights = converted(disk, capsys, "--pp", "2")["num_parameters"] * 2
+    shutil.rmtree(disk / "nt")
+    with open(disk / "ballast", "wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, free - weights // 2)
+    run("sync", "-f", disk)
+    assert main([str(disk / "hf"), str(disk / "nt"), "--tp", "4", "--quiet", "--dtype", "float32"]) == 6
+    assert "its disk has" in capsys.readouterr().err
+    converted(disk, capsys, "--pp", "2")
+    assert main(["verify", str(disk / "hf"), str(disk / "nt"), "--quiet"]) == 0
+
+
 def test_a_stopped_run_goes_on(disk, copied):
     options, seen = Options(disk / "hf", disk / "nt", Topology(4, 2)), []
 

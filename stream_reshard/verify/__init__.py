@@ -44,7 +44,8 @@ class How:
 
     max_memory: int = memory.DEFAULT_ALLOWED
     """Limit on the peak resident set of the process tree, in bytes."""
-    num_workers: int = 2
+    num_workers: int | None = None
+    """Parts that are compared at the same time. None: as many as measured best."""
     quick: bool = False
     """Compare structure, configs and digests only; no weight of the source is read."""
     sample: float = 1.0
@@ -82,7 +83,7 @@ def verify(source: Path, copy: Path, how: How = How(), stop: Stop | None = None,
     budget = _budget(original, other, how, allowed)
     found.extend(_structure_problems(original, other, how, budget))
     with stop.awaited():
-        done = list(run(list(_tasks(original, other, how, budget, stop)), how.num_workers, stop, progress))
+        done = list(run(list(_tasks(original, other, how, budget, stop)), budget.num_workers, stop, progress))
     found.extend(task.difference for task in done if task.difference)
     for problem in found:
         if isinstance(problem, ResourceError):
@@ -126,10 +127,11 @@ def _budget(original: Side, other: Side, how: How, allowed: int) -> memory.Memor
     source, copy = original.checkpoint, other.checkpoint
     casts = bool(source and copy and not how.quick and _cast_to(other, how) and any(
         source.weights[name].dtype != copy.weights[name].dtype for name in shared(source, copy)))
-    budget = memory.plan_memory(allowed, memory.resident(), how.num_workers, casts, num_buffers=2)
+    workers = memory.chosen_workers(how.num_workers, allowed)
+    budget = memory.plan_memory(allowed, memory.resident(), workers, casts, num_buffers=2)
     if budget.projected > budget.allowed:
         raise ResourceError(f"--max-memory {memory.human(allowed)} cannot be kept: the comparison would reach "
-                            f"{memory.human(budget.projected)} with {how.num_workers} workers"
+                            f"{memory.human(budget.projected)} with {workers} workers"
                             f"{' and torch for casts' if casts else ''}; raise it, or lower --workers")
     return budget
 
