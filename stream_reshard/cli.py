@@ -37,7 +37,9 @@ def options_of(arguments: argparse.Namespace) -> Options:
     """The one frozen value that the flags mean."""
     return Options(
         source=arguments.source, destination=arguments.destination,
-        topology=Topology(arguments.tp, arguments.pp, arguments.dp), config_class=arguments.nanotron_config,
+        topology=Topology(arguments.tp, arguments.pp, arguments.dp), to=arguments.to, vocab_size=arguments.vocab_size,
+        max_shard_nbytes=memory.parse_nbytes(arguments.max_shard_size), tokenizer=arguments.tokenizer,
+        config_class=arguments.nanotron_config,
         version=arguments.checkpoint_version, rope=arguments.rope, vocab_multiple=arguments.vocab_multiple,
         dtype=arguments.dtype, allow=tuple(arguments.allow),
         max_memory=memory.parse_nbytes(arguments.max_memory), num_workers=arguments.workers,

@@ -9,29 +9,24 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from stream_reshard import memory
-from stream_reshard.architectures import Family, build_model
 from stream_reshard.casts import import_torch
-from stream_reshard.destination import destination_problems, disk_free, existing_parent, occupation_problems
-from stream_reshard.documents import documents
-from stream_reshard.errors import Problems, ResourceError, SourceError, StreamReshardError, UsageError, quoted
+from stream_reshard.destination import disk_free, existing_parent, occupation_problems
+from stream_reshard.errors import Problems, ResourceError, StreamReshardError, UsageError, quoted
 from stream_reshard.execute import Done, How, Output, run
+from stream_reshard.formats.base import Source, Target
+from stream_reshard.formats.ends import open_ends
 from stream_reshard.journal import JOURNAL_NAME
 from stream_reshard.lanes import NUM_BUFFERS
 from stream_reshard.layouts.base import TORCH_DTYPES
-from stream_reshard.layouts.hf_config import CONFIG_NAME, SourceConfig
-from stream_reshard.layouts.hf_shards import INDEX_NAME, open_shards
-from stream_reshard.layouts.hugging_face import HuggingFaceLayout, layout_of, model_of, open_config
-from stream_reshard.layouts.nanotron import NanotronFormat, topology_problems
-from stream_reshard.layouts.nanotron_layout import NanotronLayout
-from stream_reshard.layouts.nanotron_limits import limit_problems, not_honoured
 from stream_reshard.machine import NETWORK_FILE_SYSTEMS, file_system_of
 from stream_reshard.options import Options
 from stream_reshard.plan import Job, Plan, make_plan
-from stream_reshard.source_digests import expected_sums, sum_problems
 from stream_reshard.sharing import can_share_all, shareable_nbytes
+from stream_reshard.small_files import files_below
+from stream_reshard.source_digests import expected_sums, sum_problems
 from stream_reshard.stop import Stop
 from stream_reshard.target_file import Transport
-from stream_reshard.tensor_file import Identity, identity_of, same_bytes
+from stream_reshard.tensor_file import Identity, identity_of
 
 COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
@@ -57,23 +52,16 @@ class Conversion:
     """A plan, with everything that running it needs."""
 
     options: Options
-    config: SourceConfig
-    format: NanotronFormat
-    source: HuggingFaceLayout
+    source: Source
+    target: Target
     plan: Plan
     memory: memory.MemoryPlan
     notes: tuple[str, ...]
-    """What the user should know and Nanotron will not honour."""
+    """What the user should know and the target will not honour."""
     copies: dict[str, Path] = field(default_factory=dict)
     """Files to copy, by name."""
     identities: dict[str, Identity] = field(default_factory=dict)
     """The source files as the plan saw them."""
-
-    @property
-    def target(self) -> NanotronLayout:
-        """What is to be written."""
-        assert isinstance(self.plan.target, NanotronLayout), "no other format is written"
-        return self.plan.target
 
     @property
     def disk_nbytes(self) -> int:
@@ -106,15 +94,13 @@ class Conversion:
     @cached_property
     def output(self) -> Output:
         """What will stand in the destination, which must be given."""
-        options, config = self.options, self.config
+        options = self.options
         assert options.destination is not None, "an output needs a destination"
         destination = options.destination.resolve()
-        has_tokenizer = any(name.startswith("tokenizer") for name in self.copies)
-        texts = documents(config.model, self.format, config.family.has_attention_bias, self.dtype, destination,
-                          has_tokenizer)
-        facts = {"vocab_size": config.model.vocab_size, "dtype": options.dtype, "allowed": sorted(options.allow),
-                 "ignored_tensors": dict(self.source.ignored)}
-        return Output(self.plan, destination, texts, self.copies, self.identities, facts)
+        texts = self.target.documents(self.source, self.plan.target, self.dtype, destination, self.copies)
+        facts = {"vocab_size": self.source.config.vocab_size, "dtype": options.dtype, "allowed": sorted(options.allow),
+                 "ignored_tensors": dict(self.source.ignored or {})}
+        return Output(self.plan, destination, texts, self.target.marker, self.copies, self.identities, facts)
 
     @property
     def is_done(self) -> bool:
@@ -126,23 +112,23 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     """Read the source's headers and make the plan. Raises Refused with every problem found; writes nothing."""
     problems = Problems()
     identities = _identities(options.source) if os.path.isdir(options.source) else {}
-    config, format, source = _open(options, problems)
+    source, target = open_ends(options, problems)
+    assert source.layout and source.model, "without them there are problems"
     if options.source_sha256 is not None:
+        files = [path for path in source.layout.paths]
         sums = expected_sums(options.source, identities, options.source_sha256)
-        problems.extend(sum_problems(options.source, source.shards, sums, stop or Stop()))
-    dtypes = source.dtype_at if options.dtype == "keep" else partial(_always, _SAFETENSORS_DTYPES[options.dtype])
-    target = NanotronLayout(options.destination or Path(), source.model, format, dtypes)
-    _check_fused(target)
-    plan = make_plan(source, target)
+        problems.extend(sum_problems(options.source, files, sums, stop or Stop()))
+    dtypes = source.layout.dtype_at if options.dtype == "keep" else partial(_always, _SAFETENSORS_DTYPES[options.dtype])
+    wanted = target.layout(options.destination or Path(), source.model, dtypes)
+    plan = make_plan(source.layout, wanted)
     casts = bool(plan.casts)
     if casts:
         problems.collect(import_torch)
     budget, budget_notes = _budget(options, plan, casts)
-    copies = {name: options.source / name for name in COMPANIONS if (options.source / name).is_file()}
-    names = [CONFIG_NAME, *source.shards, INDEX_NAME, *copies]
-    conversion = Conversion(options, config, format, source, plan, budget,
-                            (*_notes(options, config, format, source), *budget_notes), copies,
-                            {name: identities[name] for name in names if name in identities})
+    copies = _companions(options, problems)
+    names = [*source.files, *copies]
+    conversion = Conversion(options, source, target, plan, budget, (*_notes(options, source, target), *budget_notes),
+                            copies, {name: identities[name] for name in names if name in identities})
     if options.destination is not None and (options.overwrite or not conversion.is_done):
         problems.extend(occupation_problems(options.destination, options.overwrite))
         problems.extend(_disk_problems(conversion, options.destination.resolve()))
@@ -151,34 +137,11 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     return conversion
 
 
-def _open(options: Options, problems: Problems) -> tuple[SourceConfig, NanotronFormat, HuggingFaceLayout]:
-    """The source and the format, or Refused with everything that is wrong with source, flags and destination."""
-    limit = memory.parse_limit(options.allowed_memory, memory.resident())
-    config = problems.collect(open_config, options.source, limit)
-    table = build_model(config.family, config.model) if config else None
-    is_folder = os.path.isdir(options.source)
-    shards = problems.collect(open_shards, options.source, table, limit) if is_folder else None
-    if options.destination is not None:
-        problems.extend(destination_problems(options.source, options.destination, options.overwrite))
-    format, source = NanotronFormat(options.topology), None
-    if config is not None:
-        format = problems.collect(_format_of, options, config.family) or format
-        problems.extend(limit_problems(config, format, options.allow))
-        if shards is not None and (model := problems.collect(model_of, config, shards)):
-            problems.extend(topology_problems(model, format))
-            source = problems.collect(layout_of, options.source, model, shards, limit)
-    if source is not None:
-        problems.extend(_tie_problems(source))
-    if problems and options.destination is not None:
-        problems.extend(occupation_problems(options.destination, options.overwrite))
-    problems.raise_if_any()
-    assert source is not None, "without a layout there is a problem"
-    return config, format, source
-
-
 def _identities(root: Path) -> dict[str, Identity]:
-    """What the files of a folder are before any of them is read."""
-    return {path.name: identity_of(path.stat()) for path in sorted(root.iterdir()) if path.is_file()}
+    """What the files of a folder, and those below `model`, are before any of them is read."""
+    paths = [path.name for path in root.iterdir() if path.is_file()]
+    paths += [f"model/{path}" for path in files_below(root / "model")]
+    return {path: identity_of((root / path).stat()) for path in sorted(paths) if (root / path).is_file()}
 
 
 def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lambda job: None,
@@ -207,46 +170,8 @@ def _check(conversion: Conversion, stop: Stop, folder: Path) -> None:
     verify(options.source, folder, how, stop)
 
 
-def _format_of(options: Options, family: Family) -> NanotronFormat:
-    name = family.nanotron_configs[0] if options.config_class == "auto" else options.config_class
-    problems = Problems()
-    if name not in family.nanotron_configs:
-        problems.append(UsageError(f"--nanotron-config {name} cannot express {family.name} (it has no attention "
-                                   f"biases); use {' or '.join(family.nanotron_configs)}"))
-    if options.version == "1.2":
-        if name != "LlamaConfig":
-            problems.append(UsageError(f"--checkpoint-version 1.2: release 0.4 has no {name}; use 1.5"))
-        if options.rope == "neox":
-            problems.append(UsageError("--rope neox with --checkpoint-version 1.2: release 0.4 always interleaves "
-                                       "RoPE; use interleaved or auto"))
-    if options.vocab_multiple < 1:
-        problems.append(UsageError(f"--vocab-multiple {options.vocab_multiple}: it is at least 1"))
-    problems.collect(lambda: options.workers)
-    problems.raise_if_any()
-    interleaved = options.rope == "interleaved" or (options.rope == "auto" and options.version == "1.2")
-    return NanotronFormat(options.topology, name, options.version, interleaved, options.vocab_multiple)
-
-
-def _check_fused(target: NanotronLayout) -> None:
-    """Raises SourceError where parameters that Nanotron keeps in one tensor would have different dtypes."""
-    for group in target.groups():
-        for number in group.numbers[1:]:
-            if (own := target.dtypes(number)) != (first := target.dtypes(group.numbers[0])):
-                name = target.model.parameter(number).hugging_face
-                raise SourceError(f"{name} is {own}, but Nanotron keeps it in one tensor with {first} weights; choose "
-                                  f"one with --dtype")
-
-
 def _always(dtype: str, number: int) -> str:
     return dtype
-
-
-def _tie_problems(source: HuggingFaceLayout) -> Iterator[StreamReshardError]:
-    """A tied model may store its head or not; where it does, it must be the embedding."""
-    for tensor, other in source.tied():
-        if not same_bytes(source.root, tensor, other):
-            yield SourceError(f"{tensor.key} differs from {other.key}, but config.json says tie_word_embeddings; set "
-                              f"it to false if the head is its own")
 
 
 def _budget(options: Options, plan: Plan, casts: bool) -> tuple[memory.MemoryPlan, list[str]]:
@@ -281,13 +206,19 @@ def _disk_problems(conversion: Conversion, destination: Path) -> Iterator[Stream
         yield ResourceError(f"the destination needs {num_files} files, its disk has room for {num_free}")
 
 
-def _notes(options: Options, config: SourceConfig, format: NanotronFormat,
-           source: HuggingFaceLayout) -> Iterator[str]:
+def _companions(options: Options, problems: Problems) -> dict[str, Path]:
+    """Files to copy, by name: the source's own, or where a folder is given, the tokenizer's from there."""
+    found = {name: options.source / name for name in COMPANIONS if (options.source / name).is_file()}
+    if options.tokenizer is None:
+        return found
+    given = {name: options.tokenizer / name for name in COMPANIONS if (options.tokenizer / name).is_file()}
+    if not given:
+        problems.append(UsageError(f"--tokenizer {quoted(options.tokenizer)} holds none of {', '.join(COMPANIONS)}"))
+    return found | given
+
+
+def _notes(options: Options, source: Source, target: Target) -> Iterator[str]:
     if options.destination is not None and options.destination.is_symlink():
         yield f"{quoted(options.destination)} is a link; {quoted(options.destination.resolve())} is written"
-    yield from not_honoured(config, format)
-    for key, reason in source.ignored.items():
-        yield f"ignored tensor {key}: {reason}"
-    stray = {path.name for path in source.root.glob("*.safetensors")} - set(source.shards)
-    if stray:
-        yield f"files that no index names, ignored: {', '.join(map(quoted, sorted(stray)))}"
+    yield from (f"accepted: {limit.text}" for limit in target.limits(source))
+    yield from source.notes

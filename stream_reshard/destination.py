@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stream_reshard.errors import DestinationError, Problems, SourceError, StreamReshardError, quoted
-from stream_reshard.manifest import MANIFEST_NAME, read_manifest
-from stream_reshard.staging import MARKER_NAME, SUFFIX_NBYTES, files_below, replaced_beside, staging_of
+from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
+from stream_reshard.manifest import MANIFEST_NAME, Manifest, read_manifest
+from stream_reshard.small_files import files_below
+from stream_reshard.staging import SUFFIX_NBYTES, replaced_beside, staging_of
 
 _MAX_NAME_NBYTES, _MAX_PATH_NBYTES = 255, 4095
 """NAME_MAX and PATH_MAX of Linux, without the NUL."""
 
 _OF_TRAINING = frozenset({"optimizer", "lr_scheduler", "random"})
-_OF_A_CHECKPOINT = _OF_TRAINING | {"model", "config.yaml", "checkpoint_metadata.json", MARKER_NAME, MANIFEST_NAME}
+_OF_A_CHECKPOINT = _OF_TRAINING | {"model", "config.yaml", "checkpoint_metadata.json", MODEL_CONFIG_NAME, MANIFEST_NAME}
 """Names at the top of a checkpoint, as Nanotron's trainer writes it."""
 
 _BELOW_NBYTES = 256
@@ -67,21 +69,27 @@ def occupation_problems(destination: Path, overwrite: bool) -> Iterator[StreamRe
     if not overwrite:
         yield DestinationError(f"{quoted(destination)} is not empty; Nanotron would merge stale files without a word; "
                                f"choose another DST, empty it, or --overwrite it")
-    elif not ((destination / MARKER_NAME).is_file() and (destination / "model").is_dir()):
+        return
+    manifest = _manifest_of(destination)
+    if manifest is None and not ((destination / MODEL_CONFIG_NAME).is_file() and (destination / "model").is_dir()):
         yield DestinationError(f"{quoted(destination)} is not empty and does not look like a Nanotron checkpoint "
-                               f"({MARKER_NAME} and model/); --overwrite replaces those only")
-    elif strangers := _strangers(destination):
+                               f"({MODEL_CONFIG_NAME} and model/), nor was it made by this tool ({MANIFEST_NAME}); "
+                               f"--overwrite replaces those only")
+    elif strangers := _strangers(destination, manifest):
         yield DestinationError(f"{quoted(destination)} holds {quoted(strangers[0])}, which is no part of a checkpoint "
                                f"and would be lost; move it away")
 
 
-def _strangers(destination: Path) -> list[str]:
+def _manifest_of(destination: Path) -> Manifest | None:
+    try:
+        return read_manifest(destination)
+    except SourceError:
+        return None
+
+
+def _strangers(destination: Path, manifest: Manifest | None) -> list[str]:
     """What the manifest does not name, but for what a trainer adds; without a manifest, what stands at the top under a
     name that Nanotron does not give."""
-    try:
-        manifest = read_manifest(destination)
-    except SourceError:
-        manifest = None
     if manifest is None:
         return sorted({path.name for path in destination.iterdir()} - _OF_A_CHECKPOINT)
     added = set(files_below(destination)) - manifest.files.keys() - {MANIFEST_NAME}

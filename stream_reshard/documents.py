@@ -11,11 +11,8 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from stream_reshard.layouts.nanotron import NanotronFormat
+from stream_reshard.layouts.nanotron import MARKERS, NanotronFormat
 from stream_reshard.model import ModelConfig
-
-_MARKERS = {"LlamaConfig": "is_llama_config", "Qwen2Config": "is_qwen2_config"}
-"""The key by which Nanotron's parser tells its config classes apart."""
 
 
 def nanotron_config(config: ModelConfig, format: NanotronFormat, attention_bias: bool,
@@ -29,7 +26,7 @@ def nanotron_config(config: ModelConfig, format: NanotronFormat, attention_bias:
         "eos_token_id": 2 if config.eos_token_id is None else config.eos_token_id,
         "hidden_act": config.hidden_act, "hidden_size": config.hidden_size,
         "initializer_range": config.initializer_range, "intermediate_size": config.intermediate_size,
-        _MARKERS[format.config_class]: True, "max_position_embeddings": config.max_position_embeddings,
+        MARKERS[format.config_class]: True, "max_position_embeddings": config.max_position_embeddings,
         "num_attention_heads": config.num_attention_heads, "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_heads": config.num_key_value_heads, "pad_token_id": config.pad_token_id, "pretraining_tp": 1,
         "rms_norm_eps": config.rms_norm_eps, "rope_scaling": None,

@@ -1,7 +1,7 @@
 """The run of a plan: jobs, then the files beside the weights, then the commit. The destination is there whole, or not.
 
-Order at the end: companions and documents, manifest, all folders synced, the marker (`model_config.json`: Nanotron
-takes a folder that holds it for a checkpoint), a check if one is asked for, the journal away, one rename.
+Order at the end: companions and documents, manifest, all folders synced, the marker (the config that makes a folder a
+checkpoint to its readers), a check if one is asked for, the journal away, one rename.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from stream_reshard.moving import Moved
 from stream_reshard.plan import Job, Plan
 from stream_reshard.sharing import can_share_all
 from stream_reshard.small_files import open_regular
-from stream_reshard.staging import MARKER_NAME, Staging, clear_old, finished, lock_of, was_swapped
+from stream_reshard.staging import Staging, clear_old, finished, lock_of, was_swapped
 from stream_reshard.stop import Stop
 from stream_reshard.target_file import Transport
 from stream_reshard.tensor_file import Identity, changed, digest_of, identity_of
@@ -44,6 +44,8 @@ class Output:
     """Absolute, links resolved."""
     documents: Mapping[str, bytes]
     """Small files by name; one of them is the marker."""
+    marker: str
+    """The file whose presence makes a folder a checkpoint; written last."""
     copies: Mapping[str, Path]
     """Files to copy, by name."""
     identities: Mapping[str, Identity]
@@ -142,13 +144,13 @@ def _confirm(output: Output, how: How, manifest: Manifest) -> None:
 
 def _write(output: Output, how: How, lock: Lock) -> Done:
     refuse_occupied(output.destination, how.overwrite)
-    staging = Staging(output.destination, output.run, output.max_files, how.restart)
+    staging = Staging(output.destination, output.run, output.max_files, output.marker, how.restart)
     try:
         done = _run_jobs(output, how, staging)
         manifest = _add_small_files(output, how, staging)
         check_identities(output.plan.source.root, output.identities)
         staging.sync()
-        staging.write(MARKER_NAME, io.BytesIO(output.documents[MARKER_NAME]), how.stop.check)
+        staging.write(output.marker, io.BytesIO(output.documents[output.marker]), how.stop.check)
         staging.refuse_strangers(manifest.files)
         if how.check:
             _check(output, how.check, staging)
@@ -186,13 +188,13 @@ def _note(staging: Staging, done: JobDone) -> None:
 
 def _add_small_files(output: Output, how: How, staging: Staging) -> Manifest:
     """The companions, the documents but for the marker, and the manifest of all of them."""
-    marker = output.documents[MARKER_NAME]
-    written = [FileDone(MARKER_NAME, len(marker), xxhash.xxh3_128(marker).hexdigest())]
+    marker = output.documents[output.marker]
+    written = [FileDone(output.marker, len(marker), xxhash.xxh3_128(marker).hexdigest())]
     for name, path in output.copies.items():
         with _opened(path) as stream:
             written.append(staging.write(name, stream, how.stop.check))
     for name, text in output.documents.items():
-        if name != MARKER_NAME:
+        if name != output.marker:
             written.append(staging.write(name, io.BytesIO(text), how.stop.check))
     tensor_files = [staging.journal.done[path] for path in output.plan.target.paths]
     manifest = with_files(Manifest(output.run, output.facts), [*tensor_files, *written])

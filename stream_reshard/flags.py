@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stream_reshard import __version__
 from stream_reshard.layouts.nanotron import VERSIONS
-from stream_reshard.layouts.nanotron_limits import ALLOWABLE
+from stream_reshard.layouts.limits import ALLOWABLE
 
 COMMANDS = ("plan", "verify", "inspect", "demo")
 """The words that may stand in front; without one of them it is a conversion."""
@@ -64,6 +64,14 @@ _DESCRIPTIONS = {
 
 def _add_conversion_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--to", default=None, choices=("nanotron", "hf"),
+        help="what DST is to be (default nanotron; must be said where SRC is a Nanotron checkpoint)")
+    add("--max-shard-size", default="5GB", metavar="SIZE",
+        help="bytes of tensors in a Hugging Face shard, at most (default 5GB)")
+    add("--vocab-size", type=int, default=None, metavar="N",
+        help="rows of the embedding without padding, of a Nanotron SRC that was not made by this tool")
+    add("--tokenizer", type=_folder, default=None, metavar="DIR",
+        help="take tokenizer and generation files from there (default: SRC)")
     add("--tp", type=int, default=1, metavar="T", help="tensor-parallel ranks (default 1)")
     add("--pp", type=int, default=1, metavar="P", help="pipeline stages, balanced as Nanotron does (default 1)")
     add("--dp", type=int, default=1, metavar="D", help="data-parallel replicas; changes no weight file (default 1)")

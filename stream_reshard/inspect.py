@@ -8,7 +8,7 @@ from typing import Any
 
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.small_files import read_json
-from stream_reshard.staging import MARKER_NAME
+from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
 from stream_reshard.header import TensorFile, read_header
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.hugging_face import open_source
@@ -48,10 +48,11 @@ def _inspect_nanotron(root: Path) -> dict[str, Any]:
     if len(sizes) > 1:
         problems.append(SourceError(f"files of several topologies (TP, PP) stand together: {sizes}"))
     config: dict[str, Any] = {}
-    if (root / MARKER_NAME).is_file():
-        config = problems.collect(read_json, root, MARKER_NAME) or {}
+    if (root / MODEL_CONFIG_NAME).is_file():
+        config = problems.collect(read_json, root, MODEL_CONFIG_NAME) or {}
     else:
-        problems.append(SourceError(f"{MARKER_NAME} is missing: Nanotron does not take this folder for a checkpoint"))
+        problems.append(SourceError(f"{MODEL_CONFIG_NAME} is missing: Nanotron does not take this folder for a "
+                                    f"checkpoint"))
     problems.extend(_holes(named))
     config_class = next((key for key in config if key.startswith("is_")), None)
     return {"format": "Nanotron", "config_class": _scalar(config_class),

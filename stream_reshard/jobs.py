@@ -84,13 +84,14 @@ def _written(work: Work, job: Job, ticket: int) -> JobDone:
             settled.enter_context(writing.settled())
             for name in job.parameters:
                 number = plan.target.model.number_of(name)
-                held = plan.source.slices_of(number)
-                files = OpenFiles({path: sources.enter_context(lane.source(path, partial(_opened, work, path)))
+                held, own = plan.source.slices_of(number), sources.enter_context(ExitStack())
+                files = OpenFiles({path: own.enter_context(lane.source(path, partial(_opened, work, path)))
                                    for path in dict.fromkeys(part.tensor.file for part in held)},
                                   targets, writing, work.stop)
                 moved += move(held, plan.target.slices_of(number), files)
                 for fill in plan.target.fills_of(number):
                     write_zeros(fill, files)
+                writing.write(own.close)  # A shard is cut from more files than may be open at once.
         writing.wait()
         done = tuple(FileDone(path, target.nbytes, target.commit()) for path, target in targets.items())
     return JobDone(done, False, moved.with_cloned(sum(target.cloned_nbytes for target in targets.values())))

@@ -16,12 +16,20 @@ class Options:
     destination: Path | None
     """None where only a plan is asked for."""
     topology: Topology = Topology()
+    to: str | None = None
+    """nanotron or hf; None is Nanotron, for a source of another format."""
     config_class: str = "auto"
     """auto, LlamaConfig or Qwen2Config."""
     version: str = "1.5"
     rope: str = "auto"
     """auto, neox or interleaved."""
     vocab_multiple: int = 1
+    vocab_size: int | None = None
+    """Rows of the embedding without padding, of a Nanotron source that does not say it."""
+    max_shard_nbytes: int = 5 * 10**9
+    """Bytes of tensors in a Hugging Face shard, at most."""
+    tokenizer: Path | None = None
+    """A folder whose tokenizer files go into the destination; None: those of the source."""
     dtype: str = "keep"
     """keep, bfloat16, float16 or float32."""
     allow: tuple[str, ...] = ()

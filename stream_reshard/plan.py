@@ -24,7 +24,7 @@ class Job:
 
     files: tuple[TensorFile, ...]
     parameters: tuple[str, ...]
-    """Names of the parameters that these files hold, in the order of the source's bytes."""
+    """Names of the parameters that these files hold, in the order of the source's bytes; of a single file's own."""
 
     @property
     def nbytes(self) -> int:
@@ -74,10 +74,12 @@ class _Jobs(Sequence[Job]):
         plan, index = self._plan, range(len(self))[index]
         end = plan.starts[index + 1] if index + 1 < len(self) else len(plan.order)
         groups = [plan.target.group(position) for position in plan.order[plan.starts[index]:end]]
+        files = tuple(file for group in groups for file in plan.target.files_of(group))
+        # One file is written from its first byte to its last; for several the source is read in its order.
+        read = plan.target if len(files) == 1 else plan.source
         numbers = sorted((number for group in groups for number in group.numbers),
-                         key=lambda number: min(plan.source.places_of(number)))
-        return Job(tuple(file for group in groups for file in plan.target.files_of(group)),
-                   tuple(plan.target.model.parameter(number).name for number in numbers))
+                         key=lambda number: min(read.places_of(number)))
+        return Job(files, tuple(plan.target.model.parameter(number).name for number in numbers))
 
 
 def make_plan(source: Layout, target: Layout) -> Plan:

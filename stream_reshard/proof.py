@@ -35,6 +35,8 @@ class _Alike:
     """Bytes of a group's tensors."""
     dtypes: tuple[tuple[str, str], ...]
     """(source, target) of each parameter in a group."""
+    dtype_nbytes: Counter[str]
+    """Bytes of a group's tensors per dtype."""
     count: int = 0
 
 
@@ -83,7 +85,10 @@ class Survey:
         text = [[described(layout, number) for number in group.numbers] for layout in (self.source, self.target)]
         self._hash.update(json.dumps([text, [header_of(file).hex() for file in files]]).encode())
         dtypes = tuple((self.source.dtype_at(number), self.target.dtype_at(number)) for number in group.numbers)
-        return _Alike(len(self._alike), group, sum(tensor.nbytes for file in files for tensor in file.tensors), dtypes)
+        nbytes: Counter[str] = Counter()
+        for tensor in (tensor for file in files for tensor in file.tensors):
+            nbytes[tensor.dtype] += tensor.nbytes
+        return _Alike(len(self._alike), group, nbytes.total(), dtypes, nbytes)
 
     def _prove(self, group: Group) -> None:
         for fault in group_faults(self.source, self.target, group):
@@ -144,7 +149,8 @@ class Survey:
         """Bytes of target tensors per dtype."""
         counts: Counter[str] = Counter()
         for alike in self._alike.values():
-            counts[alike.dtypes[0][1]] += alike.count * alike.data_nbytes
+            for dtype, nbytes in alike.dtype_nbytes.items():
+                counts[dtype] += alike.count * nbytes
         return dict(counts)
 
     def digest(self) -> str:

@@ -1,50 +1,29 @@
 """What a person reads: the plan as a table, the summary of a run; and the same as JSON."""
 from __future__ import annotations
 
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stream_reshard.convert import Conversion
-from stream_reshard.errors import shell_word, shown
+from stream_reshard.errors import shown
 from stream_reshard.execute import Done
-from stream_reshard.layouts.base import TORCH_DTYPES, Group
-from stream_reshard.layouts.nanotron import stages_of
+from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.memory import human
-
-
-def stage_table(conversion: Conversion) -> list[dict[str, Any]]:
-    """Per stage: the blocks it holds, and the files and bytes of all its ranks."""
-    target, format = conversion.target, conversion.format
-    stages = stages_of(target.model.config, format)
-    rows: list[dict[str, Any]] = [{"stage": stage, "blocks": [b for b, s in stages.items() if s == stage], "files": 0,
-                                   "nbytes": 0} for stage in range(format.topology.pp)]
-    examples: dict[Any, Group] = {}
-    counts: Counter[tuple[int, Any]] = Counter()
-    for group in target.groups():
-        examples.setdefault(group.kind, group)
-        counts[target.stage_of(group), group.kind] += 1
-    for (stage, kind), count in counts.items():
-        ranks = target.ranks_of(examples[kind])
-        rows[stage]["files"] += count * len(ranks)
-        rows[stage]["nbytes"] += count * sum(rank.nbytes for rank in ranks)
-    return rows
 
 
 def as_json(conversion: Conversion) -> dict[str, Any]:
     """The plan as one JSON document; sizes in bytes."""
-    plan, options, format = conversion.plan, conversion.options, conversion.format
-    config, topology = plan.target.model.config, format.topology
+    plan, options, target = conversion.plan, conversion.options, conversion.target.facts(conversion.plan.target)
+    config = plan.target.model.config
+    stages, rows = target.pop("stages", []), target.pop("vocab_rows", config.vocab_size)
     return {
         "source": {"path": str(plan.source.root), "format": plan.source.format, "family": config.family,
-                   "num_shards": plan.source.num_files, "nbytes": conversion.source.nbytes},
-        "target": {"path": str(options.destination) if options.destination else None, "format": plan.target.format,
-                   "version": format.version, "config_class": format.config_class, "tp": topology.tp,
-                   "pp": topology.pp, "dp": topology.dp, "rope_interleaved": format.rope_interleaved,
+                   "num_shards": plan.source.num_files, "nbytes": plan.source.nbytes},
+        "target": {"path": str(options.destination) if options.destination else None, **target,
                    "num_files": plan.target.num_files, "nbytes": plan.nbytes, "dtype": conversion.dtype},
         "num_parameters": plan.target.model.num_elements,
-        "vocab": {"size": config.vocab_size, "padded": format.padded_vocab(config.vocab_size)},
-        "tied": config.tie_word_embeddings, "stages": stage_table(conversion),
+        "vocab": {"size": config.vocab_size, "padded": rows},
+        "tied": config.tie_word_embeddings, "stages": stages,
         "casts": {f"{TORCH_DTYPES[a]} to {TORCH_DTYPES[b]}": n for (a, b), n in plan.casts.items()},
         "num_jobs": len(plan.jobs), "largest_job_nbytes": plan.largest_job_nbytes,
         "memory": {"allowed": conversion.memory.allowed, "reserved": conversion.memory.reserved,
@@ -59,14 +38,11 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
     facts = as_json(conversion)
     source, target, memory = facts["source"], facts["target"], facts["memory"]
     yield (f"source   {shown(source['path'])}  ({source['format']}, {source['family']}, "
-           f"{facts['num_parameters'] / 1e6:,.1f} M parameters, {source['num_shards']} shards, "
-           f"{human(source['nbytes'])})")
-    yield (f"target   {shown(target['path'] or '(not given)')}  ({target['format']} {target['config_class']}, format "
-           f"{target['version']}, {conversion.format.topology}, {target['dtype']}, RoPE "
-           f"{'interleaved' if target['rope_interleaved'] else 'as in Hugging Face'})")
-    yield "stage    blocks                                             files       bytes"
-    for row in facts["stages"]:
-        yield f"{row['stage']:<8} {_blocks(row['blocks']):<48} {row['files']:>7} {human(row['nbytes']):>11}"
+           f"{facts['num_parameters'] / 1e6:,.1f} M parameters, {source['num_shards']} "
+           f"{conversion.plan.source.files_word}, {human(source['nbytes'])})")
+    yield (f"target   {shown(target['path'] or '(not given)')}  ({target['format']} {conversion.target}, "
+           f"{target['dtype']})")
+    yield from conversion.target.lines(conversion.plan.target)
     vocab = facts["vocab"]
     padding = f"padded to {vocab['padded']} with zeros" if vocab["padded"] != vocab["size"] else "no padding"
     yield f"vocab    {vocab['size']} rows, {padding}{', head tied to the embedding' if facts['tied'] else ''}"
@@ -80,24 +56,14 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
     yield from (f"note     {note}" for note in facts["notes"])
 
 
-def _blocks(names: list[str]) -> str:
-    """`embedding, layers 0-16, final norm, head`."""
-    grouped: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        kind, _, index = name.partition(".")
-        grouped[kind].append(index)
-    words = {"token_position_embeddings": "embedding", "final_layer_norm": "final norm", "lm_head": "head"}
-    return ", ".join(f"layers {indices[0]}-{indices[-1]}" if kind == "decoder" else words[kind]
-                     for kind, indices in grouped.items())
-
-
 def summary(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int], done: Done) -> dict[str, Any]:
     """What a finished run did, as JSON; sizes in bytes. `io`: what the kernel counted meanwhile."""
     return as_json(conversion) | {"seconds": round(seconds, 3), "peak_nbytes": peak, "num_files_kept": done.num_kept,
                                   "leftovers": list(map(str, done.leftovers)), "num_digests": done.num_digests,
                                   "nbytes_cloned": done.moved.cloned, "nbytes_copied": done.moved.copied,
                                   "nbytes_strided": done.moved.strided, "io": dict(io),
-                                  "verified": conversion.options.verify, "torchrun": torchrun_line(conversion)}
+                                  "verified": conversion.options.verify,
+                                  "next": next_step(conversion)[1]}
 
 
 def summary_lines(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int],
@@ -115,7 +81,7 @@ def summary_lines(conversion: Conversion, seconds: float, peak: int, io: Mapping
         yield "verified every weight, header and file against the source, before the commit: all equal"
     yield (f"memory   peak {human(peak)} measured, {human(memory.projected)} projected, "
            f"{human(memory.allowed)} allowed")
-    yield "train    " + torchrun_line(conversion)
+    yield _next_line(conversion)
 
 
 def _moved_line(conversion: Conversion, io: Mapping[str, int], done: Done) -> str:
@@ -135,12 +101,15 @@ def done_lines(conversion: Conversion) -> Iterator[str]:
     proof = "and equals the source" if conversion.options.verify else "`verify` proves it"
     yield (f"done     {shown(conversion.options.destination)} holds this conversion already, complete; {proof}, "
            f"--overwrite makes it anew")
-    yield "train    " + torchrun_line(conversion)
+    yield _next_line(conversion)
 
 
-def torchrun_line(conversion: Conversion) -> str:
-    """The command that trains from the folder, in a checkout of Nanotron."""
-    destination = conversion.options.destination
-    assert destination is not None
-    return (f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc_per_node={conversion.format.topology.world_size} "
-            f"run_train.py --config-file {shell_word(destination.resolve() / 'config.yaml')}")
+def next_step(conversion: Conversion) -> tuple[str, str]:
+    """(word, command) that a user wants to run next."""
+    assert conversion.options.destination is not None, "it was written"
+    return conversion.target.next_step(conversion.options.destination.resolve())
+
+
+def _next_line(conversion: Conversion) -> str:
+    word, command = next_step(conversion)
+    return f"{word:<8} {command}"

@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +32,16 @@ def open_regular(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a file", str(path))
     return os.fdopen(descriptor, "rb")
+
+
+def files_below(root: Path) -> Iterator[str]:
+    """Paths, relative and with forward slashes, of everything below a folder that is not a folder itself. What NFS
+    keeps of removed files that are still open (`.nfs...`) is not there."""
+    for folder, names, files in os.walk(root):
+        links = [name for name in names if os.path.islink(os.path.join(folder, name))]
+        for name in sorted(files + links):
+            if not name.startswith(".nfs"):
+                yield os.path.relpath(os.path.join(folder, name), root)
 
 
 def read_capped(root: Path, name: str, max_nbytes: int) -> bytes:

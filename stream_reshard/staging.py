@@ -18,9 +18,7 @@ from stream_reshard.durable import TEMP_NAME, NewFile, WriteFault, exchange, mak
 from stream_reshard.errors import DestinationError, SourceError, quoted
 from stream_reshard.journal import JOURNAL_NAME, Journal, is_journal
 from stream_reshard.manifest import MANIFEST_NAME, MAX_FILE_NBYTES, FileDone, Manifest, read_manifest
-
-MARKER_NAME = "model_config.json"
-"""The file whose presence makes a folder a checkpoint to Nanotron; written last."""
+from stream_reshard.small_files import files_below
 
 SUFFIX_NBYTES = len("..0123456789ab.replaced")
 """By how much the longest name that is put beside a destination is longer than its own."""
@@ -64,7 +62,7 @@ def finished(folder: Path, run: Mapping[str, Any], max_files: int) -> Manifest |
     """The manifest of a folder that is the finished output of this very run: all its files are there, each of the
     right size. None for anything else."""
     manifest = _manifest_of(folder, run, max_files)
-    if manifest is None or not (folder / MARKER_NAME).is_file():
+    if manifest is None:
         return None
     found = {path: (folder / path).lstat().st_size for path in files_below(folder) if path != MANIFEST_NAME}
     return manifest if found == {path: file.nbytes for path, file in manifest.files.items()} else None
@@ -74,22 +72,14 @@ def _as_json(value: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(value))
 
 
-def files_below(root: Path) -> Iterator[str]:
-    """Paths, relative and with forward slashes, of everything below a folder that is not a folder itself. What NFS
-    keeps of removed files that are still open (`.nfs...`) is not there."""
-    for folder, names, files in os.walk(root):
-        links = [name for name in names if os.path.islink(os.path.join(folder, name))]
-        for name in sorted(files + links):
-            if not name.startswith(".nfs"):
-                yield os.path.relpath(os.path.join(folder, name), root)
-
-
 class Staging:
     """The staging folder of a run. The caller holds the destination's lock."""
 
-    def __init__(self, destination: Path, run: Mapping[str, Any], max_files: int, restart: bool):
+    def __init__(self, destination: Path, run: Mapping[str, Any], max_files: int, marker: str, restart: bool):
         """Make the folder, or take up what an earlier attempt at the same run left. Raises DestinationError for
-        anything else that stands there, and for links in it: nothing is ever written through one."""
+        anything else that stands there, and for links in it: nothing is ever written through one. `marker` is the
+        file whose presence makes a folder a checkpoint; it is written last."""
+        self.marker = marker
         self.destination, self.path, self.run = destination, staging_of(destination), _as_json(run)
         try:
             if self.path.is_symlink():
@@ -110,7 +100,7 @@ class Staging:
             self.journal = Journal(self.path, self.run, max_files)
             self.journal.done |= manifest.files if manifest else {}
             # Files may be written anew, and until they are this is no checkpoint.
-            (self.path / MARKER_NAME).unlink(missing_ok=True)
+            (self.path / self.marker).unlink(missing_ok=True)
             self._remove_temps()
         except OSError as error:
             raise target_error(self.path, error) from error
@@ -151,7 +141,7 @@ class Staging:
 
     def refuse_strangers(self, expected: Collection[str]) -> None:
         """Raises DestinationError where a file stands there that this run did not write: it would be committed."""
-        known = {*expected, JOURNAL_NAME, MANIFEST_NAME, MARKER_NAME}
+        known = {*expected, JOURNAL_NAME, MANIFEST_NAME, self.marker}
         for path in files_below(self.path):
             if path not in known:
                 raise DestinationError(f"{quoted(self.path / path)} was not written by this run; move it away and run "
@@ -159,7 +149,7 @@ class Staging:
 
     def disown(self) -> None:
         """What is here must never become the destination: no marker, and nothing to take up again."""
-        (self.path / MARKER_NAME).unlink(missing_ok=True)
+        (self.path / self.marker).unlink(missing_ok=True)
         (self.path / MANIFEST_NAME).unlink(missing_ok=True)
         self.journal.fail()
 

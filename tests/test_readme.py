@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stream_reshard.flags import COMMANDS, parser_of
-from stream_reshard.layouts.nanotron_limits import ALLOWABLE
+from stream_reshard.layouts.limits import ALLOWABLE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

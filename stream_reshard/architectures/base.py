@@ -1,7 +1,9 @@
 """Family: an architecture table, and how it becomes a Model."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from stream_reshard.model import Model, ModelConfig, Row
 
@@ -13,10 +15,14 @@ class Family:
     name: str
     hugging_face_class: str
     """The class name in config.json's `architectures`."""
+    model_type: str
+    """What config.json calls it beside that."""
     nanotron_configs: tuple[str, ...]
     """Nanotron's config classes that express the family, the usual one first."""
     rows: tuple[Row, ...]
     """In the order of the forward pass; the rows of one layer stand together."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What config.json says of every model of the family."""
     tie_by_default: bool = False
     """What a config.json that does not mention `tie_word_embeddings` means."""
 

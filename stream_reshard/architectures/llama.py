@@ -39,6 +39,8 @@ FINAL = (
 LLAMA = Family(
     name="llama",
     hugging_face_class="LlamaForCausalLM",
+    model_type="llama",
+    settings={"attention_bias": False, "mlp_bias": False},
     nanotron_configs=("LlamaConfig", "Qwen2Config"),
     rows=(EMBEDDING, ATTENTION_NORM, *ATTENTION_IN, ATTENTION_OUT, MLP_NORM, *MLP, *FINAL),
 )

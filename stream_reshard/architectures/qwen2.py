@@ -14,6 +14,8 @@ def _bias_of(row: Row) -> Row:
 QWEN2 = Family(
     name="qwen2",
     hugging_face_class="Qwen2ForCausalLM",
+    model_type="qwen2",
+    settings={"use_sliding_window": False},
     nanotron_configs=("Qwen2Config",),
     rows=(EMBEDDING, ATTENTION_NORM, *ATTENTION_IN, *map(_bias_of, ATTENTION_IN), ATTENTION_OUT, MLP_NORM, *MLP,
           *FINAL),

@@ -104,6 +104,8 @@ class Layout(ABC):
 
     format: ClassVar[str]
     """Name of the format, for people."""
+    files_word: ClassVar[str] = "shards"
+    """What the format calls its files."""
     root: Path
     model: Model
 
@@ -166,6 +168,11 @@ class Layout(ABC):
     def files(self) -> Collection[TensorFile]:
         """Every file, each derived when its turn comes."""
         return _Files(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.nbytes for file in self.files)
 
     def tensors(self) -> Iterator[StoredTensor]:
         """Every tensor that holds parameters, file by file."""

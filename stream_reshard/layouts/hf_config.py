@@ -15,7 +15,7 @@ CONFIG_NAME = "config.json"
 MAX_NUMBER = 1 << 48
 """Numbers in a config stay below this, as sizes in a header do; infinities do not."""
 
-_CLASS_OF_MODEL_TYPE = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_CLASS_OF_MODEL_TYPE = {family.model_type: name for name, family in FAMILIES.items()}
 """For a config.json without `architectures`."""
 
 

@@ -8,6 +8,9 @@ from stream_reshard.errors import Problems, UsageError
 from stream_reshard.model import Model, ModelConfig
 from stream_reshard.topology import Topology, assign_stages, padded_size
 
+MARKERS = {"LlamaConfig": "is_llama_config", "Qwen2Config": "is_qwen2_config"}
+"""The key by which Nanotron's parser tells its config classes apart."""
+
 VERSIONS = ("1.5", "1.4", "1.2")
 """Checkpoint format versions this module writes: main, trees from April 2024 on, release 0.4 and before."""
 
@@ -27,10 +30,12 @@ class NanotronFormat:
     """Whether a head is kept as (pair, half) instead of Hugging Face's (half, pair)."""
     vocab_multiple: int = 1
     """Nanotron's make_vocab_size_divisible_by."""
+    vocab_rows: int | None = None
+    """Rows of the embedding, padding included, where a checkpoint is there that has them."""
 
     def padded_vocab(self, vocab_size: int) -> int:
         """Rows of the embedding in Nanotron: the trainer pads before it builds the model (nanotron/trainer.py)."""
-        return padded_size(vocab_size, self.topology.tp * self.vocab_multiple)
+        return self.vocab_rows or padded_size(vocab_size, self.topology.tp * self.vocab_multiple)
 
 
 def stages_of(config: ModelConfig, format: NanotronFormat) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """What the `model_config.json` of a Nanotron checkpoint says about the model, in the spelling all formats share."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,16 @@ from typing import Any
 from stream_reshard.architectures import FAMILIES, Family
 from stream_reshard.errors import SourceError, quoted
 from stream_reshard.layouts.hf_config import ConfigReader
-from stream_reshard.layouts.nanotron_limits import Limit
+from stream_reshard.layouts.nanotron import MARKERS
+from stream_reshard.layouts.limits import Limit
 from stream_reshard.model import ModelConfig
 from stream_reshard.small_files import MAX_JSON_NBYTES, read_json
 
 MODEL_CONFIG_NAME = "model_config.json"
 
-_FAMILY_OF = {("is_llama_config", False): "LlamaForCausalLM", ("is_qwen2_config", False): "LlamaForCausalLM",
-              ("is_qwen2_config", True): "Qwen2ForCausalLM"}
-"""By the marker of Nanotron's config class, and whether it has attention biases."""
+_FAMILY_OF = {("LlamaConfig", False): "LlamaForCausalLM", ("Qwen2Config", False): "LlamaForCausalLM",
+              ("Qwen2Config", True): "Qwen2ForCausalLM"}
+"""By Nanotron's config class, and whether it has attention biases."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope_scaling": (None,), "rope_seq_len_interpolation_factor": (None, 1, 1.0), "sliding_window_size": (None,),
@@ -29,6 +30,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 class NanotronModelConfig:
     """A model_config.json: what it means."""
 
+    config_class: str
+    """Nanotron's name of it."""
     family: Family
     model: ModelConfig
     """`vocab_size` is the padded one here: Nanotron keeps no other."""
@@ -36,6 +39,12 @@ class NanotronModelConfig:
     """Whether a head is kept as (pair, half); None where it is not said."""
     extras: Mapping[str, Limit]
     """Settings beyond the common ones that change the forward pass, by name."""
+
+
+def interleaves_by_default(config: NanotronModelConfig, versions: Collection[str | None]) -> bool:
+    """What a config means that does not say it: trees before September 2024 have no such field and interleave always
+    (release 0.4 even where it is said), later ones do not. `versions`: of the format, as the weight files say them."""
+    return "1.2" in versions or (config.rope_interleaved is None and bool({"1.3", "1.4"} & set(versions)))
 
 
 def read_model_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> NanotronModelConfig:
@@ -47,20 +56,22 @@ def read_model_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> Nanotron
 def parse_model_config(raw: Mapping[str, Any], name: str) -> NanotronModelConfig:
     """The meaning of a model config of Nanotron's, which stands in the file of this name. Raises as the above."""
     reader = ConfigReader(raw, name)
-    family = _family(raw, name)
+    config_class, family = _family(raw, name)
     config = reader.model_config(family)
     interleaved = reader.flag("rope_interleaved", False) if "rope_interleaved" in raw else None
     reader.problems.raise_if_any()
-    return NanotronModelConfig(family, config, interleaved, {limit.name: limit for limit in _extras(raw)})
+    return NanotronModelConfig(config_class, family, config, interleaved, {limit.name: limit for limit in _extras(raw)})
 
 
-def _family(raw: Mapping[str, Any], name: str) -> Family:
+def _family(raw: Mapping[str, Any], name: str) -> tuple[str, Family]:
+    """(config class, family)."""
     markers = [key for key in raw if key.startswith("is_") and key.endswith("_config")]
     has_bias = bool(raw.get("attention_bias", False))
-    if len(markers) != 1 or raw[markers[0]] is not True or (markers[0], has_bias) not in _FAMILY_OF:
+    config_class = {marker: name for name, marker in MARKERS.items()}.get(markers[0] if len(markers) == 1 else "", "")
+    if not config_class or raw[markers[0]] is not True or (config_class, has_bias) not in _FAMILY_OF:
         raise SourceError(f"{name}: a config with {quoted(markers)} and attention_bias {has_bias} is not "
                           f"of a class known here (LlamaConfig, Qwen2Config)")
-    return FAMILIES[_FAMILY_OF[markers[0], has_bias]]
+    return config_class, FAMILIES[_FAMILY_OF[config_class, has_bias]]
 
 
 def _extras(raw: Mapping[str, Any]) -> Iterator[Limit]:

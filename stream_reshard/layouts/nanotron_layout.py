@@ -1,4 +1,4 @@
-"""The Nanotron layout to be written: one file per parameter and rank.
+"""The Nanotron layout: one file per parameter and rank.
 
 A group is one Nanotron parameter: what is fused in it, and its rank files. Layer after layer it is the same, so what
 the ranks hold is worked out once per kind; an instance is that with a folder's name and a stage.
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -40,11 +40,14 @@ class NanotronLayout(Layout):
     """
 
     format = "Nanotron"
+    files_word = "files"
     rules: NanotronFormat
     dtypes: Callable[[int], str]
     """The safetensors dtype of each parameter, by its number; fused parameters must agree."""
     begins: Callable[[Group], Sequence[int]] | None = None
     """Where the data of each file of a group begin; None where headers are as short as can be."""
+    stages: Mapping[str, int] | None = None
+    """The stage of each pipeline block, where a checkpoint is there; None where it is Nanotron's own choice."""
     _ranks: dict[tuple[int, str], tuple[RankFile, ...]] = field(default_factory=dict, repr=False)
     """By kind of group."""
     _suffixes: dict[tuple[int, int], list[str]] = field(default_factory=dict, repr=False)
@@ -53,7 +56,8 @@ class NanotronLayout(Layout):
     @cached_property
     def _kinds(self) -> tuple[_Kind, ...]:
         """One per name in the table, in its order."""
-        model, stages, found = self.model, stages_of(self.model.config, self.rules), []
+        model, found = self.model, []
+        stages = stages_of(self.model.config, self.rules) if self.stages is None else self.stages
         for name, rows in groupby(model.stored_rows, key=lambda row: model.rows[row].nanotron):
             fused = tuple(rows)
             block, (folder, _, last) = name.split(".pp_block")[0], f"model.model.{name}".rpartition(".")

@@ -23,7 +23,7 @@ from stream_reshard import memory
 from stream_reshard.errors import DifferenceError, Problems, ResourceError, StreamReshardError, UsageError, quoted
 from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.nanotron_config import NEUTRAL
-from stream_reshard.layouts.nanotron_limits import ALLOWABLE
+from stream_reshard.layouts.limits import ALLOWABLE
 from stream_reshard.manifest import MAX_MANIFEST_NBYTES
 from stream_reshard.stop import Stop
 from stream_reshard.verify.agreement import (

@@ -13,8 +13,7 @@ from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.nanotron_config import parse_model_config
 from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest
 from stream_reshard.model import ModelConfig
-from stream_reshard.small_files import read_capped
-from stream_reshard.staging import files_below
+from stream_reshard.small_files import files_below, read_capped
 from stream_reshard.topology import Topology, padded_size
 from stream_reshard.verify.checkpoint import Checkpoint
 

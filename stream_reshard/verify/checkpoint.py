@@ -15,7 +15,7 @@ import numpy as np
 
 from stream_reshard.box import Box
 from stream_reshard.header import ITEMSIZE, StoredTensor, TensorFile
-from stream_reshard.layouts.nanotron_limits import Limit
+from stream_reshard.layouts.limits import Limit
 from stream_reshard.model import ModelConfig, Parameter
 from stream_reshard.tensor_file import SourceFile
 

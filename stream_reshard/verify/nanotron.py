@@ -18,11 +18,11 @@ from stream_reshard.box import Box, tiling_fault
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.header import TensorFile, read_header
 from stream_reshard.layouts.nanotron import NanotronFormat, stages_of
-from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config
+from stream_reshard.layouts.nanotron_config import (
+    MODEL_CONFIG_NAME, NanotronModelConfig, interleaves_by_default, read_model_config)
 from stream_reshard.layouts.nanotron_files import WeightFile, parse_path, parse_weight_file
 from stream_reshard.model import Parameter
-from stream_reshard.small_files import read_json
-from stream_reshard.staging import files_below
+from stream_reshard.small_files import files_below, read_json
 from stream_reshard.topology import Topology
 from stream_reshard.verify.checkpoint import Checkpoint, Piece, Weight, matrix_of
 
@@ -52,7 +52,7 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
                                     f"have"))
     problems.extend(problems.collect(lambda: list(_disagreements(root, files, config, max_header_nbytes))) or ())
     weights: dict[str, Weight] = {}
-    by_default = _interleaves_by_default(config, files)
+    by_default = interleaves_by_default(config, {file.version for file in files})
     interleaved = bool(config.rope_interleaved) or by_default
     for name in sorted(groups.keys() & by_name.keys()):
         faults = list(_Group(groups[name], by_name[name]).faults())
@@ -76,13 +76,6 @@ def _grouped(files: list[WeightFile],
     for parameter in build_model(config.family, config.model).stored():
         groups[parameter.nanotron].append(parameter)
     return by_name, groups
-
-
-def _interleaves_by_default(config: NanotronModelConfig, files: list[WeightFile]) -> bool:
-    """What a config means that does not say it: trees before September 2024 have no such field and interleave always
-    (release 0.4 even where it is said), later ones do not."""
-    versions = {file.version for file in files}
-    return "1.2" in versions or (config.rope_interleaved is None and not versions.isdisjoint(("1.3", "1.4")))
 
 
 def _weight_file(root: Path, path: str, max_header_nbytes: int) -> WeightFile:

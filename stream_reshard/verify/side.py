@@ -10,7 +10,7 @@ from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
 from stream_reshard.manifest import FileDone, Manifest, read_manifest
-from stream_reshard.staging import files_below
+from stream_reshard.small_files import files_below
 from stream_reshard.verify.checkpoint import Checkpoint
 from stream_reshard.verify.hugging_face import open_hugging_face
 from stream_reshard.verify.nanotron import open_nanotron

@@ -1,28 +1,11 @@
-"""What a Hugging Face config says and Nanotron cannot express, or would get wrong without a word.
-
-Each limit has a name. Where the weights fit all the same, `--allow NAME` converts them; where they do not (a bias that
-has no place, another head size) nothing does.
-"""
+"""What a Hugging Face config says and Nanotron cannot express, or would get wrong without a word."""
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
-from stream_reshard.errors import Problems, SourceError, UsageError, quoted
+from stream_reshard.errors import quoted
 from stream_reshard.layouts.hf_config import SourceConfig
-from stream_reshard.layouts.nanotron import NanotronFormat
-
-ALLOWABLE = {
-    "rope_scaling": "convert the weights although Nanotron will turn q and k with unscaled frequencies",
-    "rope_theta": "convert for release 0.4 although it only knows the base 10000",
-    "partial_rotary_factor": "convert although Nanotron turns whole heads",
-    "sliding_window": "convert although Nanotron will attend to everything",
-    "hidden_act": "pass an activation other than silu on to Nanotron by its name",
-}
-"""The names `--allow` takes, with what accepting means."""
-
-RELEASE_04_ROPE_THETA = 10000.0
+from stream_reshard.layouts.limits import Limit
 
 _WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
@@ -40,21 +23,9 @@ _WITHOUT_EFFECT = frozenset("""
 """Keys that say nothing about the weights or the forward pass."""
 
 
-@dataclass(frozen=True)
-class Limit:
-    """One thing that Nanotron cannot express."""
-
-    name: str
-    """What `--allow` takes, where it may be allowed."""
-    text: str
-    """What the config says and what Nanotron would do."""
-    value: Any = None
-    """What the config says, whole: two configs agree where these are equal."""
-
-
-def limits(config: SourceConfig, format: NanotronFormat) -> Iterator[Limit]:
-    """Everything in the config that Nanotron, at this format, cannot express."""
-    yield from _rope_limits(config, format)
+def limits(config: SourceConfig) -> Iterator[Limit]:
+    """Everything in the config that goes beyond the common settings."""
+    yield from _rope_limits(config)
     yield from _attention_limits(config)
     raw, hidden_act = config.raw, config.model.hidden_act
     if raw.get("mlp_bias"):
@@ -70,7 +41,7 @@ def limits(config: SourceConfig, format: NanotronFormat) -> Iterator[Limit]:
             yield Limit("experts", f"{key} is {quoted(raw[key])}; a mixture of experts cannot be converted", raw[key])
 
 
-def _rope_limits(config: SourceConfig, format: NanotronFormat) -> Iterator[Limit]:
+def _rope_limits(config: SourceConfig) -> Iterator[Limit]:
     rope, raw = config.rope, config.raw
     kind = rope.get("rope_type", "default")
     if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
@@ -81,10 +52,6 @@ def _rope_limits(config: SourceConfig, format: NanotronFormat) -> Iterator[Limit
     if factor not in (None, 1, 1.0):
         yield Limit("partial_rotary_factor", f"partial_rotary_factor is {quoted(factor)}; Nanotron turns whole heads",
                     factor)
-    if format.version == "1.2" and config.model.rope_theta != RELEASE_04_ROPE_THETA:
-        yield Limit("rope_theta", f"rope_theta is {config.model.rope_theta:g}; release 0.4, which reads format 1.2, "
-                                  f"only knows {RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5",
-                    config.model.rope_theta)
 
 
 def _attention_limits(config: SourceConfig) -> Iterator[Limit]:
@@ -116,22 +83,9 @@ def _has_sliding_window(config: SourceConfig) -> bool:
     return config.family.name != "qwen2" and raw.get("sliding_window") is not None
 
 
-def limit_problems(config: SourceConfig, format: NanotronFormat, allowed: Collection[str]) -> Problems:
-    """The limits that `--allow` does not accept, one SourceError each; unknown names are UsageErrors."""
-    problems = Problems()
-    for name in allowed:
-        if name not in ALLOWABLE:
-            problems.append(UsageError(f"--allow {quoted(name)}: the names are {', '.join(ALLOWABLE)}"))
-    for limit in limits(config, format):
-        if limit.name not in allowed or limit.name not in ALLOWABLE:
-            cure = f" (--allow {limit.name} to {ALLOWABLE[limit.name]})" if limit.name in ALLOWABLE else ""
-            problems.append(SourceError(f"config.json: {limit.text}{cure}"))
-    return problems
-
-
-def not_honoured(config: SourceConfig, format: NanotronFormat) -> list[str]:
-    """What the user should know although the conversion goes on: accepted limits, dropped settings, unknown keys."""
-    notes = [f"accepted: {limit.text}" for limit in limits(config, format)]
+def dropped(config: SourceConfig) -> list[str]:
+    """What the user should know of a config although it is converted: settings that go, keys that nobody knows."""
+    notes = []
     if config.raw.get("attention_dropout"):
         notes.append(f"attention_dropout {quoted(config.raw['attention_dropout'])}: Nanotron trains without it")
     if unknown := sorted(set(config.raw) - _UNDERSTOOD - _WITHOUT_EFFECT):

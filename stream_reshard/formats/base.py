@@ -1,0 +1,78 @@
+"""Source: a checkpoint opened to be converted. Target: a format, with everything that was chosen of it."""
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from stream_reshard.architectures import Family
+from stream_reshard.errors import Problems
+from stream_reshard.layouts.base import Layout
+from stream_reshard.layouts.limits import Limit
+from stream_reshard.model import Model, ModelConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, opened: headers and configs only. Where its weights are refused there is a config all the same, so
+    that a user sees what else is wrong."""
+
+    root: Path
+    config_name: str
+    """The file that says what the model is."""
+    family: Family
+    config: ModelConfig
+    limits: tuple[Limit, ...]
+    """What it says beyond that and changes the forward pass."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of it."""
+    rope_interleaved: bool = False
+    """Whether a head is kept as (pair, half)."""
+    config_class: str | None = None
+    """Nanotron's config class, where the checkpoint names one."""
+    model: Model | None = None
+    layout: Layout | None = None
+    files: tuple[str, ...] = ()
+    """Paths of everything that says what the weights are; if one of them changes, so does the checkpoint."""
+    ignored: Mapping[str, str] | None = None
+    """Stored tensors that hold no parameter, with the reason."""
+
+
+class Target(ABC):
+    """What is to be written."""
+
+    name: ClassVar[str]
+    """As `--to` takes it."""
+    marker: ClassVar[str]
+    """The file whose presence makes a folder a checkpoint."""
+
+    def limits(self, source: Source) -> Iterable[Limit]:
+        """What the source says and this target cannot express."""
+        return source.limits
+
+    @abstractmethod
+    def problems(self, model: Model) -> Problems:
+        """Every way in which the model cannot be cut as was chosen."""
+
+    @abstractmethod
+    def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> Layout:
+        """What is to be where."""
+
+    @abstractmethod
+    def documents(self, source: Source, layout: Layout, dtype: str, destination: Path,
+                  companions: Iterable[str]) -> dict[str, bytes]:
+        """The small files beside the weights, by name; `companions` are copied there."""
+
+    @abstractmethod
+    def facts(self, layout: Layout) -> dict[str, Any]:
+        """What was chosen, for JSON."""
+
+    @abstractmethod
+    def lines(self, layout: Layout) -> Iterator[str]:
+        """The same for a person, with a table of what goes where."""
+
+    @abstractmethod
+    def next_step(self, destination: Path) -> tuple[str, str]:
+        """(word, command) that a user wants to run next."""

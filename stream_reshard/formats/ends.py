@@ -1,0 +1,53 @@
+"""Both ends of a conversion, as the options ask for them: any source with any target."""
+from __future__ import annotations
+
+import os
+
+from stream_reshard import memory
+from stream_reshard.destination import destination_problems, occupation_problems
+from stream_reshard.errors import Problems, UsageError
+from stream_reshard.formats.base import Source, Target
+from stream_reshard.formats.from_hugging_face import open_hugging_face
+from stream_reshard.formats.from_nanotron import is_nanotron, open_nanotron
+from stream_reshard.formats.to_hugging_face import ToHuggingFace
+from stream_reshard.formats.to_nanotron import ToNanotron
+from stream_reshard.layouts.limits import limit_problems
+from stream_reshard.options import Options
+
+
+def open_ends(options: Options, problems: Problems) -> tuple[Source, Target]:
+    """Open the source and choose the target. Raises Refused with everything that is wrong with source, flags and
+    destination; what was found before is in `problems`."""
+    limit = memory.parse_limit(options.allowed_memory, memory.resident())
+    source = _open(options, limit, problems)
+    if options.destination is not None:
+        problems.extend(destination_problems(options.source, options.destination, options.overwrite))
+    problems.collect(lambda: options.workers)
+    target = problems.collect(_chosen, options, source) if source else None
+    if source is not None and target is not None:
+        problems.extend(limit_problems(target.limits(source), options.allow, source.config_name))
+        if source.model is not None:
+            problems.extend(target.problems(source.model))
+    if problems and options.destination is not None:
+        problems.extend(occupation_problems(options.destination, options.overwrite))
+    problems.raise_if_any()
+    assert source and target, "without them there is a problem"
+    return source, target
+
+
+def _open(options: Options, limit: int, problems: Problems) -> Source | None:
+    if os.path.isdir(options.source) and is_nanotron(options.source):
+        return open_nanotron(options.source, limit, options.vocab_size, problems)
+    if options.vocab_size is not None:
+        problems.append(UsageError("--vocab-size is for a Nanotron checkpoint, which keeps no count of its true rows"))
+    return open_hugging_face(options.source, limit, problems)
+
+
+def _chosen(options: Options, source: Source) -> Target:
+    """The target that the flags ask for. Raises UsageError or Refused."""
+    if options.to == "hf":
+        return ToHuggingFace(options.max_shard_nbytes)
+    if options.to is None and source.config_class is not None:
+        raise UsageError("the source is a Nanotron checkpoint: say --to hf for shards, or --to nanotron for another "
+                         "topology")
+    return ToNanotron.chosen(options, source)

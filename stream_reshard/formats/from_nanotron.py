@@ -1,0 +1,62 @@
+"""A Nanotron checkpoint, opened to be converted."""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from stream_reshard.errors import Problems, SourceError, UsageError, quoted
+from stream_reshard.formats.base import Source
+from stream_reshard.layouts.nanotron import stages_of
+from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config
+from stream_reshard.layouts.nanotron_layout import NanotronLayout
+from stream_reshard.layouts.nanotron_source import WeightFiles, format_of, layout_of_files, read_weight_files
+from stream_reshard.manifest import read_manifest
+
+METADATA_NAME = "checkpoint_metadata.json"
+
+
+def is_nanotron(root: Path) -> bool:
+    """Whether a folder holds a Nanotron checkpoint, or what is left of one."""
+    return (root / "model").is_dir() or (root / MODEL_CONFIG_NAME).is_file()
+
+
+def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems) -> Source | None:
+    """Read config and headers, none of more than `max_nbytes`; everything wrong goes to `problems`. None where not even
+    the config makes sense. `vocab_size`: rows of the embedding without padding, where a user says it."""
+    if not (root / MODEL_CONFIG_NAME).is_file():
+        problems.append(SourceError(f"{quoted(root)} holds no {MODEL_CONFIG_NAME}: it is not a committed checkpoint"))
+        return None
+    config = problems.collect(read_model_config, root, max_nbytes)
+    files = problems.collect(read_weight_files, root, max_nbytes)
+    if config is None:
+        return None
+    size = problems.collect(_true_vocab_size, root, config, vocab_size, max_nbytes)
+    layout = problems.collect(layout_of_files, root, config, size, files) if files and size else None
+    model_config = replace(config.model, vocab_size=size or config.model.vocab_size)
+    rules = format_of(config, files) if files else None
+    return Source(root, MODEL_CONFIG_NAME, config.family, model_config, tuple(config.extras.values()),
+                  tuple(_notes(layout, files)) if layout and files else (),
+                  rules.rope_interleaved if rules else False, config.config_class, layout.model if layout else None,
+                  layout, (MODEL_CONFIG_NAME, METADATA_NAME, *(files.by_path if files else ())))
+
+
+def _true_vocab_size(root: Path, config: NanotronModelConfig, told: int | None, max_nbytes: int) -> int:
+    """Rows of the embedding without padding, which Nanotron does not keep. Raises UsageError where it is not known."""
+    rows = config.model.vocab_size
+    if told is None:
+        manifest = read_manifest(root, max_nbytes)
+        if manifest is None:
+            raise UsageError(f"--vocab-size is needed: the embedding has {rows} rows, Nanotron pads it and keeps no "
+                             f"count of the true ones; say --vocab-size {rows} if none is padding")
+        told = manifest.facts["vocab_size"]
+    if not 0 < told <= rows:
+        raise UsageError(f"--vocab-size {told}: the embedding has {rows} rows")
+    return told
+
+
+def _notes(layout: NanotronLayout, files: WeightFiles) -> list[str]:
+    """What is unusual."""
+    own = stages_of(layout.model.config, layout.rules)
+    moved = sorted(block for block, stage in files.stages.items() if own[block] != stage)
+    return [f"{len(moved)} blocks such as {moved[0]} stand on other stages than Nanotron's balancing gives them"
+            ] if moved else []

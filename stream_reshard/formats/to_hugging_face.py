@@ -1,0 +1,80 @@
+"""A Hugging Face folder to be written: shards, their index, and a config.json that transformers loads."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stream_reshard.errors import Problems, UsageError, shell_word
+from stream_reshard.formats.base import Source, Target
+from stream_reshard.layouts.base import Layout
+from stream_reshard.layouts.hf_config import CONFIG_NAME
+from stream_reshard.layouts.hf_shards import INDEX_NAME
+from stream_reshard.layouts.hf_target import DEFAULT_MAX_SHARD_NBYTES, HuggingFaceTarget
+from stream_reshard.memory import human
+from stream_reshard.model import Model
+
+_MAX_LISTED = 16
+"""Shards that a person is shown."""
+
+
+@dataclass(frozen=True)
+class ToHuggingFace(Target):
+    """Shards of a bounded size."""
+
+    name = "hf"
+    marker = CONFIG_NAME
+    max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
+
+    def problems(self, model: Model) -> Problems:
+        if self.max_shard_nbytes > 0:
+            return Problems()
+        return Problems([UsageError(f"--max-shard-size {self.max_shard_nbytes}: it is at least 1")])
+
+    def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> HuggingFaceTarget:
+        return HuggingFaceTarget(root, model, dtypes, self.max_shard_nbytes)
+
+    def documents(self, source: Source, layout: Layout, dtype: str, destination: Path,
+                  companions: Iterable[str]) -> dict[str, bytes]:
+        assert isinstance(layout, HuggingFaceTarget), "it is made by this"
+        documents = {CONFIG_NAME: json.dumps(config_of(source, dtype), indent=2, sort_keys=True).encode() + b"\n"}
+        if layout.num_files > 1:
+            index = {"metadata": {"total_size": layout.total_nbytes}, "weight_map": dict(sorted(layout.weight_map()))}
+            documents[INDEX_NAME] = json.dumps(index, indent=2).encode() + b"\n"
+        return documents
+
+    def facts(self, layout: Layout) -> dict[str, Any]:
+        return {"format": "Hugging Face", "max_shard_nbytes": self.max_shard_nbytes}
+
+    def lines(self, layout: Layout) -> Iterator[str]:
+        yield "shard                                                        tensors       bytes"
+        for number, file in enumerate(layout.files):
+            if number == _MAX_LISTED:
+                yield f"and {layout.num_files - _MAX_LISTED} more"
+                return
+            yield f"{file.path:<60} {len(file.tensors):>7} {human(file.nbytes):>11}"
+
+    def __str__(self) -> str:
+        return f"shards of at most {self.max_shard_nbytes / 1e9:g} GB"
+
+    def next_step(self, destination: Path) -> tuple[str, str]:
+        return "load", f"AutoModelForCausalLM.from_pretrained({shell_word(destination)})"
+
+
+def config_of(source: Source, dtype: str) -> dict[str, Any]:
+    """config.json, in the spelling of transformers 4, which 5 reads too."""
+    config, family = source.config, source.family
+    fields: dict[str, Any] = {
+        "architectures": [family.hugging_face_class], "model_type": family.model_type,
+        "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads, "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings, "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta, "initializer_range": config.initializer_range,
+        "hidden_act": config.hidden_act, "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": dtype, "use_cache": True, "attention_dropout": 0.0}
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id,
+           "pad_token_id": config.pad_token_id}
+    return fields | {key: value for key, value in ids.items() if value is not None} | dict(family.settings)

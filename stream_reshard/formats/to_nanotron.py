@@ -1,0 +1,127 @@
+"""A Nanotron checkpoint to be written: rank files, and the documents that its trainer reads."""
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stream_reshard.documents import documents
+from stream_reshard.errors import Problems, SourceError, UsageError, shell_word
+from stream_reshard.formats.base import Source, Target
+from stream_reshard.layouts.base import Group, Layout
+from stream_reshard.layouts.limits import Limit
+from stream_reshard.layouts.nanotron import NanotronFormat, stages_of, topology_problems
+from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
+from stream_reshard.layouts.nanotron_layout import NanotronLayout
+from stream_reshard.memory import human
+from stream_reshard.model import Model
+from stream_reshard.options import Options
+
+RELEASE_04_ROPE_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class ToNanotron(Target):
+    """Rank files of one topology."""
+
+    name = "nanotron"
+    marker = MODEL_CONFIG_NAME
+    rules: NanotronFormat
+
+    @classmethod
+    def chosen(cls, options: Options, source: Source) -> ToNanotron:
+        """What the flags mean for this source. Raises Refused."""
+        family, problems = source.family, Problems()
+        kept = source.config_class if options.version != "1.2" else None
+        name = (kept or family.nanotron_configs[0]) if options.config_class == "auto" else options.config_class
+        if name not in family.nanotron_configs:
+            problems.append(UsageError(f"--nanotron-config {name} cannot express {family.name} (it has no attention "
+                                       f"biases); use {' or '.join(family.nanotron_configs)}"))
+        if options.version == "1.2":
+            if name != "LlamaConfig":
+                problems.append(UsageError(f"--checkpoint-version 1.2: release 0.4 has no {name}; use 1.5"))
+            if options.rope == "neox":
+                problems.append(UsageError("--rope neox with --checkpoint-version 1.2: release 0.4 always interleaves "
+                                           "RoPE; use interleaved or auto"))
+        if options.vocab_multiple < 1:
+            problems.append(UsageError(f"--vocab-multiple {options.vocab_multiple}: it is at least 1"))
+        problems.raise_if_any()
+        by_default = options.version == "1.2" or source.rope_interleaved
+        interleaved = by_default if options.rope == "auto" else options.rope == "interleaved"
+        return cls(NanotronFormat(options.topology, name, options.version, interleaved, options.vocab_multiple))
+
+    def limits(self, source: Source) -> Iterator[Limit]:
+        yield from source.limits
+        theta = source.config.rope_theta
+        if self.rules.version == "1.2" and theta != RELEASE_04_ROPE_THETA:
+            yield Limit("rope_theta", f"rope_theta is {theta:g}; release 0.4, which reads format 1.2, only knows "
+                                      f"{RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5", theta)
+
+    def problems(self, model: Model) -> Problems:
+        return topology_problems(model, self.rules)
+
+    def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> NanotronLayout:
+        layout = NanotronLayout(root, model, self.rules, dtypes)
+        for group in layout.groups():
+            for number in group.numbers[1:]:
+                if (own := dtypes(number)) != (first := dtypes(group.numbers[0])):
+                    raise SourceError(f"{model.parameter(number).hugging_face} is {own}, but Nanotron keeps it in one "
+                                      f"tensor with {first} weights; choose one with --dtype")
+        return layout
+
+    def documents(self, source: Source, layout: Layout, dtype: str, destination: Path,
+                  companions: Iterable[str]) -> dict[str, bytes]:
+        has_tokenizer = any(name.startswith("tokenizer") for name in companions)
+        return documents(source.config, self.rules, source.family.has_attention_bias, dtype, destination, has_tokenizer)
+
+    def facts(self, layout: Layout) -> dict[str, Any]:
+        assert isinstance(layout, NanotronLayout), "it is made by this"
+        rules, topology = self.rules, self.rules.topology
+        return {"format": layout.format, "version": rules.version, "config_class": rules.config_class,
+                "tp": topology.tp, "pp": topology.pp, "dp": topology.dp, "rope_interleaved": rules.rope_interleaved,
+                "vocab_rows": rules.padded_vocab(layout.model.config.vocab_size), "stages": _stage_table(layout)}
+
+    def lines(self, layout: Layout) -> Iterator[str]:
+        facts = self.facts(layout)
+        yield "stage    blocks                                             files       bytes"
+        for row in facts["stages"]:
+            yield f"{row['stage']:<8} {_blocks(row['blocks']):<48} {row['files']:>7} {human(row['nbytes']):>11}"
+
+    def __str__(self) -> str:
+        rope = "interleaved" if self.rules.rope_interleaved else "as in Hugging Face"
+        return f"{self.rules.config_class}, format {self.rules.version}, {self.rules.topology}, RoPE {rope}"
+
+    def next_step(self, destination: Path) -> tuple[str, str]:
+        """The command that trains from the folder, in a checkout of Nanotron."""
+        return "train", (f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc_per_node={self.rules.topology.world_size} "
+                         f"run_train.py --config-file {shell_word(destination / 'config.yaml')}")
+
+
+def _stage_table(layout: NanotronLayout) -> list[dict[str, Any]]:
+    """Per stage: the blocks it holds, and the files and bytes of all its ranks."""
+    stages = stages_of(layout.model.config, layout.rules)
+    rows: list[dict[str, Any]] = [{"stage": stage, "blocks": [b for b, s in stages.items() if s == stage], "files": 0,
+                                   "nbytes": 0} for stage in range(layout.rules.topology.pp)]
+    examples: dict[Any, Group] = {}
+    counts: Counter[tuple[int, Any]] = Counter()
+    for group in layout.groups():
+        examples.setdefault(group.kind, group)
+        counts[layout.stage_of(group), group.kind] += 1
+    for (stage, kind), count in counts.items():
+        ranks = layout.ranks_of(examples[kind])
+        rows[stage]["files"] += count * len(ranks)
+        rows[stage]["nbytes"] += count * sum(rank.nbytes for rank in ranks)
+    return rows
+
+
+def _blocks(names: list[str]) -> str:
+    """`embedding, layers 0-16, final norm, head`."""
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        kind, _, index = name.partition(".")
+        grouped[kind].append(index)
+    words = {"token_position_embeddings": "embedding", "final_layer_norm": "final norm", "lm_head": "head"}
+    return ", ".join(f"layers {indices[0]}-{indices[-1]}" if kind == "decoder" else words[kind]
+                     for kind, indices in grouped.items())

@@ -1,0 +1,47 @@
+"""What a config says beyond the common settings, and no other format here can express.
+
+Each limit has a name. Where the weights fit all the same, `--allow NAME` converts them; where they do not (a bias that
+has no place, another head size) nothing does.
+"""
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from stream_reshard.errors import Problems, SourceError, UsageError, quoted
+
+ALLOWABLE = {
+    "rope_scaling": "convert the weights although Nanotron will turn q and k with unscaled frequencies",
+    "rope_theta": "convert for release 0.4 although it only knows the base 10000",
+    "partial_rotary_factor": "convert although Nanotron turns whole heads",
+    "sliding_window": "convert although Nanotron will attend to everything",
+    "hidden_act": "pass an activation other than silu on to Nanotron by its name",
+}
+"""The names `--allow` takes, with what accepting means."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One thing that cannot be expressed elsewhere."""
+
+    name: str
+    """What `--allow` takes, where it may be allowed."""
+    text: str
+    """What the config says, and what would become of it."""
+    value: Any = None
+    """What the config says, whole: two configs agree where these are equal."""
+
+
+def limit_problems(limits: Iterable[Limit], allowed: Collection[str], name: str) -> Problems:
+    """The limits that `--allow` does not accept, one SourceError each; unknown names are UsageErrors. `name` is that of
+    the config file."""
+    problems = Problems()
+    for word in allowed:
+        if word not in ALLOWABLE:
+            problems.append(UsageError(f"--allow {quoted(word)}: the names are {', '.join(ALLOWABLE)}"))
+    for limit in limits:
+        if limit.name not in allowed or limit.name not in ALLOWABLE:
+            cure = f" (--allow {limit.name} to {ALLOWABLE[limit.name]})" if limit.name in ALLOWABLE else ""
+            problems.append(SourceError(f"{name}: {limit.text}{cure}"))
+    return problems

@@ -1,0 +1,153 @@
+"""A Nanotron checkpoint that is there: the layout that its names and headers tell, held against Nanotron's own rules.
+
+What every rank's file must hold follows from the model and the topology. So the layout is the one that would be
+written, with the stages, dtypes, rows of the embedding and begins of data that the files have; and every header must
+say what that layout says.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stream_reshard.architectures import build_model
+from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.header import read_header
+from stream_reshard.layouts.base import TORCH_DTYPES, Group
+from stream_reshard.layouts.nanotron import NanotronFormat
+from stream_reshard.layouts.nanotron_config import NanotronModelConfig, interleaves_by_default
+from stream_reshard.layouts.nanotron_files import WeightFile, parse_pairs, parse_shape, parse_weight_file
+from stream_reshard.layouts.nanotron_layout import NanotronLayout
+from stream_reshard.layouts.nanotron_ranks import RankFile
+from stream_reshard.model import Model
+from stream_reshard.small_files import files_below
+from stream_reshard.topology import Topology
+
+MAX_PROBLEMS = 1000
+"""More are not listed."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files of a checkpoint, and what all of them agree on."""
+
+    by_path: Mapping[str, WeightFile]
+    topology: Topology
+    version: str
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """The stage of each pipeline block, by its Nanotron name. A block without sharded parameters is on none."""
+        return {file.parameter.split(".pp_block")[0]: file.place.pp for file in self.by_path.values() if file.place}
+
+
+def read_weight_files(root: Path, max_nbytes: int) -> WeightFiles:
+    """Read the headers of all weight files, each of at most `max_nbytes`. Raises Refused."""
+    problems, by_path = Problems(), {}
+    for path in files_below(root / "model"):
+        if file := problems.collect(_weight_file, root, f"model/{path}", max_nbytes):
+            by_path[file.file.path] = file
+        if len(problems) > MAX_PROBLEMS:
+            break
+    problems.raise_if_any()
+    sizes = {(file.place.num_tp, file.place.num_pp) for file in by_path.values() if file.place}
+    versions = {file.version for file in by_path.values() if file.version}
+    for what, values in (("topologies (TP, PP)", sizes), ("format versions", versions)):
+        if len(values) > 1:
+            problems.append(SourceError(f"{quoted(root)}: files of several {what} stand together: "
+                                        f"{', '.join(sorted(map(str, values)))}; Nanotron would merge them without a "
+                                        f"word; remove the stale ones"))
+    if not sizes:
+        problems.append(SourceError(f"{quoted(root)} holds no weight files of Nanotron in model/model"))
+    problems.raise_if_any()
+    tp, pp = sizes.pop()
+    return WeightFiles(by_path, Topology(tp, pp), versions.pop())
+
+
+def _weight_file(root: Path, path: str, max_nbytes: int) -> WeightFile:
+    return parse_weight_file(read_header(root, path, max_nbytes))
+
+
+def layout_of_files(root: Path, config: NanotronModelConfig, vocab_size: int, files: WeightFiles) -> NanotronLayout:
+    """The layout of a checkpoint whose vocabulary has `vocab_size` rows without padding. Raises Refused."""
+    if config.model.num_hidden_layers > len(files.by_path):
+        raise SourceError(f"num_hidden_layers is {config.model.num_hidden_layers}, but there are {len(files.by_path)} "
+                          f"weight files in all")
+    rules = format_of(config, files)
+    model = build_model(config.family, replace(config.model, vocab_size=vocab_size))
+    stages = dict.fromkeys(_blocks_of(model), 0) | files.stages
+    bare = NanotronLayout(root, model, rules, _Dtypes(model, files), stages=stages)
+    problems = Problems()
+    problems.extend(_faults(bare, files))
+    problems.raise_if_any()
+    return replace(bare, begins=_Begins(bare, files))
+
+
+def format_of(config: NanotronModelConfig, files: WeightFiles) -> NanotronFormat:
+    """What kind of Nanotron checkpoint it is."""
+    interleaved = bool(config.rope_interleaved) or interleaves_by_default(config, {files.version})
+    return NanotronFormat(files.topology, config.config_class, files.version, interleaved,
+                          vocab_rows=config.model.vocab_size)
+
+
+def _blocks_of(model: Model) -> Iterator[str]:
+    """Names of the pipeline blocks."""
+    for row in model.stored_rows:
+        for number in range(model.firsts[row], model.firsts[row + 1]):
+            yield model.parameter(number).nanotron.split(".pp_block")[0]
+
+
+class _Dtypes:
+    """The dtype of a parameter, by its number: that of the first file of its group."""
+
+    def __init__(self, model: Model, files: WeightFiles):
+        by_name = {file.parameter: file.tensor.dtype for file in files.by_path.values()}
+        self._dtypes = [by_name.get(model.parameter(number).nanotron, "BF16") for number in range(model.firsts[-1])]
+
+    def __call__(self, number: int) -> str:
+        return self._dtypes[number]
+
+
+class _Begins:
+    """Where the data of the files of a group begin."""
+
+    def __init__(self, layout: NanotronLayout, files: WeightFiles):
+        self._layout = layout
+        self._begins = {path: file.tensor.begin for path, file in files.by_path.items()}
+
+    def __call__(self, group: Group) -> Sequence[int]:
+        return [self._begins[path] for path in self._layout.paths_of(group)]
+
+
+def _faults(layout: NanotronLayout, files: WeightFiles) -> Iterator[SourceError]:
+    """Files that are missing, extra, or other than Nanotron's rules make them."""
+    wanted: set[str] = set()
+    for group in layout.groups():
+        for path, rank in zip(layout.paths_of(group), layout.ranks_of(group)):
+            wanted.add(path)
+            if (found := files.by_path.get(path)) is None:
+                yield SourceError(f"{quoted(path)} is missing")
+            elif fault := _fault(found, rank):
+                yield SourceError(f"{quoted(path)} {fault}")
+    for path in sorted(files.by_path.keys() - wanted):
+        yield SourceError(f"{quoted(path)} holds a parameter that the model does not have, or stands on another stage "
+                          f"than its block")
+
+
+def _fault(found: WeightFile, rank: RankFile) -> str | None:
+    """Why a file is not the one that Nanotron makes for its rank."""
+    wanted, metadata = rank.file.tensors[0], dict(rank.file.metadata)
+    if found.tensor.shape != wanted.shape:
+        return f"has the shape {found.tensor.shape}, but model_config.json asks for {wanted.shape}"
+    if found.tensor.dtype != wanted.dtype:
+        return f"has the dtype {found.tensor.dtype}, others of its parameter have {wanted.dtype}"
+    if found.tensor.dtype not in TORCH_DTYPES:
+        return f"has the dtype {found.tensor.dtype}, which no weight of Nanotron has"
+    if not metadata:
+        return None
+    unsharded = parse_shape(metadata["unsharded_shape"])
+    if found.unsharded_shape != unsharded:
+        return f"is part of {found.unsharded_shape}, but model_config.json asks for {unsharded}"
+    if found.pairs != parse_pairs(metadata["local_global_slices_pairs"], wanted.shape, unsharded):
+        return "is cut in another way than Nanotron cuts it for its rank"
+    return None
