@@ -1,0 +1,267 @@
+"""Hugging Face to Nanotron to Hugging Face gives every tensor back; Nanotron to Nanotron gives what a conversion from
+Hugging Face gives. Every element of a source is its own bit pattern."""
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sources import INDEX, bfloat16, make_source
+from trees import GOLDEN
+
+from stream_reshard.cli import main
+from stream_reshard.convert import Options, plan_conversion, run_conversion
+from stream_reshard.errors import Interrupted
+from stream_reshard.topology import Topology
+
+
+def convert(*arguments):
+    assert main([*map(str, arguments), "--quiet"]) == 0
+
+
+def tensors(root):
+    """The tensors of a Hugging Face folder, by key alone."""
+    return {name.partition(":")[2]: array for name, array in bfloat16(root).items()}
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for key, array in want.items():
+        assert np.array_equal(got[key], array), key
+
+
+def tree(root):
+    """(header, data) of every weight file. The spaces that pad a header follow the source, so they are left out."""
+    found = {}
+    for path in sorted((root / "model").rglob("*.safetensors")):
+        raw = path.read_bytes()
+        begin = 8 + int.from_bytes(raw[:8], "little")
+        found[path.relative_to(root).as_posix()] = raw[8:begin].rstrip(b" "), raw[begin:]
+    return found
+
+
+MODELS = {"llama": {}, "tied": {"tied": True}, "qwen2": {"family": "qwen2"}, "two shards": {"num_shards": 2},
+          "four kv heads": {"config": {"num_key_value_heads": 4}}}
+WAYS = [["--tp", 1], ["--tp", 2, "--pp", 2], ["--tp", 2, "--rope", "interleaved"],
+        ["--tp", 2, "--vocab-multiple", 8], ["--pp", 3, "--checkpoint-version", "1.4"]]
+OLD = ["--tp", 2, "--pp", 2, "--checkpoint-version", "1.2"]
+
+
+@pytest.mark.parametrize("flags", [*WAYS, OLD], ids=lambda flags: " ".join(map(str, flags)))
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(tmp_path, name, flags):
+    if name == "qwen2" and flags is OLD:
+        pytest.skip("release 0.4 has no Qwen2Config")
+    source = make_source(tmp_path / "hf", **MODELS[name])
+    convert(source, tmp_path / "nt", *flags)
+    convert(tmp_path / "nt", tmp_path / "back", "--to", "hf")
+    assert_same(tensors(tmp_path / "back"), tensors(source))
+    before, after = (json.loads((root / "config.json").read_text()) for root in (source, tmp_path / "back"))
+    ours = {key: value for key, value in before.items() if key != "rope_scaling"}
+    assert {key: after.get(key) for key in ours} == ours
+    for pair in ((source, tmp_path / "back"), (tmp_path / "nt", tmp_path / "back")):
+        convert("verify", *pair)
+
+
+@pytest.mark.parametrize("to", [["--tp", 1], ["--tp", 2, "--pp", 2, "--dp", 2], ["--tp", 2, "--rope", "neox"], OLD],
+                         ids=lambda flags: " ".join(map(str, flags)))
+@pytest.mark.parametrize("old", [["--tp", 1], ["--tp", 2, "--vocab-multiple", 8], ["--pp", 3, "--rope", "interleaved"],
+                                 OLD], ids=lambda flags: " ".join(map(str, flags)))
+def test_across_is_what_a_conversion_from_the_start_gives(tmp_path, old, to):
+    source = make_source(tmp_path / "hf", config={"vocab_size": 13})
+    convert(source, tmp_path / "a", *old)
+    convert(tmp_path / "a", tmp_path / "b", "--to", "nanotron", *to)
+    keeps = "--rope" in to or to is OLD or "interleaved" not in old and old is not OLD
+    convert(source, tmp_path / "direct", *to, *([] if keeps else ["--rope", "interleaved"]))
+    assert tree(tmp_path / "b") == tree(tmp_path / "direct")
+    for name in ("model_config.json", "checkpoint_metadata.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
+    convert("verify", tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_shards_are_those_of_transformers(tmp_path, family, tied):
+    """Same shards, same index, same tensors as `save_pretrained` writes, and transformers loads the folder."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 50, "tie_word_embeddings": tied}
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="9KB")
+    convert(tmp_path / "hf", tmp_path / "nt", "--tp", 2)
+    convert(tmp_path / "nt", tmp_path / "back", "--to", "hf", "--max-shard-size", "9KB")
+    want, got = (json.loads((root / INDEX).read_text()) for root in (tmp_path / "hf", tmp_path / "back"))
+    assert got["weight_map"] == want["weight_map"]
+    assert got["metadata"]["total_size"] == want["metadata"]["total_size"]
+    before, after = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto")
+                     for name in ("hf", "back"))
+    assert type(after) is type(model) and after.dtype == torch.bfloat16
+    tokens = torch.arange(20).reshape(1, 20)
+    with torch.no_grad():
+        assert torch.equal(after(tokens).logits, before(tokens).logits)
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the golden checkpoints are not beside this checkout")
+@pytest.mark.parametrize("source, saved", [("llama_gqa_hf", "llama_gqa_tp1_pp1_dp1"),
+                                           ("llama_gqa_hf", "llama_gqa_tp2_pp2_dp2"),
+                                           ("llama_tied_hf", "llama_tied_tp2_pp2_dp1"),
+                                           ("qwen2_hf", "qwen2_tp2_pp2_dp1")])
+def test_what_nanotron_saved_comes_back(tmp_path, source, saved):
+    """Its headers hold np.int64(...), and no manifest says how many rows of the vocabulary are true."""
+    vocab = json.loads((GOLDEN / source / "config.json").read_text())["vocab_size"]
+    convert(GOLDEN / saved, tmp_path / "hf", "--to", "hf", "--vocab-size", vocab)
+    assert_same(tensors(tmp_path / "hf"), tensors(GOLDEN / source))
+
+
+def test_a_vocabulary_that_is_not_known_is_asked_for(tmp_path, capsys):
+    source = make_source(tmp_path / "hf")
+    convert(source, tmp_path / "nt", "--tp", 2)
+    (tmp_path / "nt" / "stream_reshard.json").unlink()
+    assert main([str(tmp_path / "nt"), str(tmp_path / "back"), "--to", "hf"]) == 2
+    assert "--vocab-size is needed: the embedding has 12 rows" in capsys.readouterr().err
+    assert main([str(tmp_path / "nt"), str(tmp_path / "back"), "--to", "hf", "--vocab-size", "13"]) == 2
+    assert "--vocab-size 13: the embedding has 12 rows" in capsys.readouterr().err
+    convert(tmp_path / "nt", tmp_path / "back", "--to", "hf", "--vocab-size", 11)
+    assert_same(tensors(tmp_path / "back"), tensors(source))
+
+
+def test_the_target_must_be_said(tmp_path, capsys):
+    convert(make_source(tmp_path / "hf"), tmp_path / "nt")
+    assert main([str(tmp_path / "nt"), str(tmp_path / "other"), "--tp", "2"]) == 2
+    assert "--to hf" in capsys.readouterr().err
+    assert main([str(tmp_path / "hf"), str(tmp_path / "other"), "--vocab-size", "11"]) == 2
+    assert not (tmp_path / "other").exists()
+
+
+def damage_stale(root):
+    path = next((root / "model").rglob("*tp-rank-1-of-2*"))
+    shutil.copy(path, path.with_name(re.sub("tp-rank-1-of-2", "tp-rank-1-of-4", path.name)))
+    return "files of several topologies"
+
+
+def damage_missing(root):
+    path = next((root / "model").rglob("*tp-rank-1-of-2*"))
+    path.unlink()
+    return f"{path.name}' is missing"
+
+
+def damage_extra(root):
+    path = next((root / "model").rglob("*input_layernorm/*"))
+    other = path.parent.with_name("q_norm") / path.name
+    other.parent.mkdir()
+    shutil.copy(path, other)
+    return "holds a parameter that the model does not have"
+
+
+def damage_exchanged(root):
+    one, two = sorted((root / "model").rglob("*0/pp_block/attn/o_proj/*"))
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+    return "is cut in another way than Nanotron cuts it for its rank"
+
+
+def damage_shape(root):
+    path = root / "model_config.json"
+    path.write_text(path.read_text().replace('"intermediate_size": 20', '"intermediate_size": 24'))
+    return "but model_config.json asks for"
+
+
+def damage_version(root):
+    path = next((root / "model").rglob("*gate_up_proj/*"))
+    path.write_bytes(path.read_bytes().replace(b'"1.5"', b'"1.4"'))
+    return "files of several format versions"
+
+
+def damage_limit(root):
+    path = root / "model_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window_size": 32}))
+    return "sliding_window_size is '32'"
+
+
+def damage_config(root):
+    (root / "model_config.json").unlink()
+    return "it is not a committed checkpoint"
+
+
+@pytest.mark.parametrize("damage", [damage_stale, damage_missing, damage_extra, damage_exchanged, damage_shape,
+                                    damage_version, damage_limit, damage_config])
+@pytest.mark.parametrize("to", ["hf", "nanotron"])
+def test_a_source_that_is_not_whole_is_refused(tmp_path, capsys, damage, to):
+    convert(make_source(tmp_path / "hf"), tmp_path / "nt", "--tp", 2)
+    message = damage(tmp_path / "nt")
+    assert main([str(tmp_path / "nt"), str(tmp_path / "out"), "--to", to]) == 3
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_block_on_another_stage_is_found_where_it_stands(tmp_path, capsys):
+    """Nanotron's loader looks for it everywhere; so do we, and say it."""
+    source = make_source(tmp_path / "hf")
+    convert(source, tmp_path / "nt", "--pp", 2)
+    for path in sorted((tmp_path / "nt" / "model").rglob("*decoder/0/**/*pp-rank-0-of-2*")):
+        path.rename(path.with_name(path.name.replace("pp-rank-0", "pp-rank-1")))
+    assert main([str(tmp_path / "nt"), str(tmp_path / "back"), "--to", "hf"]) == 0
+    assert "decoder.0 stand on other stages" in capsys.readouterr().out
+    assert_same(tensors(tmp_path / "back"), tensors(source))
+
+
+def test_a_shard_is_cut_from_more_files_than_may_be_open(tmp_path):
+    source = make_source(tmp_path / "hf", config={"num_hidden_layers": 12, "hidden_size": 8, "intermediate_size": 8})
+    convert(source, tmp_path / "nt", "--tp", 2)
+    code = ("import resource, sys; from stream_reshard.cli import main; "
+            f"resource.setrlimit(resource.RLIMIT_NOFILE, (40, {resource.getrlimit(resource.RLIMIT_NOFILE)[1]})); "
+            "sys.exit(main(sys.argv[1:]))")
+    subprocess.run([sys.executable, "-c", code, tmp_path / "nt", tmp_path / "back", "--to", "hf", "--quiet"],
+                   check=True, cwd=Path(__file__).parents[1])
+    assert_same(tensors(tmp_path / "back"), tensors(source))
+
+
+def test_a_stopped_run_to_shards_goes_on(tmp_path):
+    source = make_source(tmp_path / "hf")
+    convert(source, tmp_path / "nt", "--tp", 2)
+    options, seen = Options(tmp_path / "nt", tmp_path / "back", Topology(), to="hf", max_shard_nbytes=1000), []
+
+    def stop(job):
+        seen.append(job)
+        if len(seen) == 2:
+            raise Interrupted("stop")
+
+    with pytest.raises(Interrupted):
+        run_conversion(plan_conversion(options), stop)
+    assert not (tmp_path / "back").exists()
+    assert run_conversion(plan_conversion(options)).num_kept == 2
+    assert_same(tensors(tmp_path / "back"), tensors(source))
+
+
+def test_only_what_this_tool_made_is_overwritten(tmp_path, capsys):
+    source = make_source(tmp_path / "hf")
+    convert(source, tmp_path / "nt", "--tp", 2)
+    original = make_source(tmp_path / "precious")
+    assert main([str(tmp_path / "nt"), str(original), "--to", "hf", "--overwrite"]) == 4
+    assert "nor was it made by this tool" in capsys.readouterr().err
+    convert(tmp_path / "nt", tmp_path / "back", "--to", "hf")
+    convert(tmp_path / "nt", tmp_path / "back", "--to", "hf", "--max-shard-size", "2KB", "--overwrite")
+    assert not (tmp_path / "back" / "model.safetensors").exists()
+    assert_same(tensors(tmp_path / "back"), tensors(source))
+
+
+def test_tokenizer_and_generation_files_go_along(tmp_path, capsys):
+    source = make_source(tmp_path / "hf")
+    (source / "tokenizer.json").write_text("{}")
+    (source / "generation_config.json").write_text('{"eos_token_id": 2}')
+    convert(source, tmp_path / "nt")
+    convert(tmp_path / "nt", tmp_path / "back", "--to", "hf")
+    assert (tmp_path / "back" / "generation_config.json").read_text() == '{"eos_token_id": 2}'
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").write_text('{"other": 1}')
+    convert(tmp_path / "nt", tmp_path / "given", "--to", "hf", "--tokenizer", tmp_path / "other")
+    assert (tmp_path / "given" / "tokenizer.json").read_text() == '{"other": 1}'
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "nt"), str(tmp_path / "no"), "--to", "hf", "--tokenizer", str(tmp_path / "empty")]) == 2
+    assert "holds none of tokenizer.json" in capsys.readouterr().err
