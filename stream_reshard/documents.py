@@ -35,6 +35,8 @@ def nanotron_config(config: ModelConfig, format: NanotronFormat, attention_bias:
         fields |= {"rope_theta": config.rope_theta, "rope_interleaved": format.rope_interleaved}
     if format.config_class == "Qwen2Config":
         fields["attention_bias"] = attention_bias
+    if config.no_rope_layer is not None:
+        fields["no_rope_layer"] = config.no_rope_layer
     return fields
 
 

@@ -75,6 +75,8 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
+    no_rope_layer: int | None = None
+    """Layers n, 2n, 3n ... (counted from 1) go without rotary embedding; None where all have it."""
 
     @property
     def head_dim(self) -> int:

@@ -18,7 +18,10 @@ CONFIG = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "n
 """The config.json of a source where a test says nothing else, in the words of transformers 4."""
 
 FAMILY = {"llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
-          "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}}
+          "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+          "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+          "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "no_rope_layer_interval": 2,
+                      "no_rope_layers": [1, 0]}}
 
 DTYPES = {"uint16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64", "int8": "I8", "uint8": "U8",
           "int16": "I16", "int32": "I32", "int64": "I64", "bool": "BOOL"}

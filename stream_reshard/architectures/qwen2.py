@@ -15,6 +15,7 @@ QWEN2 = Family(
     name="qwen2",
     hugging_face_class="Qwen2ForCausalLM",
     model_type="qwen2",
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
     settings={"use_sliding_window": False},
     nanotron_configs=("Qwen2Config",),
     rows=(EMBEDDING, ATTENTION_NORM, *ATTENTION_IN, *map(_bias_of, ATTENTION_IN), ATTENTION_OUT, MLP_NORM, *MLP,

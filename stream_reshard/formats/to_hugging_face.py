@@ -75,6 +75,9 @@ def config_of(source: Source, dtype: str) -> dict[str, Any]:
         "rope_theta": config.rope_theta, "initializer_range": config.initializer_range,
         "hidden_act": config.hidden_act, "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype, "use_cache": True, "attention_dropout": 0.0}
+    if (n := config.no_rope_layer) is not None:
+        fields |= {"no_rope_layer_interval": n,
+                   "no_rope_layers": [int((layer + 1) % n != 0) for layer in range(config.num_hidden_layers)]}
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id,
            "pad_token_id": config.pad_token_id}
     return fields | {key: value for key, value in ids.items() if value is not None} | dict(family.settings)

@@ -12,6 +12,8 @@ from stream_reshard.model import ModelConfig
 from stream_reshard.small_files import MAX_JSON_NBYTES, read_json
 
 CONFIG_NAME = "config.json"
+MAX_LAYERS = 10**5
+"""No list in a config that has an entry per layer is longer."""
 MAX_NUMBER = 1 << 48
 """Numbers in a config stay below this, as sizes in a header do; infinities do not."""
 
@@ -37,7 +39,7 @@ def read_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
     sense."""
     raw = read_json(root, CONFIG_NAME, max_nbytes)
     family = _family(raw)
-    reader = ConfigReader(raw, CONFIG_NAME)
+    reader = ConfigReader(raw, CONFIG_NAME, family.defaults)
     config = reader.model_config(family)
     reader.problems.raise_if_any()
     return SourceConfig(raw, family, config, reader.rope, tuple(reader.notes))
@@ -57,9 +59,9 @@ def _family(raw: Mapping[str, Any]) -> Family:
 class ConfigReader:
     """Takes values out of a config, and collects what is wrong with them."""
 
-    def __init__(self, raw: Mapping[str, Any], name: str):
-        """`name` is that of the file, for messages."""
-        self.raw, self.name = raw, name
+    def __init__(self, raw: Mapping[str, Any], name: str, defaults: Mapping[str, Any] = {}):
+        """`name` is that of the file, for messages; `defaults` are values of keys that are absent."""
+        self.raw, self.name, self.defaults = raw, name, defaults
         self.problems = Problems()
         self.notes: list[str] = []
         self.rope = self._rope()
@@ -70,7 +72,7 @@ class ConfigReader:
 
     def number(self, key: str, kind: type[int] | type[float], default: Any = None) -> Any:
         """A positive int or float; `default` where the key is absent or null."""
-        value = self.raw.get(key)
+        value = self.raw.get(key, self.defaults.get(key))
         if value is None:
             if default is None:
                 self.complain(f"{key} is missing")
@@ -121,7 +123,7 @@ class ConfigReader:
             self.complain(f"rope_theta is {quoted(outer)}, but {quoted(inner)} in rope_parameters")
         value = outer if inner is None else inner
         if value is None:
-            return 10000.0
+            return self.defaults.get("rope_theta", 10000.0)
         return self.positive("rope_theta", value, float)
 
     def model_config(self, family: Family) -> ModelConfig:
@@ -143,10 +145,35 @@ class ConfigReader:
             hidden_act=str(self.raw.get("hidden_act", "silu")),
             bos_token_id=self.token_id("bos_token_id"),
             eos_token_id=self.token_id("eos_token_id"),
-            pad_token_id=self.token_id("pad_token_id"))
+            pad_token_id=self.token_id("pad_token_id"),
+            no_rope_layer=self._no_rope_layer(family))
         if not self.problems:
             self._check_heads(config)
+            self._check_rope_layers(config)
         return config
+
+    def _no_rope_layer(self, family: Family) -> int | None:
+        """Which layers go without rotary embedding: Nanotron says it by an interval; transformers by an interval or a
+        list in which 0 is such a layer (SmolLM3Config)."""
+        if "no_rope_layer" in self.raw:
+            return None if self.raw["no_rope_layer"] is None else self.number("no_rope_layer", int)
+        if family.name != "smollm3":
+            return None
+        kinds = self.raw.get("no_rope_layers")
+        if kinds is None:
+            return self.number("no_rope_layer_interval", int, 4)
+        if not isinstance(kinds, list) or len(kinds) > MAX_LAYERS or not all(kind in (0, 1) for kind in kinds):
+            self.complain(f"no_rope_layers is {quoted(kinds)}, not a list of 0 and 1")
+            return None
+        interval = kinds.index(0) + 1 if 0 in kinds else None
+        if interval and kinds != [int((layer + 1) % interval != 0) for layer in range(len(kinds))]:
+            self.complain("no_rope_layers names layers that are not every n-th; Nanotron only knows an interval")
+        return interval
+
+    def _check_rope_layers(self, config: ModelConfig) -> None:
+        if config.no_rope_layer and config.num_hidden_layers % config.no_rope_layer:
+            self.complain(f"num_hidden_layers {config.num_hidden_layers} is not a multiple of {config.no_rope_layer}: "
+                          f"Nanotron wants that where every {config.no_rope_layer}th layer has no rotary embedding")
 
     def _check_heads(self, config: ModelConfig) -> None:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads

@@ -7,6 +7,9 @@ from stream_reshard.errors import quoted
 from stream_reshard.layouts.hf_config import SourceConfig
 from stream_reshard.layouts.limits import Limit
 
+_MISTRAL_WINDOW = 4096
+"""What MistralConfig takes where config.json says nothing; null is full attention."""
+
 _WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
 _UNDERSTOOD = frozenset("""
@@ -14,7 +17,8 @@ _UNDERSTOOD = frozenset("""
     num_attention_heads num_key_value_heads head_dim vocab_size tie_word_embeddings max_position_embeddings rms_norm_eps
     rope_theta rope_scaling rope_parameters partial_rotary_factor initializer_range hidden_act bos_token_id eos_token_id
     pad_token_id attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types
-    attention_dropout quantization_config num_local_experts num_experts qk_norm use_qk_norm qk_layernorm""".split())
+    attention_dropout quantization_config num_local_experts num_experts qk_norm use_qk_norm qk_layernorm
+    no_rope_layers no_rope_layer_interval""".split())
 
 _WITHOUT_EFFECT = frozenset("""
     use_cache pretraining_tp _name_or_path name_or_path is_decoder return_dict output_attentions output_hidden_states
@@ -68,6 +72,7 @@ def _attention_limits(config: SourceConfig) -> Iterator[Limit]:
             yield Limit("qk_norm", f"{key} is {quoted(raw[key])}; Nanotron has no norms on q and k", raw[key])
     if _has_sliding_window(config):
         said = ", ".join(f"{key} is {quoted(raw[key])}" for key in _WINDOW_KEYS if key in raw)
+        said = said or f"sliding_window is not said, which means {_MISTRAL_WINDOW}"
         yield Limit("sliding_window", f"{said}; Nanotron would attend to everything",
                     {key: raw.get(key) for key in _WINDOW_KEYS})
 
@@ -80,7 +85,8 @@ def _has_sliding_window(config: SourceConfig) -> bool:
     if "use_sliding_window" in raw:
         first = raw.get("max_window_layers")
         return bool(raw["use_sliding_window"]) and (type(first) is not int or first < config.model.num_hidden_layers)
-    return config.family.name != "qwen2" and raw.get("sliding_window") is not None
+    default = _MISTRAL_WINDOW if config.family.name == "mistral" else None
+    return config.family.name != "qwen2" and raw.get("sliding_window", default) is not None
 
 
 def dropped(config: SourceConfig) -> list[str]:

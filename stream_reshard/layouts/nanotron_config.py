@@ -16,13 +16,13 @@ from stream_reshard.small_files import MAX_JSON_NBYTES, read_json
 
 MODEL_CONFIG_NAME = "model_config.json"
 
-_FAMILY_OF = {("LlamaConfig", False): "LlamaForCausalLM", ("Qwen2Config", False): "LlamaForCausalLM",
-              ("Qwen2Config", True): "Qwen2ForCausalLM"}
-"""By Nanotron's config class, and whether it has attention biases."""
+_FAMILY_OF = {("LlamaConfig", False, False): "LlamaForCausalLM", ("Qwen2Config", False, False): "LlamaForCausalLM",
+              ("Qwen2Config", True, False): "Qwen2ForCausalLM", ("Qwen2Config", False, True): "SmolLM3ForCausalLM"}
+"""By Nanotron's config class, whether it has attention biases, and layers without rotary embedding."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope_scaling": (None,), "rope_seq_len_interpolation_factor": (None, 1, 1.0), "sliding_window_size": (None,),
-    "no_rope_layer": (None,), "moe_config": (None,), "_use_qkv_packed": (True,)}
+    "moe_config": (None,), "_use_qkv_packed": (True,)}
 """Settings that change what the weights mean, and the values at which they do not."""
 
 
@@ -66,12 +66,14 @@ def parse_model_config(raw: Mapping[str, Any], name: str) -> NanotronModelConfig
 def _family(raw: Mapping[str, Any], name: str) -> tuple[str, Family]:
     """(config class, family)."""
     markers = [key for key in raw if key.startswith("is_") and key.endswith("_config")]
-    has_bias = bool(raw.get("attention_bias", False))
-    config_class = {marker: name for name, marker in MARKERS.items()}.get(markers[0] if len(markers) == 1 else "", "")
-    if not config_class or raw[markers[0]] is not True or (config_class, has_bias) not in _FAMILY_OF:
-        raise SourceError(f"{name}: a config with {quoted(markers)} and attention_bias {has_bias} is not "
-                          f"of a class known here (LlamaConfig, Qwen2Config)")
-    return config_class, FAMILIES[_FAMILY_OF[config_class, has_bias]]
+    has_bias, skips_rope = bool(raw.get("attention_bias", False)), raw.get("no_rope_layer") is not None
+    classes = {marker: config_class for config_class, marker in MARKERS.items()}
+    config_class = classes.get(markers[0], "") if len(markers) == 1 and raw[markers[0]] is True else ""
+    if (kind := (config_class, has_bias, skips_rope)) not in _FAMILY_OF:
+        raise SourceError(f"{name}: a config with {quoted(markers)}, attention_bias {has_bias} and "
+                          f"{'some' if skips_rope else 'no'} layers without RoPE is not of a kind known here "
+                          f"(LlamaConfig, Qwen2Config)")
+    return config_class, FAMILIES[_FAMILY_OF[kind]]
 
 
 def _extras(raw: Mapping[str, Any]) -> Iterator[Limit]:
