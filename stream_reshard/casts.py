@@ -15,6 +15,17 @@ def cast(view: memoryview, source: str, target: str) -> memoryview:
     return memoryview(other.view(torch.uint8).numpy())
 
 
+def num_overflowed(before: memoryview, source: str, after: memoryview, target: str) -> int:
+    """How many finite elements a cast made infinite: float16 ends at 65504."""
+    if source == target:
+        return 0
+    torch = import_torch()
+    infinite = torch.isinf(torch.frombuffer(after, dtype=getattr(torch, TORCH_DTYPES[target])))
+    if not infinite.any():
+        return 0
+    return int((infinite & torch.isfinite(torch.frombuffer(before, dtype=getattr(torch, TORCH_DTYPES[source])))).sum())
+
+
 def import_torch():
     """The torch module. Raises UsageError with the cure where it is not installed."""
     try:

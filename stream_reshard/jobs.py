@@ -94,7 +94,7 @@ def _written(work: Work, job: Job, ticket: int) -> JobDone:
                 writing.write(own.close)  # A shard is cut from more files than may be open at once.
         writing.wait()
         done = tuple(FileDone(path, target.nbytes, target.commit()) for path, target in targets.items())
-    return JobDone(done, False, moved.with_cloned(sum(target.cloned_nbytes for target in targets.values())))
+    return JobDone(done, False, moved.into(targets.values()))
 
 
 def _opened(work: Work, path: str) -> SourceFile:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from stream_reshard.casts import cast
+from stream_reshard.casts import cast, num_overflowed
 from stream_reshard.header import StoredTensor
 from stream_reshard.lanes import Writing
 from stream_reshard.layouts.base import Fill, Slice, offset_in, strides_of
@@ -39,13 +39,18 @@ class Moved:
     """In stretches as long as the source has them."""
     strided: int = 0
     """Cut into pieces, put in another order, or cast."""
+    num_overflowed: int = 0
+    """Weights that were too large for the dtype they were cast to, and are infinite now."""
 
     def __add__(self, other: Moved) -> Moved:
-        return Moved(self.cloned + other.cloned, self.copied + other.copied, self.strided + other.strided)
+        return Moved(self.cloned + other.cloned, self.copied + other.copied, self.strided + other.strided,
+                     self.num_overflowed + other.num_overflowed)
 
-    def with_cloned(self, nbytes: int) -> Moved:
-        """The same, of which so many bytes that seemed to be copied are cloned."""
-        return Moved(self.cloned + nbytes, self.copied - nbytes, self.strided)
+    def into(self, targets: Iterable[NewTensorFile]) -> Moved:
+        """The same, with what these files know: bytes that seemed to be copied and are cloned, casts that overflowed."""
+        files = list(targets)
+        cloned, overflowed = sum(file.cloned_nbytes for file in files), sum(file.num_overflowed for file in files)
+        return Moved(self.cloned + cloned, self.copied - cloned, self.strided, self.num_overflowed + overflowed)
 
 
 def move(held: Sequence[Slice], wanted: Sequence[Slice], files: OpenFiles) -> Moved:
@@ -107,6 +112,9 @@ def _take(part: Part, window: Window, files: OpenFiles) -> None:
 def _write_shares(step: Step, views: Sequence[memoryview], files: OpenFiles) -> None:
     dtype = step.parts[0].target.tensor.dtype
     windows = [cast(view, window.slice.tensor.dtype, dtype) for view, window in zip(views, step.windows)]
+    files.targets[step.parts[0].target.tensor.file].num_overflowed += sum(
+        num_overflowed(before, window.slice.tensor.dtype, after, dtype)
+        for before, window, after in zip(views, step.windows, windows))
     by_target: dict[StoredTensor, list[Part]] = {}
     for part in step.parts:
         by_target.setdefault(part.target.tensor, []).append(part)

@@ -61,7 +61,8 @@ def summary(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, 
     return as_json(conversion) | {"seconds": round(seconds, 3), "peak_nbytes": peak, "num_files_kept": done.num_kept,
                                   "leftovers": list(map(str, done.leftovers)), "num_digests": done.num_digests,
                                   "nbytes_cloned": done.moved.cloned, "nbytes_copied": done.moved.copied,
-                                  "nbytes_strided": done.moved.strided, "io": dict(io),
+                                  "nbytes_strided": done.moved.strided,
+                                  "num_overflowed": done.moved.num_overflowed, "io": dict(io),
                                   "verified": conversion.options.verify,
                                   "next": next_step(conversion)[1]}
 
@@ -77,6 +78,9 @@ def summary_lines(conversion: Conversion, seconds: float, peak: int, io: Mapping
     if done.num_kept:
         yield f"resumed  {done.num_kept} files were kept from an earlier attempt, each with the digest in its journal"
     yield _moved_line(conversion, io, done)
+    if done.moved.num_overflowed:
+        yield (f"overflow {done.moved.num_overflowed} weights were too large for {conversion.options.dtype} and are "
+               f"infinite now; choose another --dtype")
     if conversion.options.verify:
         yield "verified every weight, header and file against the source, before the commit: all equal"
     yield (f"memory   peak {human(peak)} measured, {human(memory.projected)} projected, "

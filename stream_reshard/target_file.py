@@ -45,6 +45,8 @@ class NewTensorFile(NewFile):
         self.file, self.transport = file, transport
         self.cloned_nbytes = 0
         """Bytes that it shares with sources."""
+        self.num_overflowed = 0
+        """Weights that were cast on the way here and were too large."""
 
     def __enter__(self) -> NewTensorFile:
         super().__enter__()
