@@ -14,7 +14,7 @@ from typing import Any
 
 from stream_reshard import memory
 from stream_reshard.convert import Conversion, Options, plan_conversion, run_conversion
-from stream_reshard.errors import ResourceError, StreamReshardError, UsageError, quoted, shell_word
+from stream_reshard.errors import DifferenceError, ResourceError, StreamReshardError, UsageError, quoted, shell_word
 from stream_reshard.flags import COMMANDS, parser_of
 from stream_reshard.machine import io_counters
 from stream_reshard.plan import Job
@@ -39,6 +39,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
         source=arguments.source, destination=arguments.destination,
         topology=Topology(arguments.tp, arguments.pp, arguments.dp), to=arguments.to, vocab_size=arguments.vocab_size,
         max_shard_nbytes=memory.parse_nbytes(arguments.max_shard_size), tokenizer=arguments.tokenizer,
+        template=arguments.template,
         config_class=arguments.nanotron_config,
         version=arguments.checkpoint_version, rope=arguments.rope, vocab_multiple=arguments.vocab_multiple,
         dtype=arguments.dtype, allow=tuple(arguments.allow),
@@ -156,8 +157,17 @@ def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
 def inspect_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`inspect DIR`."""
     from stream_reshard.inspect import inspect
-    facts = inspect(arguments.source)
+    facts = inspect(arguments.source, arguments.values, stop)
     _print(arguments, facts, (f"{key:<22} {value}" for key, value in facts.items()))
+
+
+def diff_command(arguments: argparse.Namespace, stop: Stop) -> None:
+    """`diff A B`."""
+    from stream_reshard import diff
+    facts = diff.diff(arguments.source, arguments.destination)
+    _print(arguments, facts, diff.lines(facts))
+    if not facts["same"]:
+        raise DifferenceError(f"the layouts of {quoted(arguments.source)} and {quoted(arguments.destination)} differ")
 
 
 def demo_command(arguments: argparse.Namespace, stop: Stop) -> None:
@@ -168,6 +178,7 @@ def demo_command(arguments: argparse.Namespace, stop: Stop) -> None:
 
 
 _RUN = {"convert": convert_command, "plan": plan_command, "verify": verify_command, "inspect": inspect_command,
+        "diff": diff_command,
         "demo": demo_command}
 
 

@@ -127,7 +127,8 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     budget, budget_notes = _budget(options, plan, casts)
     copies = _companions(options, problems)
     names = [*source.files, *copies]
-    conversion = Conversion(options, source, target, plan, budget, (*_notes(options, source, target), *budget_notes),
+    notes = (*_notes(options, source, target), *target.notes(source, plan.target), *budget_notes)
+    conversion = Conversion(options, source, target, plan, budget, notes,
                             copies, {name: identities[name] for name in names if name in identities})
     if options.destination is not None and (options.overwrite or not conversion.is_done):
         problems.extend(occupation_problems(options.destination, options.overwrite))

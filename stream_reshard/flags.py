@@ -8,7 +8,7 @@ from stream_reshard import __version__
 from stream_reshard.layouts.nanotron import VERSIONS
 from stream_reshard.layouts.limits import ALLOWABLE
 
-COMMANDS = ("plan", "verify", "inspect", "demo")
+COMMANDS = ("plan", "verify", "inspect", "diff", "demo")
 """The words that may stand in front; without one of them it is a conversion."""
 
 
@@ -22,7 +22,7 @@ def _folder(text: str) -> Path:
 _EPILOG = """\
 exit codes: 0 ok, 1 unexpected, 2 usage, 3 source refused or changed, 4 destination refused, 5 verify found differences,
 6 resources (resumable), 7 locked, 130/143 interrupted (resumable)
-other commands: plan SRC [DST], verify SRC DST, inspect DIR, demo; each has its own --help"""
+other commands: plan SRC [DST], verify SRC DST, inspect DIR, diff A B, demo; each has its own --help"""
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
@@ -42,6 +42,10 @@ def parser_of(command: str) -> argparse.ArgumentParser:
                             else "the checkpoint to compare with it, of either format")
     if command == "inspect":
         parser.add_argument("source", metavar="DIR", type=_folder, help="a checkpoint folder of either format")
+        parser.add_argument("--values", action="store_true", help="read every weight, and count NaN and infinities")
+    if command == "diff":
+        parser.add_argument("source", metavar="A", type=_folder, help="a checkpoint folder of either format")
+        parser.add_argument("destination", metavar="B", type=_folder, help="another one of the same model")
     if command in ("convert", "plan", "verify"):
         _add_resource_flags(parser)
     if command in ("convert", "plan"):
@@ -59,6 +63,7 @@ _DESCRIPTIONS = {
     "plan": "Say what a conversion would do and need; write nothing.",
     "verify": "Prove that two folders hold the same model: every weight, through the headers of the files themselves.",
     "inspect": "Say what a checkpoint folder holds.",
+    "diff": "Say in what the layouts of two checkpoints differ, tensor by tensor; no weight is read.",
     "demo": "Make a small Llama, convert it to TP=2 PP=2, and verify the result. Needs no download."}
 
 
@@ -70,6 +75,8 @@ def _add_conversion_flags(parser: argparse.ArgumentParser) -> None:
         help="bytes of tensors in a Hugging Face shard, at most (default 5GB)")
     add("--vocab-size", type=int, default=None, metavar="N",
         help="rows of the embedding without padding, of a Nanotron SRC that was not made by this tool")
+    add("--template", type=_folder, default=None, metavar="DIR",
+        help="a Nanotron checkpoint, such as one saved from a random model: fill exactly its files, slices and dtypes")
     add("--tokenizer", type=_folder, default=None, metavar="DIR",
         help="take tokenizer and generation files from there (default: SRC)")
     add("--tp", type=int, default=1, metavar="T", help="tensor-parallel ranks (default 1)")

@@ -47,7 +47,7 @@ class Moved:
                      self.num_overflowed + other.num_overflowed)
 
     def into(self, targets: Iterable[NewTensorFile]) -> Moved:
-        """The same, with what these files know: bytes that seemed to be copied and are cloned, casts that overflowed."""
+        """The same, with what these files know: bytes that seemed to be copied and are cloned, overflows of casts."""
         files = list(targets)
         cloned, overflowed = sum(file.cloned_nbytes for file in files), sum(file.num_overflowed for file in files)
         return Moved(self.cloned + cloned, self.copied - cloned, self.strided, self.num_overflowed + overflowed)

@@ -28,6 +28,8 @@ class Options:
     """Rows of the embedding without padding, of a Nanotron source that does not say it."""
     max_shard_nbytes: int = 5 * 10**9
     """Bytes of tensors in a Hugging Face shard, at most."""
+    template: Path | None = None
+    """A Nanotron checkpoint whose files, names, versions, slices and dtypes the target takes over."""
     tokenizer: Path | None = None
     """A folder whose tokenizer files go into the destination; None: those of the source."""
     dtype: str = "keep"

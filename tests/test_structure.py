@@ -10,7 +10,7 @@ ORDER = ("errors", "box", "topology", "stop", "durable", "small_files", "json_st
          "architectures", "layouts", "transfer", "alignment", "proof", "plan", "machine", "memory", "casts",
          "tensor_file", "sharing", "target_file", "lanes", "moving", "manifest", "lock", "journal", "staging", "jobs",
          "engines", "destination", "execute", "verify", "source_digests", "documents", "options", "formats", "convert", "report",
-         "inspect", "demo",
+         "inspect", "diff", "demo",
          "flags", "cli", "__main__")
 """A module imports only what stands before it."""
 

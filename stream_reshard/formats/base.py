@@ -52,6 +52,10 @@ class Target(ABC):
         """What the source says and this target cannot express."""
         return source.limits
 
+    def notes(self, source: Source, layout: Layout) -> Iterable[str]:
+        """What the user should know of the choice."""
+        return ()
+
     @abstractmethod
     def problems(self, model: Model) -> Problems:
         """Every way in which the model cannot be cut as was chosen."""

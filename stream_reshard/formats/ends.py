@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from stream_reshard import memory
 from stream_reshard.destination import destination_problems, occupation_problems
@@ -9,6 +10,7 @@ from stream_reshard.errors import Problems, UsageError
 from stream_reshard.formats.base import Source, Target
 from stream_reshard.formats.from_hugging_face import open_hugging_face
 from stream_reshard.formats.from_nanotron import is_nanotron, open_nanotron
+from stream_reshard.formats.like_template import LikeTemplate
 from stream_reshard.formats.to_hugging_face import ToHuggingFace
 from stream_reshard.formats.to_nanotron import ToNanotron
 from stream_reshard.layouts.limits import limit_problems
@@ -19,11 +21,11 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target]:
     """Open the source and choose the target. Raises Refused with everything that is wrong with source, flags and
     destination; what was found before is in `problems`."""
     limit = memory.parse_limit(options.allowed_memory, memory.resident())
-    source = _open(options, limit, problems)
+    source = open_any(options.source, limit, options.vocab_size, problems)
     if options.destination is not None:
         problems.extend(destination_problems(options.source, options.destination, options.overwrite))
     problems.collect(lambda: options.workers)
-    target = problems.collect(_chosen, options, source) if source else None
+    target = problems.collect(_chosen, options, source, limit) if source else None
     if source is not None and target is not None:
         problems.extend(limit_problems(target.limits(source), options.allow, source.config_name))
         if source.model is not None:
@@ -35,16 +37,20 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target]:
     return source, target
 
 
-def _open(options: Options, limit: int, problems: Problems) -> Source | None:
-    if os.path.isdir(options.source) and is_nanotron(options.source):
-        return open_nanotron(options.source, limit, options.vocab_size, problems)
-    if options.vocab_size is not None:
+def open_any(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
+             is_exact: bool = True) -> Source | None:
+    """Open a checkpoint of either format; see `open_nanotron`."""
+    if os.path.isdir(root) and is_nanotron(root):
+        return open_nanotron(root, max_nbytes, vocab_size, problems, is_exact)
+    if vocab_size is not None:
         problems.append(UsageError("--vocab-size is for a Nanotron checkpoint, which keeps no count of its true rows"))
-    return open_hugging_face(options.source, limit, problems)
+    return open_hugging_face(root, max_nbytes, problems)
 
 
-def _chosen(options: Options, source: Source) -> Target:
+def _chosen(options: Options, source: Source, max_nbytes: int) -> Target:
     """The target that the flags ask for. Raises UsageError or Refused."""
+    if options.template is not None:
+        return LikeTemplate.of(options, source, max_nbytes)
     if options.to == "hf":
         return ToHuggingFace(options.max_shard_nbytes)
     if options.to is None and source.config_class is not None:

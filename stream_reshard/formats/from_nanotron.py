@@ -20,9 +20,11 @@ def is_nanotron(root: Path) -> bool:
     return (root / "model").is_dir() or (root / MODEL_CONFIG_NAME).is_file()
 
 
-def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems) -> Source | None:
+def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
+                  is_exact: bool = True) -> Source | None:
     """Read config and headers, none of more than `max_nbytes`; everything wrong goes to `problems`. None where not even
-    the config makes sense. `vocab_size`: rows of the embedding without padding, where a user says it."""
+    the config makes sense. `vocab_size`: rows of the embedding without padding, where a user says it; where it
+    need not be exact, padding counts."""
     if not (root / MODEL_CONFIG_NAME).is_file():
         problems.append(SourceError(f"{quoted(root)} holds no {MODEL_CONFIG_NAME}: it is not a committed checkpoint"))
         return None
@@ -30,7 +32,8 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     files = problems.collect(read_weight_files, root, max_nbytes)
     if config is None:
         return None
-    size = problems.collect(_true_vocab_size, root, config, vocab_size, max_nbytes)
+    told = vocab_size or (problems.collect(vocab_size_of, root, max_nbytes) if is_exact else config.model.vocab_size)
+    size = problems.collect(_true_vocab_size, config, told)
     layout = problems.collect(layout_of_files, root, config, size, files) if files and size else None
     model_config = replace(config.model, vocab_size=size or config.model.vocab_size)
     rules = format_of(config, files) if files else None
@@ -40,15 +43,18 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
                   layout, (MODEL_CONFIG_NAME, METADATA_NAME, *(files.by_path if files else ())))
 
 
-def _true_vocab_size(root: Path, config: NanotronModelConfig, told: int | None, max_nbytes: int) -> int:
+def vocab_size_of(root: Path, max_nbytes: int) -> int | None:
+    """Rows of the embedding without padding, as a manifest says it, if there is one. Raises SourceError."""
+    manifest = read_manifest(root, max_nbytes)
+    return manifest.facts["vocab_size"] if manifest else None
+
+
+def _true_vocab_size(config: NanotronModelConfig, told: int | None) -> int:
     """Rows of the embedding without padding, which Nanotron does not keep. Raises UsageError where it is not known."""
     rows = config.model.vocab_size
     if told is None:
-        manifest = read_manifest(root, max_nbytes)
-        if manifest is None:
-            raise UsageError(f"--vocab-size is needed: the embedding has {rows} rows, Nanotron pads it and keeps no "
-                             f"count of the true ones; say --vocab-size {rows} if none is padding")
-        told = manifest.facts["vocab_size"]
+        raise UsageError(f"--vocab-size is needed: the embedding has {rows} rows, Nanotron pads it and keeps no count "
+                         f"of the true ones; say --vocab-size {rows} if none is padding")
     if not 0 < told <= rows:
         raise UsageError(f"--vocab-size {told}: the embedding has {rows} rows")
     return told

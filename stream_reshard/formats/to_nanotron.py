@@ -78,16 +78,13 @@ class ToNanotron(Target):
 
     def facts(self, layout: Layout) -> dict[str, Any]:
         assert isinstance(layout, NanotronLayout), "it is made by this"
-        rules, topology = self.rules, self.rules.topology
-        return {"format": layout.format, "version": rules.version, "config_class": rules.config_class,
-                "tp": topology.tp, "pp": topology.pp, "dp": topology.dp, "rope_interleaved": rules.rope_interleaved,
-                "vocab_rows": rules.padded_vocab(layout.model.config.vocab_size), "stages": _stage_table(layout)}
+        return layout.facts | {"dp": self.rules.topology.dp, "stages": _stage_table(layout)}
 
     def lines(self, layout: Layout) -> Iterator[str]:
         facts = self.facts(layout)
         yield "stage    blocks                                             files       bytes"
         for row in facts["stages"]:
-            yield f"{row['stage']:<8} {_blocks(row['blocks']):<48} {row['files']:>7} {human(row['nbytes']):>11}"
+            yield f"{row['stage']:<8} {blocks_text(row['blocks']):<48} {row['files']:>7} {human(row['nbytes']):>11}"
 
     def __str__(self) -> str:
         rope = "interleaved" if self.rules.rope_interleaved else "as in Hugging Face"
@@ -101,7 +98,7 @@ class ToNanotron(Target):
 
 def _stage_table(layout: NanotronLayout) -> list[dict[str, Any]]:
     """Per stage: the blocks it holds, and the files and bytes of all its ranks."""
-    stages = stages_of(layout.model.config, layout.rules)
+    stages = layout.stages or stages_of(layout.model.config, layout.rules)
     rows: list[dict[str, Any]] = [{"stage": stage, "blocks": [b for b, s in stages.items() if s == stage], "files": 0,
                                    "nbytes": 0} for stage in range(layout.rules.topology.pp)]
     examples: dict[Any, Group] = {}
@@ -116,7 +113,7 @@ def _stage_table(layout: NanotronLayout) -> list[dict[str, Any]]:
     return rows
 
 
-def _blocks(names: list[str]) -> str:
+def blocks_text(names: Iterable[str]) -> str:
     """`embedding, layers 0-16, final norm, head`."""
     grouped: dict[str, list[str]] = defaultdict(list)
     for name in names:

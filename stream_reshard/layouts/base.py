@@ -109,6 +109,11 @@ class Layout(ABC):
     root: Path
     model: Model
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the whole of it is beyond its model: format, and what decides which file holds what."""
+        return {"format": self.format}
+
     @abstractmethod
     def slices_of(self, number: int) -> tuple[Slice, ...]:
         """Where the elements of a parameter stand, every one exactly once; () where they stand nowhere."""

@@ -71,8 +71,8 @@ def _family(raw: Mapping[str, Any], name: str) -> tuple[str, Family]:
     config_class = classes.get(markers[0], "") if len(markers) == 1 and raw[markers[0]] is True else ""
     if (kind := (config_class, has_bias, skips_rope)) not in _FAMILY_OF:
         raise SourceError(f"{name}: a config with {quoted(markers)}, attention_bias {has_bias} and "
-                          f"{'some' if skips_rope else 'no'} layers without RoPE is not of a kind known here "
-                          f"(LlamaConfig, Qwen2Config)")
+                          f"no_rope_layer {quoted(raw.get('no_rope_layer'))} is not of a kind known here (LlamaConfig, "
+                          f"Qwen2Config)")
     return config_class, FAMILIES[_FAMILY_OF[kind]]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, groupby
+from typing import Any
 
 from stream_reshard.header import StoredTensor, TensorFile, placed
 from stream_reshard.layouts.base import Fill, Group, Layout, Slice
@@ -52,6 +53,13 @@ class NanotronLayout(Layout):
     """By kind of group."""
     _suffixes: dict[tuple[int, int], list[str]] = field(default_factory=dict, repr=False)
     """By kind and stage."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        rules, topology = self.rules, self.rules.topology
+        return {"format": self.format, "version": rules.version, "config_class": rules.config_class,
+                "tp": topology.tp, "pp": topology.pp, "rope_interleaved": rules.rope_interleaved,
+                "vocab_rows": rules.padded_vocab(self.model.config.vocab_size)}
 
     @cached_property
     def _kinds(self) -> tuple[_Kind, ...]:

@@ -43,15 +43,28 @@ class WeightFiles:
 
 def read_weight_files(root: Path, max_nbytes: int) -> WeightFiles:
     """Read the headers of all weight files, each of at most `max_nbytes`. Raises Refused."""
-    problems, by_path = Problems(), {}
+    problems = Problems()
+    by_path = scan(root, max_nbytes, problems)
+    problems.raise_if_any()
+    return agreeing(root, by_path)
+
+
+def scan(root: Path, max_nbytes: int, problems: Problems) -> dict[str, WeightFile]:
+    """The weight files by path, as far as their headers make sense; what is wrong with others goes to `problems`."""
+    by_path = {}
     for path in files_below(root / "model"):
         if file := problems.collect(_weight_file, root, f"model/{path}", max_nbytes):
             by_path[file.file.path] = file
         if len(problems) > MAX_PROBLEMS:
             break
-    problems.raise_if_any()
+    return by_path
+
+
+def agreeing(root: Path, by_path: Mapping[str, WeightFile]) -> WeightFiles:
+    """The same files, of one topology and version. Raises Refused where there are several of either."""
     sizes = {(file.place.num_tp, file.place.num_pp) for file in by_path.values() if file.place}
     versions = {file.version for file in by_path.values() if file.version}
+    problems = Problems()
     for what, values in (("topologies (TP, PP)", sizes), ("format versions", versions)):
         if len(values) > 1:
             problems.append(SourceError(f"{quoted(root)}: files of several {what} stand together: "

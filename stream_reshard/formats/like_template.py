@@ -1,0 +1,94 @@
+"""A Nanotron checkpoint to be written exactly as another one is: the files of a random model that Nanotron saved,
+filled with the weights of the source."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from stream_reshard.architectures import Family
+from stream_reshard.errors import Problems, SourceError, UsageError, quoted
+from stream_reshard.formats.base import Source
+from stream_reshard.formats.from_nanotron import open_nanotron
+from stream_reshard.formats.to_nanotron import ToNanotron
+from stream_reshard.layouts.base import Layout
+from stream_reshard.layouts.differences import layout_differences
+from stream_reshard.layouts.nanotron_layout import NanotronLayout
+from stream_reshard.model import Model, ModelConfig
+from stream_reshard.options import Options
+from stream_reshard.topology import Topology, padded_size
+
+MAX_LISTED = 100
+"""Differences that a plan tells; of more only how many."""
+
+_MAY_DIFFER = {"family", "vocab_size", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
+"""What of a config changes neither the tensors nor the forward pass; of the vocabulary only the rows must fit."""
+
+
+@dataclass(frozen=True)
+class LikeTemplate(ToNanotron):
+    """The files of a template."""
+
+    template: NanotronLayout
+
+    @classmethod
+    def of(cls, options: Options, source: Source, max_nbytes: int) -> LikeTemplate:
+        """Read the headers of the template, none of more than `max_nbytes`. Raises Refused where it makes no sense, is
+        of another model, or a flag asks for something else than it has."""
+        problems, root = Problems(), options.template
+        assert root is not None, "it is asked for"
+        problems.extend(_flag_problems(options))
+        opened = open_nanotron(root, max_nbytes, None, problems, is_exact=False)
+        if opened is not None:
+            problems.extend(_model_problems(root, opened, source.family, source.config))
+        problems.raise_if_any()
+        assert opened and isinstance(opened.layout, NanotronLayout), "otherwise there are problems"
+        rules, vocab_size = opened.layout.rules, source.config.vocab_size
+        rows = rules.padded_vocab(opened.config.vocab_size)
+        multiple = next(n for n in range(1, rows + 1) if padded_size(vocab_size, rules.topology.tp * n) == rows)
+        return cls(replace(rules, topology=replace(rules.topology, dp=options.topology.dp), vocab_multiple=multiple),
+                   opened.layout)
+
+    def problems(self, model: Model) -> Problems:
+        return Problems()  # It has been cut like this already.
+
+    def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> NanotronLayout:
+        return NanotronLayout(root, model, self.rules, self.template.dtypes, stages=self.template.stages)
+
+    def notes(self, source: Source, layout: Layout) -> Iterator[str]:
+        """In what the template differs from what this tool would have chosen, tensor by tensor."""
+        assert isinstance(layout, NanotronLayout) and source.layout, "it is made by this"
+        own = NanotronLayout(layout.root, layout.model, replace(self.rules, vocab_rows=None, vocab_multiple=1),
+                             source.layout.dtype_at)
+        found = [f"own choice and template differ in {text}" for text in layout_differences(own, layout)]
+        yield from found[:MAX_LISTED]
+        if len(found) > MAX_LISTED:
+            yield f"and {len(found) - MAX_LISTED} more; `diff` with a conversion without --template lists all"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, like {self.template.root}"
+
+
+def _flag_problems(options: Options) -> Iterator[UsageError]:
+    """Flags that ask for something that the template decides."""
+    plain = Options(options.source, options.destination)
+    for flag, name in (("--to hf", "to"), ("--rope", "rope"), ("--vocab-multiple", "vocab_multiple"),
+                       ("--nanotron-config", "config_class"), ("--checkpoint-version", "version"),
+                       ("--dtype", "dtype")):
+        if getattr(options, name) not in (getattr(plain, name), "nanotron"):
+            yield UsageError(f"{flag} with --template: the template decides that")
+    if replace(options.topology, dp=1) != Topology():
+        yield UsageError("--tp and --pp with --template: the template decides them")
+
+
+def _model_problems(root: Path, template: Source, family: Family, config: ModelConfig) -> Iterator[SourceError]:
+    """Where the template is a checkpoint of another model."""
+    if template.family.rows != family.rows:
+        yield SourceError(f"{quoted(root)} holds a {template.family.name} model, the source is {family.name}")
+    for field in fields(ModelConfig):
+        mine, theirs = getattr(template.config, field.name), getattr(config, field.name)
+        if mine != theirs and field.name not in _MAY_DIFFER:
+            yield SourceError(f"{quoted(root)}: {field.name} is {quoted(mine)}, in the source {quoted(theirs)}")
+    rows = template.layout.facts["vocab_rows"] if template.layout else config.vocab_size
+    if rows < config.vocab_size:
+        yield SourceError(f"{quoted(root)}: its embedding has {rows} rows, the source needs {config.vocab_size}")
