@@ -7,21 +7,15 @@ import os
 import re
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from stream_reshard import memory
-from stream_reshard.convert import Conversion, Options, plan_conversion, run_conversion
+from stream_reshard import api, memory
 from stream_reshard.errors import DifferenceError, ResourceError, StreamReshardError, UsageError, quoted, shell_word
 from stream_reshard.flags import COMMANDS, parser_of
-from stream_reshard.machine import io_counters
-from stream_reshard.plan import Job
-from stream_reshard.report import as_json, done_lines, plan_lines, summary, summary_lines
 from stream_reshard.staging import staging_of
 from stream_reshard.stop import Stop
-from stream_reshard.topology import Topology
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What asks a run to stop; batch systems send the last one some time before the limit."""
@@ -33,20 +27,16 @@ _MAX_LINES = 50
 """Problems that are printed; the worst come first."""
 
 
-def options_of(arguments: argparse.Namespace) -> Options:
-    """The one frozen value that the flags mean."""
-    return Options(
-        source=arguments.source, destination=arguments.destination,
-        topology=Topology(arguments.tp, arguments.pp, arguments.dp), to=arguments.to, vocab_size=arguments.vocab_size,
-        max_shard_nbytes=memory.parse_nbytes(arguments.max_shard_size), tokenizer=arguments.tokenizer,
-        template=arguments.template,
-        config_class=arguments.nanotron_config,
-        version=arguments.checkpoint_version, rope=arguments.rope, vocab_multiple=arguments.vocab_multiple,
-        dtype=arguments.dtype, allow=tuple(arguments.allow),
-        max_memory=memory.parse_nbytes(arguments.max_memory), num_workers=arguments.workers,
-        io=arguments.io, digests=arguments.digests,
+def _planned(arguments: argparse.Namespace, stop: Stop) -> api.Conversion:
+    """What the flags mean."""
+    return api.plan(
+        arguments.source, arguments.destination, tp=arguments.tp, pp=arguments.pp, dp=arguments.dp, to=arguments.to,
+        max_memory=arguments.max_memory, num_workers=arguments.workers, max_shard_size=arguments.max_shard_size,
+        vocab_size=arguments.vocab_size, vocab_multiple=arguments.vocab_multiple, template=arguments.template,
+        tokenizer=arguments.tokenizer, config_class=arguments.nanotron_config, version=arguments.checkpoint_version,
+        rope=arguments.rope, dtype=arguments.dtype, allow=arguments.allow, io=arguments.io, digests=arguments.digests,
         restart=arguments.restart, overwrite=arguments.overwrite, break_lock=arguments.break_lock,
-        verify=arguments.verify, source_sha256=arguments.source_sha256)
+        verify=arguments.verify, source_sha256=arguments.source_sha256, stop=stop)
 
 
 def _percent(text: str) -> float:
@@ -83,32 +73,20 @@ def _bar(total: int, quiet: bool, **look: Any) -> Any:
     return tqdm(total=total, file=sys.stderr, **look)
 
 
-def _progress(conversion: Conversion, quiet: bool) -> tuple[Callable[[Job], None], Callable[[], None]]:
-    """(called with each finished job, called at the end)."""
-    bar = _bar(conversion.plan.nbytes, quiet, unit="B", unit_scale=True)
-    if bar is None:
-        return lambda job: None, lambda: None
-
-    def advance(job: Job) -> None:
-        bar.update(job.nbytes)
-        bar.set_postfix_str(f"memory {memory.human(memory.resident())}")
-
-    return advance, bar.close
-
-
 def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`SRC DST`: plan, print the plan, run it, print the summary."""
-    begin, io_before = time.monotonic(), io_counters()
-    conversion = plan_conversion(options_of(arguments), stop)
-    if conversion.is_done and not arguments.overwrite:
-        run_conversion(conversion, stop=stop)  # Removes what a stop in the middle of a swap left.
-        _print(arguments, as_json(conversion) | {"already_done": True}, done_lines(conversion))
-        return
-    if not (arguments.json or arguments.quiet):
-        _say("\n".join(plan_lines(conversion)))
-    advance, close = _progress(conversion, arguments.quiet)
+    conversion = _planned(arguments, stop)
+    if not (arguments.json or arguments.quiet or (conversion.is_done and not arguments.overwrite)):
+        _say(api.described(conversion))
+    bar = _bar(conversion.plan.nbytes, arguments.quiet, unit="B", unit_scale=True)
+
+    def advance(done: int, total: int) -> None:
+        if bar is not None:
+            bar.update(done - bar.n)
+            bar.set_postfix_str(f"memory {memory.human(memory.resident())}")
+
     try:
-        done = run_conversion(conversion, advance, stop)
+        result = api.run(conversion, advance, stop)
     except StreamReshardError as error:
         if error.exit_code == ResourceError.exit_code or error.exit_code > 128:
             kept = staging_of(arguments.destination.resolve())
@@ -116,9 +94,9 @@ def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
                 f"to go on: {_resume_command(arguments)}")
         raise
     finally:
-        close()
-    told = conversion, time.monotonic() - begin, memory.peak_resident(), io_counters(io_before), done
-    _print(arguments, summary(*told), summary_lines(*told))
+        if bar is not None:
+            bar.close()
+    _print(arguments, result.facts, result.lines)
 
 
 def _resume_command(arguments: argparse.Namespace) -> str:
@@ -129,16 +107,13 @@ def _resume_command(arguments: argparse.Namespace) -> str:
 
 def plan_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`plan SRC [DST]`: everything up to and without the writing."""
-    conversion = plan_conversion(options_of(arguments), stop)
-    _print(arguments, as_json(conversion), plan_lines(conversion))
+    conversion = _planned(arguments, stop)
+    _print(arguments, api.facts_of(conversion), [api.described(conversion)])
 
 
 def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`verify SRC DST`."""
-    from stream_reshard import verify
-    max_memory = memory.parse_nbytes(arguments.max_memory)
-    how = verify.How(max_memory, arguments.workers, arguments.quick, _percent(arguments.sample), arguments.seed,
-                     arguments.dtype, tuple(arguments.allow), tuple(arguments.edited))
+    from stream_reshard.verify import lines
     bar = _bar(0, arguments.quiet, unit="part")
 
     def advance(done: int, total: int) -> None:
@@ -147,25 +122,27 @@ def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
             bar.update(done - bar.n)
 
     try:
-        facts = verify.verify(arguments.source, arguments.destination, how, stop, advance)
+        facts = api.verify(
+            arguments.source, arguments.destination, max_memory=arguments.max_memory, num_workers=arguments.workers,
+            quick=arguments.quick, sample=_percent(arguments.sample), seed=arguments.seed, dtype=arguments.dtype,
+            allow=tuple(arguments.allow), edited=tuple(arguments.edited), stop=stop, progress=advance)
     finally:
         if bar is not None:
             bar.close()
-    _print(arguments, facts, verify.lines(facts))
+    _print(arguments, facts, lines(facts))
 
 
 def inspect_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`inspect DIR`."""
-    from stream_reshard.inspect import inspect
-    facts = inspect(arguments.source, arguments.values, stop)
+    facts = api.inspect(arguments.source, arguments.values, stop)
     _print(arguments, facts, (f"{key:<22} {value}" for key, value in facts.items()))
 
 
 def diff_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`diff A B`."""
-    from stream_reshard import diff
-    facts = diff.diff(arguments.source, arguments.destination)
-    _print(arguments, facts, diff.lines(facts))
+    from stream_reshard.diff import lines
+    facts = api.diff(arguments.source, arguments.destination)
+    _print(arguments, facts, lines(facts))
     if not facts["same"]:
         raise DifferenceError(f"the layouts of {quoted(arguments.source)} and {quoted(arguments.destination)} differ")
 

@@ -10,7 +10,7 @@ ORDER = ("errors", "box", "topology", "stop", "durable", "small_files", "json_st
          "architectures", "layouts", "transfer", "alignment", "proof", "plan", "machine", "memory", "casts",
          "tensor_file", "sharing", "target_file", "lanes", "moving", "manifest", "lock", "journal", "staging", "jobs",
          "engines", "destination", "execute", "verify", "source_digests", "documents", "options", "formats", "convert", "report",
-         "inspect", "diff", "demo",
+         "inspect", "diff", "api", "demo",
          "flags", "cli", "__main__")
 """A module imports only what stands before it."""
 
@@ -30,6 +30,15 @@ def test_imports_run_one_way():
             continue
         for other in imported(path):
             assert ORDER.index(other) < ORDER.index(own) or other == own, f"{path.name} imports {other}"
+
+
+def test_the_command_line_uses_nothing_but_the_interface():
+    """What it does, others can do: beside words and signals it has no means of its own."""
+    assert set(imported(PACKAGE / "cli.py")) <= {"api", "flags", "errors", "stop", "memory", "staging", "demo",
+                                                 "verify", "diff"}
+    source = (PACKAGE / "cli.py").read_text()
+    for module in ("verify", "diff"):
+        assert f"from stream_reshard.{module} import lines\n" in source
 
 
 def test_files_and_functions_are_short():

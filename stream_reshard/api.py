@@ -1,0 +1,151 @@
+"""What a notebook wants, and all that the command line uses: plan, run, verify, inspect, diff::
+
+    from stream_reshard import api
+    conversion = api.plan("llama-7b", "llama-7b-tp4", tp=4, pp=2, max_memory="256MiB")
+    print(api.described(conversion))                           # what it will do and need
+    result = api.run(conversion, progress=lambda done, total: print(f"{done / total:.0%}"))
+    api.verify("llama-7b", "llama-7b-tp4")                     # raises where any weight differs
+    print(result.facts["peak_nbytes"])
+
+Every function raises what `errors` draws: a StreamReshardError, whose text is meant for people, or Refused, which holds
+all problems found at once. Sizes are in bytes, or words such as "512MiB" and "5GB".
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Union
+
+from stream_reshard import memory, report
+from stream_reshard.convert import Conversion, plan_conversion, run_conversion
+from stream_reshard.execute import Done
+from stream_reshard.machine import io_counters
+from stream_reshard.options import Options
+from stream_reshard.plan import Job
+from stream_reshard.stop import Stop
+from stream_reshard.topology import Topology
+
+__all__ = ["Conversion", "Result", "Stop", "described", "diff", "facts_of", "inspect", "plan", "run", "verify"]
+
+Folder = Union[str, PathLike]
+Size = Union[int, str]
+
+
+def plan(source: Folder, destination: Folder | None = None, *, tp: int = 1, pp: int = 1, dp: int = 1,
+         max_memory: Size = memory.DEFAULT_ALLOWED, max_shard_size: Size = Options.max_shard_nbytes,
+         tokenizer: Folder | None = None, template: Folder | None = None, allow: Collection[str] = (),
+         stop: Stop | None = None, **choices: Any) -> Conversion:
+    """What a conversion will do; reads headers and configs only, and writes nothing.
+
+    `tp`, `pp`, `dp`: ranks along each parallel axis of Nanotron. `max_memory`: limit on the peak resident set of the
+    whole process tree, this process included. `max_shard_size`: bytes of tensors in a Hugging Face shard. `template`: a
+    Nanotron checkpoint to be filled. `choices`: fields of `options.Options` by name, such as to="hf", dtype="bfloat16",
+    rope="interleaved", vocab_size=32000, num_workers=2, overwrite=True.
+
+    For people `described` tells it, `facts_of` as JSON. Raises Refused.
+    """
+    options = Options(Path(source), None if destination is None else Path(destination), Topology(tp, pp, dp),
+                      max_memory=_nbytes(max_memory), max_shard_nbytes=_nbytes(max_shard_size),
+                      tokenizer=None if tokenizer is None else Path(tokenizer),
+                      template=None if template is None else Path(template), allow=tuple(allow), **choices)
+    return plan_conversion(options, stop)
+
+
+def described(conversion: Conversion) -> str:
+    """A plan as text: source, target, what goes where, memory and disk, what will not be honoured."""
+    return "\n".join(report.plan_lines(conversion))
+
+
+def facts_of(conversion: Conversion) -> dict[str, Any]:
+    """A plan as JSON; sizes in bytes."""
+    return report.as_json(conversion)
+
+
+def _nbytes(size: Size) -> int:
+    return memory.parse_nbytes(size) if isinstance(size, str) else size
+
+
+@dataclass(frozen=True)
+class Result:
+    """A conversion that ended well; the destination is durable."""
+
+    conversion: Conversion
+    seconds: float
+    peak_nbytes: int
+    """Highest resident set of this process."""
+    io: Mapping[str, int]
+    """What the kernel counted meanwhile (proc_pid_io(5)): rchar, wchar, read_bytes, write_bytes."""
+    done: Done = field(repr=False)
+    already_done: bool = False
+    """Whether the destination held this very output before."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was planned and what became of it, as JSON; sizes in bytes."""
+        if self.already_done:
+            return report.as_json(self.conversion) | {"already_done": True}
+        return report.summary(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done)
+
+    @property
+    def lines(self) -> Iterator[str]:
+        """The same for a person."""
+        if self.already_done:
+            return report.done_lines(self.conversion)
+        return report.summary_lines(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done)
+
+
+def run(conversion: Conversion, progress: Callable[[int, int], None] | None = None,
+        stop: Stop | None = None) -> Result:
+    """Write the destination: whole, or not at all.
+
+    `progress(done, total)` is called with bytes of target files as they become durable. Another thread ends the run
+    with `stop.request()`: it raises Interrupted, and the same plan run again goes on where it was. Raises SourceError
+    where the source changed, DestinationError, ResourceError (disk, I/O; resumable), LockedError, DifferenceError where
+    `verify` was chosen and found one.
+    """
+    begin, io_before, already_done = time.monotonic(), io_counters(), _is_done(conversion)
+    num_done = 0
+
+    def advance(job: Job) -> None:
+        nonlocal num_done
+        num_done += job.nbytes
+        if progress is not None:
+            progress(num_done, conversion.plan.nbytes)
+
+    done = run_conversion(conversion, advance, stop)
+    return Result(conversion, time.monotonic() - begin, memory.peak_resident(), io_counters(io_before), done,
+                  already_done)
+
+
+def _is_done(conversion: Conversion) -> bool:
+    return not conversion.options.overwrite and conversion.is_done
+
+
+def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_ALLOWED, stop: Stop | None = None,
+           progress: Callable[[int, int], None] = lambda done, total: None, **choices: Any) -> dict[str, Any]:
+    """Compare every weight of two checkpoints, of whatever formats, through the headers of their files; returns counts.
+
+    `progress(done, total)` counts parts of the work. `choices`: fields of `verify.How` by name, such as quick=True,
+    sample=0.1, seed=1, num_workers=2. Raises Refused with every difference (a DifferenceError each: file, parameter,
+    first index, both values).
+    """
+    from stream_reshard.verify import How
+    from stream_reshard.verify import verify as compare
+    return compare(Path(source), Path(copy), How(_nbytes(max_memory), **choices), stop, progress)
+
+
+def inspect(folder: Folder, values: bool = False, stop: Stop | None = None) -> dict[str, Any]:
+    """What a checkpoint folder of either format holds: family, sizes, dtypes, topology, stages, versions, faults; with
+    `values` every weight is read, and NaN and infinities are counted. Raises SourceError."""
+    from stream_reshard.inspect import inspect as look
+    return look(Path(folder), values, stop)
+
+
+def diff(one: Folder, other: Folder) -> dict[str, Any]:
+    """In what the layouts of two checkpoints of one model differ, tensor by tensor: {"same", "differences",
+    "num_more"}. No weight is read. Raises Refused."""
+    from stream_reshard.diff import diff as compare
+    return compare(Path(one), Path(other))
