@@ -22,6 +22,8 @@ class Case:
     """Which function of real.models makes the model."""
     flags: tuple = ()
     """For the command line, beside the topology."""
+    through: tuple = ()
+    """Flags of a Nanotron checkpoint that is made first, and from which this one is made."""
     vocab_size: int = 320
     class_name: str = "LlamaConfig"
     checkpoint_version: str = "1.5"
@@ -33,6 +35,8 @@ OLD = ("--checkpoint-version", "1.2")
 RELEASE = {
     "llama": Case("save_llama", OLD, checkpoint_version="1.2"),
     "tied": Case("save_tied_llama", OLD, vocab_size=323, checkpoint_version="1.2"),
+    "across": Case("save_tied_llama", OLD, ("--tp", 4, "--vocab-multiple", 3), vocab_size=323,
+                   checkpoint_version="1.2"),
 }
 MAIN = {
     "llama": Case("save_llama"),
@@ -40,6 +44,7 @@ MAIN = {
     "llama as qwen2": Case("save_llama", ("--nanotron-config", "Qwen2Config"), class_name="Qwen2Config"),
     "qwen2": Case("save_qwen2", class_name="Qwen2Config"),
     "interleaved": Case("save_llama", ("--rope", "interleaved"), as_saved=False),
+    "across": Case("save_tied_llama", ("--rope", "neox"), ("--pp", 3, *OLD), vocab_size=323),
     "format 1.4": Case("save_llama", ("--checkpoint-version", "1.4"), checkpoint_version="1.4", as_saved=False),
 }
 
@@ -52,7 +57,10 @@ def judge(cases, folder, repo=None):
         hf = getattr(models, case.save)(folder / name / "hf")
         logits = folder / name / "logits.safetensors"
         models.save_logits(hf, logits)
-        converted = launch.convert(hf, folder / name / "converted", *TOPOLOGY, *case.flags)
+        source, to = hf, ()
+        if case.through:
+            source, to = launch.convert(hf, folder / name / "first", *case.through), ("--to", "nanotron")
+        converted = launch.convert(source, folder / name / "converted", *TOPOLOGY, *to, *case.flags)
         steps += [("save", hf, folder / name / "saved", *TOPOLOGY, "--model-config", case.class_name),
                   ("load", hf, converted, *TOPOLOGY),
                   ("load", hf, converted, "--pp", 4),
