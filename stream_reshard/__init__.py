@@ -38,9 +38,12 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - destination:    what speaks against a destination
 - documents:      the files beside the weights that Nanotron's trainer reads
 - options:        everything a user can choose
+- formats:        a checkpoint opened to be converted, and one to be written; a module knows one end only
 - convert:        a conversion from options to plan to checkpoint
 - report:         what a person reads
-- inspect, demo:  the smaller commands
+- inspect, diff:  what a folder holds; in what two layouts differ
+- api:            plan, run, verify, inspect, diff: what a notebook wants, and all that the command line uses
+- demo:           a small Llama, converted and verified
 - flags, cli:     flags; streams, signals, exit codes
 
 Imports run one way, in this order.

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sources import make_source
 
 from stream_reshard.flags import COMMANDS, parser_of
 from stream_reshard.layouts.limits import ALLOWABLE
@@ -36,13 +37,33 @@ def test_example_is_what_the_demo_prints():
     run = subprocess.run([sys.executable, "-m", "stream_reshard", "demo"], cwd=ROOT, check=True, capture_output=True,
                          text=True)
     blur = [(r"[\d.]+ \w+ free", "N free"), (r"/\S+/stream_reshard_demo_\w+", "FOLDER"),
-            (r"(reserved|projected) [\d.]+", r"\1 N")]
+            (r"(reserved|projected) [\d.]+", r"\1 N"), (r"\d+ workers", "N workers")]
     for pattern, name in blur:
         shown = [re.sub(pattern, name, line) for line in shown]
     got = run.stdout
     for pattern, name in blur:
         got = re.sub(pattern, name, got)
     assert got.splitlines() == shown
+
+
+def test_the_python_example_runs(tmp_path):
+    """In a folder that holds such a source."""
+    code = re.search(r"```python\n(.+?)```", README, re.S)[1]
+    make_source(tmp_path / "llama-7b", config={"num_key_value_heads": 4})
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, capture_output=True, text=True)
+    assert "100%" in told.stdout and (tmp_path / "llama-7b-tp4" / "config.yaml").exists()
+
+
+def test_the_other_commands_run(tmp_path):
+    """The commands of the introduction, one after the other, as they stand there."""
+    make_source(tmp_path / "hf", config={"num_key_value_heads": 8, "num_attention_heads": 8, "intermediate_size": 24})
+    shown = re.findall(r"^    python (-m stream_reshard .*SRC DST.*)$", README, re.M)
+    assert len(shown) == 4
+    folders = [("hf", "nt"), ("nt", "back"), ("nt", "across"), ("nt", "back")]
+    for words, (source, destination) in zip(shown, folders):
+        line = words.replace("SRC", str(tmp_path / source)).replace("DST", str(tmp_path / destination))
+        subprocess.run([sys.executable, *line.split()], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_test_command_is_the_one_that_ci_runs():

@@ -1,8 +1,16 @@
-"""Layouts: what is where in one checkpoint. A format is one module; it opens headers, never weights.
+"""Layouts: what is where in one checkpoint. A format is a few modules; they open headers, never weights.
 
-- base:            StoredTensor, Slice, Fill, TensorFile, Layout
-- hugging_face:    a folder of safetensors shards with config.json
-- hf_config:       what config.json says, in one spelling
-- nanotron:        one file per parameter and rank, to be written
-- nanotron_limits: what of a Hugging Face config Nanotron cannot express
+- base:             Slice, Fill, Group, Layout
+- hf_config:        what config.json says, in one spelling
+- hf_shards:        the shards of a folder, and what its index says of them
+- hugging_face:     a folder of shards that is there
+- hf_target:        one to be written
+- nanotron:         topology, version, padding of a Nanotron checkpoint; which models it can hold
+- nanotron_ranks:   what each tensor-parallel rank keeps of a parameter
+- nanotron_layout:  one file per parameter and rank
+- nanotron_config:  what model_config.json says
+- nanotron_files:   what a weight file says of itself
+- nanotron_source:  a Nanotron checkpoint that is there
+- limits, hf_limits: what a config says and no other format here can express
+- differences:      in what two layouts differ
 """
