@@ -19,6 +19,7 @@ from sources import make_source
 
 from stream_reshard import convert, durable, staging
 from stream_reshard.cli import main
+from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
 
 OPERATIONS = ("open", "mkdir", "posix_fallocate", "pwritev", "pwrite", "ftruncate", "fsync", "close", "rename",
               "unlink", "rmdir")
@@ -188,7 +189,7 @@ def after_fault(case, allowed=(None,)):
     `allowed` are the trees that may stand at the destination beside the wanted one; None is no tree.
     """
     tree, partial = case.tree(), tree_of(staging.staging_of(case.destination))
-    if partial and staging.MARKER_NAME in partial and not case.wanted.items() <= partial.items() and partial not in allowed:
+    if partial and MODEL_CONFIG_NAME in partial and not case.wanted.items() <= partial.items() and partial not in allowed:
         return "the staging folder holds the marker of a whole checkpoint, and is none"
     if tree != case.wanted and tree not in allowed:
         differ = [path for path in tree if tree[path] != case.wanted.get(path)]
