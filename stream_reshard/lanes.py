@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from stream_reshard.tensor_file import SourceFile
 
-NUM_READ_BUFFERS = 3
+NUM_READ_BUFFERS = 5
 NUM_BUFFERS = NUM_READ_BUFFERS + 1
 """Buffers of a lane: some to read into, and one for what must be put in order first."""
 
