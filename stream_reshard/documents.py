@@ -12,7 +12,7 @@ from textwrap import indent
 from typing import Any
 
 from stream_reshard.layouts.nanotron import MARKERS, NanotronFormat
-from stream_reshard.model import ModelConfig
+from stream_reshard.model import Experts, ModelConfig
 
 
 def nanotron_config(config: ModelConfig, format: NanotronFormat, attention_bias: bool,
@@ -35,9 +35,20 @@ def nanotron_config(config: ModelConfig, format: NanotronFormat, attention_bias:
         fields |= {"rope_theta": config.rope_theta, "rope_interleaved": format.rope_interleaved}
     if format.config_class == "Qwen2Config":
         fields["attention_bias"] = attention_bias
+    if config.experts is not None:
+        fields["moe_config"] = moe_config(config.experts)
     if config.no_rope_layer is not None:
         fields["no_rope_layer"] = config.no_rope_layer
     return fields
+
+
+def moe_config(experts: Experts) -> dict[str, Any]:
+    """The fields of Nanotron's MoEConfig; -1 is every layer."""
+    return {"num_experts": experts.num_experts, "top_k": experts.num_experts_per_tok,
+            "moe_intermediate_size": experts.moe_intermediate_size,
+            "shared_expert_intermediate_size": experts.shared_expert_intermediate_size,
+            "router_aux_loss_coef": experts.router_aux_loss_coef, "layers": [-1], "enable_shared_expert": True,
+            "token_dispatcher_type": "alltoall"}
 
 
 def checkpoint_metadata(format: NanotronFormat, sequence_length: int) -> dict[str, Any]:
@@ -55,10 +66,12 @@ def checkpoint_metadata(format: NanotronFormat, sequence_length: int) -> dict[st
 
 
 def _scalar(value: Any) -> str:
-    """A YAML 1.1 scalar. Floats need a point: YAML reads 1e-05 as a string, 1.0e-05 as a number."""
+    """A YAML 1.1 value in one line. Floats need a point: YAML reads 1e-05 as a string, 1.0e-05 as a number."""
     if isinstance(value, float):
         mantissa, e, exponent = repr(value).partition("e")
         return mantissa + (".0" if e and "." not in mantissa else "") + e + exponent
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_scalar(item)}" for key, item in value.items()) + "}"
     return json.dumps(value)
 
 

@@ -36,6 +36,11 @@ class Parameter:
     """Name of the (maybe fused) parameter that holds it in Nanotron, below `model.`."""
     tied_to: str | None = None
     """Name of the parameter whose values it shares; a tied parameter is stored nowhere itself."""
+    stacked: int | None = None
+    """Which of the experts it belongs to, where Nanotron stacks the transposed matrices of all of them in one array
+    (expert, column, row); rows of several matrices stand beside each other there."""
+    is_float32: bool = False
+    """Whether Nanotron keeps it in float32 whatever the others have."""
 
     @property
     def whole(self) -> Box:
@@ -51,6 +56,19 @@ class Parameter:
     def num_elements(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that every layer has in place of its MLP."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    """Of one expert."""
+    shared_expert_intermediate_size: int
+    """Of the expert that sees every token."""
+    router_aux_loss_coef: float
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,8 @@ class ModelConfig:
     pad_token_id: int | None
     no_rope_layer: int | None = None
     """Layers n, 2n, 3n ... (counted from 1) go without rotary embedding; None where all have it."""
+    experts: Experts | None = None
+    """None where every layer has a plain MLP."""
 
     @property
     def head_dim(self) -> int:
@@ -86,14 +106,18 @@ class ModelConfig:
     @property
     def counts(self) -> dict[str, int]:
         """How many there are of what the names of parameters count."""
-        return {"layer": self.num_hidden_layers}
+        return {"layer": self.num_hidden_layers} | ({"expert": self.experts.num_experts} if self.experts else {})
 
     @property
     def sizes(self) -> dict[str, int]:
         """Extent of every named dim of the architecture tables."""
-        return {"vocab": self.vocab_size, "hidden": self.hidden_size, "ffn": self.intermediate_size,
-                "heads": self.num_attention_heads, "kv_heads": self.num_key_value_heads,
-                "head_dim": self.head_dim, "half": 2, "pair": self.head_dim // 2}
+        sizes = {"vocab": self.vocab_size, "hidden": self.hidden_size, "ffn": self.intermediate_size,
+                 "heads": self.num_attention_heads, "kv_heads": self.num_key_value_heads,
+                 "head_dim": self.head_dim, "half": 2, "pair": self.head_dim // 2, "one": 1}
+        if self.experts is None:
+            return sizes
+        return sizes | {"experts": self.experts.num_experts, "expert_ffn": self.experts.moe_intermediate_size,
+                        "shared_ffn": self.experts.shared_expert_intermediate_size}
 
 
 @dataclass(frozen=True)
@@ -110,6 +134,10 @@ class Row:
     """Tensor name in Hugging Face."""
     nanotron: str
     """Parameter name in Nanotron, below `model.`. Rows that share a name are fused along dim 0, in table order."""
+    is_stacked: bool = False
+    """Whether Nanotron keeps all `{expert}`s in one array, each transposed; fused rows stand beside each other then."""
+    is_float32: bool = False
+    """Whether Nanotron keeps it in float32."""
 
     @property
     def per_layer(self) -> bool:
@@ -167,7 +195,8 @@ class Model:
             name=row.parameter.format(**indices), dims=tuple(dims), shape=tuple(sizes[dim] for dim in dims),
             matrix=tuple(tuple(range(first, last)) for first, last in zip(ends, ends[1:])), split=row.split,
             hugging_face=row.hugging_face.format(**indices), nanotron=row.nanotron.format(**indices),
-            tied_to="embedding" if self.is_tied(index) else None)
+            tied_to="embedding" if self.is_tied(index) else None,
+            stacked=indices["expert"] if row.is_stacked else None, is_float32=row.is_float32)
 
     def is_tied(self, row: int) -> bool:
         """Whether the parameters of a row share the values of another: checkpoints need not hold them."""

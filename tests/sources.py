@@ -20,6 +20,10 @@ CONFIG = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "n
 FAMILY = {"llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
           "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
           "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+          "qwen2_moe": {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_experts": 3,
+                        "num_experts_per_tok": 2, "moe_intermediate_size": 6, "shared_expert_intermediate_size": 10,
+                        "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
+                        "router_aux_loss_coef": 0.001, "use_sliding_window": False},
           "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "no_rope_layer_interval": 2,
                       "no_rope_layers": [1, 0]}}
 
@@ -40,11 +44,19 @@ def shapes_of(family: str, config: Mapping[str, Any], tied: bool) -> dict[str, t
             "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, hidden),
             "post_attention_layernorm": (hidden,), "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden),
             "mlp.down_proj": (hidden, ffn)}
+    if family == "qwen2_moe":
+        experts, expert_ffn, shared_ffn = 3, 6, 10
+        rows = {name: shape for name, shape in rows.items() if not name.startswith("mlp.")}
+        rows |= {"mlp.gate": (experts, hidden), "mlp.shared_expert_gate": (1, hidden)}
+        for name, ffn in (*((f"experts.{expert}", expert_ffn) for expert in range(experts)),
+                          ("shared_expert", shared_ffn)):
+            rows |= {f"mlp.{name}.gate_proj": (ffn, hidden), f"mlp.{name}.up_proj": (ffn, hidden),
+                     f"mlp.{name}.down_proj": (hidden, ffn)}
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(config["num_hidden_layers"]):
         for name, shape in rows.items():
             shapes[f"model.layers.{layer}.{name}.weight"] = shape
-            if family == "qwen2" and name.endswith(("q_proj", "k_proj", "v_proj")):
+            if family.startswith("qwen2") and name.endswith(("q_proj", "k_proj", "v_proj")):
                 shapes[f"model.layers.{layer}.{name}.bias"] = shape[:1]
     shapes["model.norm.weight"] = (hidden,)
     return shapes if tied else shapes | {"lm_head.weight": (vocab, hidden)}
@@ -56,7 +68,11 @@ def make_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]
     assert total <= 2**16, f"{total} elements cannot all differ in 16 bits; make the model smaller"
     patterns = ((np.arange(total, dtype=np.uint32) * 40503 + 12345) & 0xFFFF).astype(np.uint16)
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])
-    return {key: part.reshape(shape) for (key, shape), part in zip(shapes.items(), np.split(patterns, ends[:-1]))}
+    tensors = {key: part.reshape(shape) for (key, shape), part in zip(shapes.items(), np.split(patterns, ends[:-1]))}
+    for key in tensors:
+        if key.endswith("mlp.gate.weight"):  # A router is cast to float32 and back, so it holds numbers: 1, 1.0078 ...
+            tensors[key] = (0x3F80 + np.arange(tensors[key].size, dtype=np.uint16)).reshape(tensors[key].shape)
+    return tensors
 
 
 def tensor_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:

@@ -11,6 +11,8 @@ def _bias_of(row: Row) -> Row:
                row.hugging_face.replace(".weight", ".bias"), row.nanotron.replace(".weight", ".bias"))
 
 
+ATTENTION = (ATTENTION_NORM, *ATTENTION_IN, *map(_bias_of, ATTENTION_IN), ATTENTION_OUT)
+
 QWEN2 = Family(
     name="qwen2",
     hugging_face_class="Qwen2ForCausalLM",
@@ -18,6 +20,5 @@ QWEN2 = Family(
     defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
     settings={"use_sliding_window": False},
     nanotron_configs=("Qwen2Config",),
-    rows=(EMBEDDING, ATTENTION_NORM, *ATTENTION_IN, *map(_bias_of, ATTENTION_IN), ATTENTION_OUT, MLP_NORM, *MLP,
-          *FINAL),
+    rows=(EMBEDDING, *ATTENTION, MLP_NORM, *MLP, *FINAL),
 )

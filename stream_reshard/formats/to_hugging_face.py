@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class ToHuggingFace(Target):
         return Problems([UsageError(f"--max-shard-size {self.max_shard_nbytes}: it is at least 1")])
 
     def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> HuggingFaceTarget:
-        return HuggingFaceTarget(root, model, dtypes, self.max_shard_nbytes)
+        return HuggingFaceTarget(root, model, partial(_dtype, model, dtypes), self.max_shard_nbytes)
 
     def documents(self, source: Source, layout: Layout, dtype: str, destination: Path,
                   companions: Iterable[str]) -> dict[str, bytes]:
@@ -63,6 +64,11 @@ class ToHuggingFace(Target):
         return "load", f"AutoModelForCausalLM.from_pretrained({shell_word(destination)})"
 
 
+def _dtype(model: Model, dtypes: Callable[[int], str], number: int) -> str:
+    """What Nanotron alone keeps in float32 has the dtype of the embedding here, as before."""
+    return dtypes(0) if model.rows[model.row_of(number)[0]].is_float32 else dtypes(number)
+
+
 def config_of(source: Source, dtype: str) -> dict[str, Any]:
     """config.json, in the spelling of transformers 4, which 5 reads too."""
     config, family = source.config, source.family
@@ -75,6 +81,8 @@ def config_of(source: Source, dtype: str) -> dict[str, Any]:
         "rope_theta": config.rope_theta, "initializer_range": config.initializer_range,
         "hidden_act": config.hidden_act, "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype, "use_cache": True, "attention_dropout": 0.0}
+    if config.experts is not None:
+        fields |= asdict(config.experts)
     if (n := config.no_rope_layer) is not None:
         fields |= {"no_rope_layer_interval": n,
                    "no_rope_layers": [int((layer + 1) % n != 0) for layer in range(config.num_hidden_layers)]}

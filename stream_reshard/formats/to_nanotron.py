@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,10 @@ class ToNanotron(Target):
         return topology_problems(model, self.rules)
 
     def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> NanotronLayout:
-        layout = NanotronLayout(root, model, self.rules, dtypes)
+        layout = NanotronLayout(root, model, self.rules, partial(_dtype, model, dtypes))
         for group in layout.groups():
             for number in group.numbers[1:]:
-                if (own := dtypes(number)) != (first := dtypes(group.numbers[0])):
+                if (own := layout.dtypes(number)) != (first := layout.dtypes(group.numbers[0])):
                     raise SourceError(f"{model.parameter(number).hugging_face} is {own}, but Nanotron keeps it in one "
                                       f"tensor with {first} weights; choose one with --dtype")
         return layout
@@ -94,6 +95,11 @@ class ToNanotron(Target):
         """The command that trains from the folder, in a checkout of Nanotron."""
         return "train", (f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc_per_node={self.rules.topology.world_size} "
                          f"run_train.py --config-file {shell_word(destination / 'config.yaml')}")
+
+
+def _dtype(model: Model, dtypes: Callable[[int], str], number: int) -> str:
+    """A router is float32 in Nanotron, whatever the others are (`Router`, nanotron/nn/moe.py)."""
+    return "F32" if model.rows[model.row_of(number)[0]].is_float32 else dtypes(number)
 
 
 def _stage_table(layout: NanotronLayout) -> list[dict[str, Any]]:

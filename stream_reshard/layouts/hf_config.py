@@ -8,12 +8,14 @@ from typing import Any
 
 from stream_reshard.architectures import FAMILIES, UNSUPPORTED, Family
 from stream_reshard.errors import Problems, SourceError, quoted
-from stream_reshard.model import ModelConfig
+from stream_reshard.model import Experts, ModelConfig
 from stream_reshard.small_files import MAX_JSON_NBYTES, read_json
 
 CONFIG_NAME = "config.json"
 MAX_LAYERS = 10**5
 """No list in a config that has an entry per layer is longer."""
+MAX_EXPERTS = 4096
+"""No model has more in a layer."""
 MAX_NUMBER = 1 << 48
 """Numbers in a config stay below this, as sizes in a header do; infinities do not."""
 
@@ -146,7 +148,7 @@ class ConfigReader:
             bos_token_id=self.token_id("bos_token_id"),
             eos_token_id=self.token_id("eos_token_id"),
             pad_token_id=self.token_id("pad_token_id"),
-            no_rope_layer=self._no_rope_layer(family))
+            no_rope_layer=self._no_rope_layer(family), experts=self._experts(family))
         if not self.problems:
             self._check_heads(config)
             self._check_rope_layers(config)
@@ -169,6 +171,26 @@ class ConfigReader:
         if interval and kinds != [int((layer + 1) % interval != 0) for layer in range(len(kinds))]:
             self.complain("no_rope_layers names layers that are not every n-th; Nanotron only knows an interval")
         return interval
+
+    def _experts(self, family: Family) -> Experts | None:
+        """The mixture of experts: Nanotron's `moe_config` (MoEConfig, nanotron/config/models_config.py) or
+        transformers' own keys (Qwen2MoeConfig)."""
+        if not any(row.is_stacked for row in family.rows):
+            return None
+        raw = self.raw.get("moe_config", self.raw)
+        if not isinstance(raw, Mapping):
+            self.complain(f"moe_config is {quoted(raw)}, not an object")
+            return None
+        reader = ConfigReader(raw, self.name, self.defaults)
+        experts = Experts(reader.number("num_experts", int),
+                          reader.number("top_k" if "moe_config" in self.raw else "num_experts_per_tok", int),
+                          reader.number("moe_intermediate_size", int),
+                          reader.number("shared_expert_intermediate_size", int),
+                          reader.number("router_aux_loss_coef", float, 0.01))
+        self.problems.extend(reader.problems)
+        if experts.num_experts > MAX_EXPERTS or experts.num_experts_per_tok > experts.num_experts:
+            self.complain(f"{experts.num_experts_per_tok} of {experts.num_experts} experts are chosen")
+        return experts
 
     def _check_rope_layers(self, config: ModelConfig) -> None:
         if config.no_rope_layer and config.num_hidden_layers % config.no_rope_layer:

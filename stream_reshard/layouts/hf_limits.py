@@ -18,7 +18,8 @@ _UNDERSTOOD = frozenset("""
     rope_theta rope_scaling rope_parameters partial_rotary_factor initializer_range hidden_act bos_token_id eos_token_id
     pad_token_id attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types
     attention_dropout quantization_config num_local_experts num_experts qk_norm use_qk_norm qk_layernorm
-    no_rope_layers no_rope_layer_interval""".split())
+    no_rope_layers no_rope_layer_interval num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size
+    norm_topk_prob decoder_sparse_step mlp_only_layers router_aux_loss_coef output_router_logits qkv_bias""".split())
 
 _WITHOUT_EFFECT = frozenset("""
     use_cache pretraining_tp _name_or_path name_or_path is_decoder return_dict output_attentions output_hidden_states
@@ -40,9 +41,25 @@ def limits(config: SourceConfig) -> Iterator[Limit]:
     if raw.get("quantization_config"):
         yield Limit("quantization", "quantization_config says the weights are quantised; dequantise them first",
                     raw["quantization_config"])
+    if config.model.experts is not None:
+        yield from _expert_limits(config)
+        return
     for key in ("num_local_experts", "num_experts"):
         if raw.get(key):
             yield Limit("experts", f"{key} is {quoted(raw[key])}; a mixture of experts cannot be converted", raw[key])
+
+
+def _expert_limits(config: SourceConfig) -> Iterator[Limit]:
+    raw = config.raw
+    if raw.get("norm_topk_prob"):
+        yield Limit("norm_topk_prob", "norm_topk_prob is true; Nanotron does not normalise the weights of the chosen "
+                                      "experts", True)
+    if raw.get("decoder_sparse_step", 1) != 1 or raw.get("mlp_only_layers"):
+        yield Limit("mlp_only_layers", f"decoder_sparse_step is {quoted(raw.get('decoder_sparse_step', 1))}, "
+                                       f"mlp_only_layers {quoted(raw.get('mlp_only_layers', []))}; layers without "
+                                       f"experts are not converted", raw.get("mlp_only_layers"))
+    if raw.get("qkv_bias", True) is not True:
+        yield Limit("qkv_bias", "qkv_bias is false; the family has biases on q, k and v", False)
 
 
 def _rope_limits(config: SourceConfig) -> Iterator[Limit]:
@@ -86,7 +103,7 @@ def _has_sliding_window(config: SourceConfig) -> bool:
         first = raw.get("max_window_layers")
         return bool(raw["use_sliding_window"]) and (type(first) is not int or first < config.model.num_hidden_layers)
     default = _MISTRAL_WINDOW if config.family.name == "mistral" else None
-    return config.family.name != "qwen2" and raw.get("sliding_window", default) is not None
+    return config.family.name not in ("qwen2", "qwen2_moe") and raw.get("sliding_window", default) is not None
 
 
 def dropped(config: SourceConfig) -> list[str]:

@@ -60,7 +60,8 @@ def parse_model_config(raw: Mapping[str, Any], name: str) -> NanotronModelConfig
     config = reader.model_config(family)
     interleaved = reader.flag("rope_interleaved", False) if "rope_interleaved" in raw else None
     reader.problems.raise_if_any()
-    return NanotronModelConfig(config_class, family, config, interleaved, {limit.name: limit for limit in _extras(raw)})
+    extras = {limit.name: limit for limit in _extras(raw, config)}
+    return NanotronModelConfig(config_class, family, config, interleaved, extras)
 
 
 def _family(raw: Mapping[str, Any], name: str) -> tuple[str, Family]:
@@ -69,6 +70,8 @@ def _family(raw: Mapping[str, Any], name: str) -> tuple[str, Family]:
     has_bias, skips_rope = bool(raw.get("attention_bias", False)), raw.get("no_rope_layer") is not None
     classes = {marker: config_class for config_class, marker in MARKERS.items()}
     config_class = classes.get(markers[0], "") if len(markers) == 1 and raw[markers[0]] is True else ""
+    if (config_class, has_bias, skips_rope, raw.get("moe_config") is not None) == ("Qwen2Config", True, False, True):
+        return config_class, FAMILIES["Qwen2MoeForCausalLM"]
     if (kind := (config_class, has_bias, skips_rope)) not in _FAMILY_OF:
         raise SourceError(f"{name}: a config with {quoted(markers)}, attention_bias {has_bias} and "
                           f"no_rope_layer {quoted(raw.get('no_rope_layer'))} is not of a kind known here (LlamaConfig, "
@@ -76,8 +79,16 @@ def _family(raw: Mapping[str, Any], name: str) -> tuple[str, Family]:
     return config_class, FAMILIES[_FAMILY_OF[kind]]
 
 
-def _extras(raw: Mapping[str, Any]) -> Iterator[Limit]:
-    for key, neutral in NEUTRAL.items():
+def _extras(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[Limit]:
+    neutrals = dict(NEUTRAL)
+    if config.experts is not None:
+        neutrals.pop("moe_config")
+        said = raw["moe_config"]
+        if said.get("layers", [-1]) != [-1] or said.get("enable_shared_expert") is not True:
+            yield Limit("moe_config", f"moe_config has layers {quoted(said.get('layers'))}, enable_shared_expert "
+                                      f"{quoted(said.get('enable_shared_expert'))}; only models whose layers all have "
+                                      f"experts and a shared one are converted", said)
+    for key, neutral in neutrals.items():
         value = raw.get(key, neutral[0])
         if value not in neutral:
             yield Limit(key, f"{key} is {quoted(value)}", value)

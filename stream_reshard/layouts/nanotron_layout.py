@@ -5,6 +5,7 @@ the ranks hold is worked out once per kind; an instance is that with a folder's 
 """
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from stream_reshard.header import StoredTensor, TensorFile, placed
 from stream_reshard.layouts.base import Fill, Group, Layout, Slice
 from stream_reshard.layouts.nanotron import NanotronFormat, stages_of
 from stream_reshard.layouts.nanotron_ranks import RankFile, RankPart, rank_files
+from stream_reshard.names import fields_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class _Kind:
     """What is fused in each."""
     firsts: tuple[int, ...]
     """Number of the first parameter of each row."""
+    num_each: tuple[int, ...]
+    """How many parameters of each row are in one: more than one where experts are stacked."""
     stages: array[int]
     """The stage of each."""
 
@@ -69,9 +73,10 @@ class NanotronLayout(Layout):
         for name, rows in groupby(model.stored_rows, key=lambda row: model.rows[row].nanotron):
             fused = tuple(rows)
             block, (folder, _, last) = name.split(".pp_block")[0], f"model.model.{name}".rpartition(".")
-            num = model.firsts[fused[0] + 1] - model.firsts[fused[0]]
+            num = math.prod(model.config.counts[field] for field in fields_of(name))
             found.append(_Kind(f"{folder.replace('.', '/')}/model_{last}", fused,
                                tuple(model.firsts[row] for row in fused),
+                               tuple((model.firsts[row + 1] - model.firsts[row]) // num for row in fused),
                                array("I", (stages[block.format(layer=i)] for i in range(num)))))
         return tuple(found)
 
@@ -97,7 +102,8 @@ class NanotronLayout(Layout):
         return (self._group(k, i) for k, kind in enumerate(self._kinds) for i in range(len(kind.stages)))
 
     def _group(self, k: int, i: int) -> Group:
-        numbers = tuple([first + i for first in self._kinds[k].firsts])
+        kind = self._kinds[k]
+        numbers = tuple([first + i * each + n for first, each in zip(kind.firsts, kind.num_each) for n in range(each)])
         return Group(self._first_groups[k] + i, (k, self.dtypes(numbers[0])), numbers)
 
     def _at(self, group: Group) -> tuple[int, int]:
@@ -162,7 +168,9 @@ class NanotronLayout(Layout):
         """(the group of a parameter, which of the fused it is)."""
         row, instance = self.model.row_of(number)
         k, i = self._in_groups[row]
-        return self._group(k, instance), i
+        num_each = self._kinds[k].num_each
+        which, n = divmod(instance, num_each[i])
+        return self._group(k, which), sum(num_each[:i]) + n
 
     def _parts_of(self, number: int) -> Iterator[tuple[StoredTensor, RankPart]]:
         """The tensors that hold a parameter, with what is held."""

@@ -68,6 +68,8 @@ class RankFile:
 def rank_files(fused: Sequence[Parameter], dtype: str, rules: NanotronFormat) -> tuple[RankFile, ...]:
     """The files of one Nanotron parameter, one per tensor-parallel rank that writes it, and what each holds."""
     first, topology = fused[0], rules.topology
+    if first.stacked is not None:
+        return (_stack(fused, dtype),)
     if first.split is None:
         shape, whole = first.matrix_shape, Box.whole(first.matrix_shape)
         part = RankPart(first.whole, whole, whole, shape[0], first.matrix)
@@ -80,6 +82,21 @@ def rank_files(fused: Sequence[Parameter], dtype: str, rules: NanotronFormat) ->
         made.append(RankFile(f"_pp-rank-{{stage}}-of-{topology.pp}_tp-rank-{tp}-of-{topology.tp}.safetensors",
                              planned_file("", [(_KEY, dtype, parts[-1].place.stop)], metadata), parts))
     return tuple(made)
+
+
+def _stack(fused: Sequence[Parameter], dtype: str) -> RankFile:
+    """The one array of all experts, which every rank holds whole (`GroupedMLP`, nanotron/nn/moe.py): an expert's
+    matrices are transposed there and stand beside each other."""
+    parts, begin, end = [], 0, 0
+    for parameter in fused:
+        num_rows, num_columns = parameter.matrix_shape
+        if parameter.stacked == 0:
+            begin, end = end, end + num_rows
+        expert = parameter.stacked or 0
+        place = Box((expert, 0, begin), (expert + 1, num_columns, end))
+        parts.append(RankPart(parameter.whole, place, place, 1, ((), *reversed(parameter.matrix))))
+    shape = (1 + max(parameter.stacked or 0 for parameter in fused), fused[0].matrix_shape[1], end)
+    return RankFile(".safetensors", planned_file("", [(_KEY, dtype, shape)], {}), tuple(parts))
 
 
 def _padded_shape(parameter: Parameter, rules: NanotronFormat) -> tuple[int, ...]:

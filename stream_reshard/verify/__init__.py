@@ -125,8 +125,9 @@ def _check_names(other: Side, how: How) -> None:
 
 def _budget(original: Side, other: Side, how: How, allowed: int) -> memory.MemoryPlan:
     source, copy = original.checkpoint, other.checkpoint
-    casts = bool(source and copy and not how.quick and _cast_to(other, how) and any(
-        source.weights[name].dtype != copy.weights[name].dtype for name in shared(source, copy)))
+    casts = bool(source and copy and not how.quick and any(
+        source.weights[name].dtype != copy.weights[name].dtype and (
+            _cast_to(other, how) or copy.weights[name].parameter.is_float32) for name in shared(source, copy)))
     workers = memory.chosen_workers(how.num_workers, allowed)
     budget = memory.plan_memory(allowed, memory.resident(), workers, casts, num_buffers=2)
     if budget.projected > budget.allowed:

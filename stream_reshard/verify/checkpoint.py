@@ -28,7 +28,18 @@ class Piece:
     """(rows, columns) of the matrix, in the order in which the format keeps the rows."""
     tensor: StoredTensor
     local: Box
-    """(rows, columns) of the tensor."""
+    """(rows, columns) of the tensor; of three dims the first two count as rows."""
+    is_transposed: bool = False
+    """Whether the tensor has the columns of `origin` as rows."""
+
+    def index_of(self, row: int, column: int) -> tuple[int, ...]:
+        """Where an element of the matrix, in the format's order of rows, stands in the tensor."""
+        inside = row - self.origin.start[0], column - self.origin.start[1]
+        down, right = reversed(inside) if self.is_transposed else inside
+        index = self.local.start[0] + down, self.local.start[1] + right
+        if len(self.tensor.shape) == 3:
+            return (*divmod(index[0], self.tensor.shape[1]), index[1])
+        return index[:len(self.tensor.shape)]
 
 
 @dataclass(frozen=True)
@@ -71,9 +82,7 @@ class Weight:
         row = int(self.kept_rows(row, row + 1)[0])
         for piece in self.pieces:
             if piece.origin.contains(Box((row, column), (row + 1, column + 1))):
-                index = (piece.local.start[0] + row - piece.origin.start[0],
-                         piece.local.start[1] + column - piece.origin.start[1])
-                return piece.tensor, index[:len(piece.tensor.shape)]
+                return piece.tensor, piece.index_of(row, column)
         raise AssertionError("the pieces cover the matrix")
 
 
@@ -131,12 +140,23 @@ class Opened:
         band: np.ndarray = np.empty((last - first, weight.num_columns), f"u{ITEMSIZE[weight.dtype]}")
         for piece in weight.pieces:
             start, stop = max(first, piece.origin.start[0]), min(last, piece.origin.stop[0])
-            if start < stop:
+            if start < stop and piece.is_transposed:
+                band[start - first:stop - first] = self._columns(piece, start, stop).T
+            elif start < stop:
                 down = piece.local.start[0] - piece.origin.start[0]
                 columns = slice(piece.origin.start[1], piece.origin.stop[1])
                 stored = self._stored_rows(piece.tensor, start + down, stop + down)
                 band[start - first:stop - first, columns] = stored[:, piece.local.start[1]:piece.local.stop[1]]
         return band
+
+    def _columns(self, piece: Piece, first: int, last: int) -> np.ndarray:
+        """What a transposed piece has of rows first to last, as it stands there: a run of elements in each row."""
+        tensor, top = piece.tensor, piece.local.start[0]
+        tile: np.ndarray = np.empty((piece.local.shape[0], last - first), f"u{tensor.itemsize}")
+        for row, view in enumerate(tile):
+            index = (top + row) * tensor.shape[-1] + piece.local.start[1] + first - piece.origin.start[0]
+            self._files[tensor.file].read_into(view.data.cast("B"), tensor.begin + index * tensor.itemsize)
+        return tile
 
     def _stored_rows(self, tensor: StoredTensor, first: int, last: int) -> np.ndarray:
         rows: np.ndarray = np.empty((last - first, matrix_of(tensor.shape)[1]), f"u{tensor.itemsize}")

@@ -84,6 +84,8 @@ def _shape_fault(ours: Weight, theirs: Weight, rule: Rule) -> str | None:
         return f"has the shape {shapes[0]}, in the source {shapes[1]}"
     if is_vocab and min(ours.num_rows, theirs.num_rows) < rule.vocab_size:
         return f"has {ours.num_rows} rows, in the source {theirs.num_rows}, for a vocabulary of {rule.vocab_size}"
+    if ours.parameter.is_float32 and {ours.dtype, theirs.dtype} <= set(TORCH_DTYPES):
+        return None
     if ours.dtype != (rule.dtype or theirs.dtype) or (theirs.dtype != ours.dtype and theirs.dtype not in TORCH_DTYPES):
         cast_to = f", cast to {rule.dtype}" if rule.dtype else ""
         return f"has the dtype {ours.dtype}, in the source {theirs.dtype}{cast_to}"

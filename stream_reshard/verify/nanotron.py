@@ -141,10 +141,18 @@ class _Group:
                 yield from self._slice_faults(file)
 
     def _shape_fault(self) -> str | None:
-        found, own = self.files[0].unsharded_shape, (sum(self.rows), *self.fused[0].matrix_shape[1:])
+        found, own = self.files[0].unsharded_shape, self._own_shape()
         if found != own:
             return f"{quoted(self.first)}: unsharded shape {found}, but {MODEL_CONFIG_NAME} asks for {own}"
         return None
+
+    def _own_shape(self) -> tuple[int, ...]:
+        """What the config makes of it: matrices one below the other; those of experts stacked, transposed, side by
+        side."""
+        stacked = [parameter.stacked for parameter in self.fused if parameter.stacked is not None]
+        if stacked:
+            return 1 + max(stacked), self.fused[0].matrix_shape[1], sum(self.rows) // (1 + max(stacked))
+        return sum(self.rows), *self.fused[0].matrix_shape[1:]
 
     def _rank_fault(self) -> str | None:
         if self.fused[0].split is None:
@@ -186,6 +194,9 @@ class _Group:
 
 def _weights(fused: list[Parameter], files: list[WeightFile], interleaved: bool) -> Iterator[Weight]:
     """The matrix of each fused parameter: its rows of the unsharded array, in pieces from the files."""
+    if fused[0].stacked is not None:
+        yield from _stacked_weights(fused, files[0])
+        return
     begin = 0
     for parameter in fused:
         num_rows, num_columns = matrix_of(parameter.matrix_shape)
@@ -200,6 +211,18 @@ def _weights(fused: list[Parameter], files: list[WeightFile], interleaved: bool)
                     pieces.append(Piece(common.seen_from(window), file.tensor, Box(corner, stop)))
         yield Weight(parameter, num_rows, tuple(pieces), interleaved and "half" in parameter.dims)
         begin += num_rows
+
+
+def _stacked_weights(fused: list[Parameter], file: WeightFile) -> Iterator[Weight]:
+    """The matrices of experts, whose array is (expert, column, row): gate's rows before up's."""
+    begin = end = 0
+    for parameter in fused:
+        num_rows, num_columns = parameter.matrix_shape
+        if not parameter.stacked:
+            begin, end = end, end + num_rows
+        top = (parameter.stacked or 0) * num_columns
+        local = Box((top, begin), (top + num_columns, end))
+        yield Weight(parameter, num_rows, (Piece(Box.whole((num_rows, num_columns)), file.tensor, local, True),))
 
 
 def _flat(box: Box) -> Box:
