@@ -40,8 +40,9 @@ class HuggingFaceTarget(Layout):
     """Bytes of tensors in one shard, at most; a tensor that is larger has one for itself."""
     begins: Callable[[Group], Sequence[int]] | None = None
     """Where the data of the file of a group begin; None where headers are as short as can be."""
-    _held: dict[int, dict[int, StoredTensor]] = field(default_factory=dict, repr=False)
-    """The tensors of some shards, by parameter."""
+    _held: list[tuple[int, dict[int, StoredTensor]] | None] = field(default_factory=lambda: [None] * _NUM_HELD,
+                                                                    repr=False)
+    """Some shards, each with its tensors by parameter; threads may put what is the same over each other."""
 
     @cached_property
     def _order(self) -> array[int]:
@@ -101,13 +102,12 @@ class HuggingFaceTarget(Layout):
 
     def _tensor_of(self, number: int) -> StoredTensor:
         position = self._shards[1][number]
-        if (tensors := self._held.get(position)) is None:
+        held = self._held[position % _NUM_HELD]
+        if held is None or held[0] != position:
             group = self.group(position)
-            tensors = dict(zip(group.numbers, self.files_of(group)[0].tensors))
-            while len(self._held) >= _NUM_HELD:
-                self._held.pop(next(iter(self._held)), None)
-            self._held[position] = tensors
-        return tensors[number]
+            held = position, dict(zip(group.numbers, self.files_of(group)[0].tensors))
+            self._held[position % _NUM_HELD] = held
+        return held[1][number]
 
     def slices_of(self, number: int) -> tuple[Slice, ...]:
         parameter = self.model.parameter(number)
@@ -126,7 +126,7 @@ class HuggingFaceTarget(Layout):
         return ((self._shards[1][number], self._tensor_of(number).begin),)
 
     def aligned(self, begins: Callable[[Group], Sequence[int]]) -> HuggingFaceTarget:
-        return replace(self, begins=begins, _held={})
+        return replace(self, begins=begins, _held=[None] * _NUM_HELD)
 
     def weight_map(self) -> Iterator[tuple[str, str]]:
         """(tensor, shard) of every parameter, in the order of the shards."""
