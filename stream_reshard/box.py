@@ -5,6 +5,8 @@ import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import gt, lt, sub
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Box:
     """Last index per dim, exclusive; never below `start`."""
 
     def __post_init__(self) -> None:
-        if len(self.start) != len(self.stop) or any(a > b for a, b in zip(self.start, self.stop)):
+        if len(self.start) != len(self.stop) or any(map(gt, self.start, self.stop)):
             raise ValueError(f"not a box: {self.start} to {self.stop}")
 
     @classmethod
@@ -31,10 +33,10 @@ class Box:
         starts, stops = zip(*(box.start for box in boxes)), zip(*(box.stop for box in boxes))
         return cls(tuple(map(min, starts)), tuple(map(max, stops)))
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Extent per dim, in elements."""
-        return tuple(b - a for a, b in zip(self.start, self.stop))
+        return tuple(map(sub, self.stop, self.start))
 
     @property
     def num_elements(self) -> int:
@@ -48,7 +50,7 @@ class Box:
         """
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(min, self.stop, other.stop))
-        return Box(start, stop) if all(a < b for a, b in zip(start, stop)) else None
+        return Box(start, stop) if all(map(lt, start, stop)) else None
 
     def contains(self, other: Box) -> bool:
         """Whether every element of `other` is in this box."""
@@ -56,8 +58,7 @@ class Box:
 
     def seen_from(self, origin: Box) -> Box:
         """The same region in the coordinates of `origin`: a box seen from itself starts at zero."""
-        return Box(tuple(a - o for a, o in zip(self.start, origin.start)),
-                   tuple(b - o for b, o in zip(self.stop, origin.start)))
+        return Box(tuple(map(sub, self.start, origin.start)), tuple(map(sub, self.stop, origin.start)))
 
     def with_extent(self, dim: int, start: int, stop: int) -> Box:
         """The same box with another extent in one dim."""
