@@ -138,29 +138,42 @@ def _read(step: Step, files: OpenFiles) -> list[memoryview]:
 def _pieces(parts: Sequence[Part], windows: Sequence[memoryview], itemsize: int,
             scratch: memoryview) -> Iterator[tuple[int, memoryview]]:
     """(byte offset in the tensor, bytes), in the tensor's order: from where they stand if they stand in order there,
-    else put in order in `scratch` by one strided copy. That is cheaper than to digest and gather small pieces."""
+    else put in order in `scratch` by strided copies. That is cheaper than to digest and gather small pieces."""
+    first, last = min(part.target_offset for part in parts), max(part.target_end for part in parts)
+    if all(part.is_stretch for part in parts):
+        for part in sorted(parts, key=lambda part: part.target_offset):
+            begin = part.window_offset * itemsize
+            yield part.target_offset * itemsize, windows[part.window][begin:begin + part.num_elements * itemsize]
+    elif last - first == sum(part.num_elements for part in parts):  # Together they leave no gap.
+        for part in parts:
+            _arrange(part, windows[part.window], scratch[(part.target_offset - first) * itemsize:], part.target_strides)
+        yield first * itemsize, scratch[:(last - first) * itemsize]
+    else:
+        yield from _scattered(parts, windows, itemsize, scratch)
+
+
+def _scattered(parts: Sequence[Part], windows: Sequence[memoryview], itemsize: int,
+               scratch: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The same for parts between which something of other blocks stands: each in order, run by run."""
     begin = 0
     for part in sorted(parts, key=lambda part: part.target_offset):
-        nbytes, first = part.num_elements * itemsize, part.window_offset * itemsize
-        if part.is_stretch:
-            yield part.target_offset * itemsize, windows[part.window][first:first + nbytes]
-            continue
-        arranged = scratch[begin:begin + nbytes]
-        _arrange(part, windows[part.window], arranged, itemsize)
-        begin += nbytes
         own = strides_of(part.shape)
+        arranged = scratch[begin:begin + part.num_elements * itemsize]
+        _arrange(part, windows[part.window], arranged, own)
+        begin += len(arranged)
         length = run_length(part.shape, part.target_strides, own) * itemsize
         for there, here in runs(part.shape, part.target_strides, own):
             yield (part.target_offset + there) * itemsize, arranged[here * itemsize:here * itemsize + length]
 
 
-def _arrange(part: Part, window: memoryview, arranged: memoryview, itemsize: int) -> None:
-    """Copy a part out of its window, in the order of the target's dims."""
+def _arrange(part: Part, window: memoryview, arranged: memoryview, strides: Sequence[int]) -> None:
+    """Copy a part out of its window to where its elements stand under these strides, from the begin of `arranged`."""
     import numpy as np
     from numpy.lib.stride_tricks import as_strided
-    source = np.frombuffer(window, f"u{itemsize}")[part.window_offset:]
-    view = as_strided(source, part.shape, [step * itemsize for step in part.window_strides], writeable=False)
-    np.copyto(np.frombuffer(arranged, f"u{itemsize}").reshape(part.shape), view)
+    itemsize = part.target.tensor.itemsize
+    source, target = np.frombuffer(window, f"u{itemsize}")[part.window_offset:], np.frombuffer(arranged, f"u{itemsize}")
+    np.copyto(as_strided(target, part.shape, [step * itemsize for step in strides]),
+              as_strided(source, part.shape, [step * itemsize for step in part.window_strides], writeable=False))
 
 
 def _joined(pieces: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, list[memoryview]]]:

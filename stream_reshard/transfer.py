@@ -63,6 +63,11 @@ class Part:
         return math.prod(self.shape)
 
     @property
+    def target_end(self) -> int:
+        """Past its last element in the target tensor."""
+        return self.target_offset + sum((n - 1) * step for n, step in zip(self.shape, self.target_strides)) + 1
+
+    @property
     def run(self) -> int:
         """Elements that are neighbours on both sides: the longest piece that one copy moves."""
         return run_length(self.shape, self.target_strides, self.window_strides)

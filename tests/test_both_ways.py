@@ -15,6 +15,7 @@ from trees import GOLDEN
 
 from stream_reshard.cli import main
 from stream_reshard.convert import Options, plan_conversion, run_conversion
+from stream_reshard.demo import CONFIG, write_random_source
 from stream_reshard.errors import Interrupted
 from stream_reshard.topology import Topology
 
@@ -225,6 +226,19 @@ def test_a_shard_is_cut_from_more_files_than_may_be_open(tmp_path):
     subprocess.run([sys.executable, "-c", code, tmp_path / "nt", tmp_path / "back", "--to", "hf", "--quiet"],
                    check=True, cwd=Path(__file__).parents[1])
     assert_same(tensors(tmp_path / "back"), tensors(source))
+
+
+def test_the_way_back_reads_and_writes_every_byte_once(tmp_path, capsys):
+    """Columns of four ranks are put together before they are written, so that a file is written in its order."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 8,
+             "num_key_value_heads": 8, "vocab_size": 4000}
+    write_random_source(tmp_path / "hf", CONFIG | sizes)
+    convert(tmp_path / "hf", tmp_path / "nt", "--tp", 4)
+    assert main([str(tmp_path / "nt"), str(tmp_path / "back"), "--to", "hf", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    nbytes = told["source"]["nbytes"]
+    assert nbytes <= told["io"]["rchar"] < 1.2 * nbytes and told["io"]["wchar"] < 1.1 * nbytes
+    assert_same(tensors(tmp_path / "back"), tensors(tmp_path / "hf"))
 
 
 def test_a_stopped_run_to_shards_goes_on(tmp_path):
