@@ -21,7 +21,8 @@ _PICTURES = {
               ("", "Time against peak memory of this tool and of others")),
     "growth": (("", "Time and memory against the size of the model and against TP"),)}
 
-_SHOWN = ("peers", "peers_full", "speed", "groups", "clones", "growth", "growth_full")
+_SHOWN = ("peers", "peers_full", "speed", "speed_full", "groups", "options", "clones", "clones_full", "growth",
+          "growth_full")
 """Results that have a place in the README, where they are there; the tables of growth are left to its picture."""
 
 
