@@ -1,11 +1,17 @@
 """Options: everything a user can choose about a conversion, as one value."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from stream_reshard import memory
 from stream_reshard.topology import Topology
+
+
+_NANOTRON_FLAGS = {"rope": "--rope", "vocab_multiple": "--vocab-multiple", "config_class": "--nanotron-config",
+                   "version": "--checkpoint-version"}
+"""Flags that choose something which only a Nanotron checkpoint has, by the field of Options."""
 
 
 @dataclass(frozen=True)
@@ -63,3 +69,13 @@ class Options:
     def allowed_memory(self) -> int:
         """`max_memory`, but never more than the machine has."""
         return min(self.max_memory, memory.machine_limit())
+
+
+def nanotron_flags(options: Options) -> Iterator[tuple[str, str]]:
+    """(flag, what it chooses) of everything that was chosen and only a Nanotron checkpoint of this tool's own choice
+    has."""
+    for name, flag in _NANOTRON_FLAGS.items():
+        if getattr(options, name) != getattr(Options, name):
+            yield flag, "it is for a Nanotron checkpoint that is cut anew"
+    if (options.topology.tp, options.topology.pp) != (1, 1):
+        yield "--tp, --pp", "they are for a Nanotron checkpoint that is cut anew"

@@ -144,6 +144,18 @@ def test_the_target_must_be_said(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--to", "hf", "--tp", "2"], "--tp, --pp with --to hf"), (["--to", "hf", "--rope", "neox"], "--rope with --to hf"),
+    (["--to", "hf", "--vocab-size", "0"], "--vocab-size 0: the embedding has 12 rows"),
+    (["--to", "hf", "--max-shard-size", "0"], "is not a size"),
+    (["--to", "hf", "--tokenizer", "/nowhere"], "holds none of")])
+def test_flags_that_mean_nothing_are_refused(tmp_path, capsys, flags, message):
+    convert(make_source(tmp_path / "hf"), tmp_path / "nt", "--tp", 2)
+    assert main([str(tmp_path / "nt"), str(tmp_path / "back"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
 def damage_stale(root):
     path = next((root / "model").rglob("*tp-rank-1-of-2*"))
     shutil.copy(path, path.with_name(re.sub("tp-rank-1-of-2", "tp-rank-1-of-4", path.name)))

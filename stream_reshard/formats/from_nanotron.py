@@ -32,7 +32,9 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     files = problems.collect(read_weight_files, root, max_nbytes)
     if config is None:
         return None
-    told = vocab_size or (problems.collect(vocab_size_of, root, max_nbytes) if is_exact else config.model.vocab_size)
+    told = vocab_size
+    if told is None:
+        told = problems.collect(vocab_size_of, root, max_nbytes) if is_exact else config.model.vocab_size
     size = problems.collect(_true_vocab_size, config, told)
     layout = problems.collect(layout_of_files, root, config, size, files) if files and size else None
     model_config = replace(config.model, vocab_size=size or config.model.vocab_size)

@@ -15,8 +15,8 @@ from stream_reshard.layouts.base import Layout
 from stream_reshard.layouts.differences import layout_differences
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.model import Model, ModelConfig
-from stream_reshard.options import Options
-from stream_reshard.topology import Topology, padded_size
+from stream_reshard.options import Options, nanotron_flags
+from stream_reshard.topology import padded_size
 
 MAX_LISTED = 100
 """Differences that a plan tells; of more only how many."""
@@ -71,14 +71,12 @@ class LikeTemplate(ToNanotron):
 
 def _flag_problems(options: Options) -> Iterator[UsageError]:
     """Flags that ask for something that the template decides."""
-    plain = Options(options.source, options.destination)
-    for flag, name in (("--to hf", "to"), ("--rope", "rope"), ("--vocab-multiple", "vocab_multiple"),
-                       ("--nanotron-config", "config_class"), ("--checkpoint-version", "version"),
-                       ("--dtype", "dtype")):
-        if getattr(options, name) not in (getattr(plain, name), "nanotron"):
-            yield UsageError(f"{flag} with --template: the template decides that")
-    if replace(options.topology, dp=1) != Topology():
-        yield UsageError("--tp and --pp with --template: the template decides them")
+    for flag, _ in nanotron_flags(options):
+        yield UsageError(f"{flag} with --template: the template decides that")
+    if options.to == "hf":
+        yield UsageError("--to hf with --template: a template is a Nanotron checkpoint")
+    if options.dtype != "keep":
+        yield UsageError("--dtype with --template: the template decides that")
 
 
 def _model_problems(root: Path, template: Source, family: Family, config: ModelConfig) -> Iterator[SourceError]:

@@ -16,6 +16,7 @@ from stream_reshard.layouts.hf_shards import INDEX_NAME
 from stream_reshard.layouts.hf_target import DEFAULT_MAX_SHARD_NBYTES, HuggingFaceTarget
 from stream_reshard.memory import human
 from stream_reshard.model import Model
+from stream_reshard.options import Options, nanotron_flags
 
 _MAX_LISTED = 16
 """Shards that a person is shown."""
@@ -28,6 +29,13 @@ class ToHuggingFace(Target):
     name = "hf"
     marker = CONFIG_NAME
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
+
+    @classmethod
+    def chosen(cls, options: Options) -> ToHuggingFace:
+        """What the flags mean. Raises Refused where one asks for what only Nanotron has."""
+        problems = Problems(UsageError(f"{flag} with --to hf: {what}") for flag, what in nanotron_flags(options))
+        problems.raise_if_any()
+        return cls(options.max_shard_nbytes)
 
     def problems(self, model: Model) -> Problems:
         if self.max_shard_nbytes > 0:
