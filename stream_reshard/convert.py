@@ -62,6 +62,8 @@ class Conversion:
     """Files to copy, by name."""
     identities: dict[str, Identity] = field(default_factory=dict)
     """The source files as the plan saw them."""
+    copied: dict[str, Identity] = field(default_factory=dict)
+    """The files to copy as the plan saw them, by absolute path."""
 
     @property
     def disk_nbytes(self) -> int:
@@ -98,9 +100,12 @@ class Conversion:
         assert options.destination is not None, "an output needs a destination"
         destination = options.destination.resolve()
         texts = self.target.documents(self.source, self.plan.target, self.dtype, destination, self.copies)
-        facts = {"vocab_size": self.source.config.vocab_size, "dtype": options.dtype, "allowed": sorted(options.allow),
+        accepted = {*options.allow, *self.target.accepted(self.plan.target)}
+        dtype = self.dtype if options.template and self.plan.casts else options.dtype
+        facts = {"vocab_size": self.source.config.vocab_size, "dtype": dtype, "allowed": sorted(accepted),
                  "ignored_tensors": dict(self.source.ignored or {})}
-        return Output(self.plan, destination, texts, self.target.marker, self.copies, self.identities, facts)
+        return Output(self.plan, destination, texts, self.target.marker, self.copies, self.identities, facts,
+                      self.copied)
 
     @property
     def is_done(self) -> bool:
@@ -126,10 +131,10 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
         problems.collect(import_torch)
     budget, budget_notes = _budget(options, plan, casts)
     copies = _companions(options, problems)
-    names = [*source.files, *copies]
+    copied = {str(path.absolute()): identity_of(path.stat()) for path in copies.values()}
     notes = (*_notes(options, source, target), *target.notes(source, plan.target), *budget_notes)
     conversion = Conversion(options, source, target, plan, budget, notes,
-                            copies, {name: identities[name] for name in names if name in identities})
+                            copies, {name: identities[name] for name in source.files if name in identities}, copied)
     if options.destination is not None and (options.overwrite or not conversion.is_done):
         problems.extend(occupation_problems(options.destination, options.overwrite))
         problems.extend(_disk_problems(conversion, options.destination.resolve()))

@@ -105,7 +105,10 @@ def refuse_occupied(destination: Path, overwrite: bool) -> None:
 
 def _files_of(source: Path) -> Iterator[Path]:
     """Where the files of a source really are."""
-    return (path.resolve() for path in (source.iterdir() if os.path.isdir(source) else ()))
+    for path in source.iterdir() if os.path.isdir(source) else ():
+        yield path.resolve()
+    for below in files_below(source / "model"):
+        yield (source / "model" / below).resolve()
 
 
 def _is_same_or_inside(path: Path, folder: Path) -> bool:

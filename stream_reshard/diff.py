@@ -10,8 +10,8 @@ from stream_reshard import memory
 from stream_reshard.errors import Problems, quoted
 from stream_reshard.formats.base import Source
 from stream_reshard.formats.ends import open_any
-from stream_reshard.formats.from_nanotron import is_nanotron
 from stream_reshard.layouts.differences import layout_differences
+from stream_reshard.layouts.nanotron_config import is_nanotron
 
 MAX_LISTED = 1000
 """Differences that are told; of more only how many."""

@@ -52,6 +52,8 @@ class Output:
     """The source files as the plan saw them, by path below the source's root."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """For the manifest: what the output itself cannot say."""
+    copied: Mapping[str, Identity] = field(default_factory=dict)
+    """The files to copy as the plan saw them, by the path where they stand."""
 
     @property
     def run(self) -> dict[str, Any]:
@@ -59,7 +61,7 @@ class Output:
         documents = hashlib.sha256(repr(sorted(self.documents.items())).encode()).hexdigest()
         source = str(self.plan.source.root.resolve())
         return {"plan_sha256": self.plan.digest, "documents_sha256": documents, "source": source,
-                "identities": dict(self.identities)}
+                "identities": dict(self.identities), "copied": dict(self.copied)}
 
     def is_done(self) -> bool:
         """Whether the destination holds this very output already."""
@@ -149,6 +151,7 @@ def _write(output: Output, how: How, lock: Lock) -> Done:
         done = _run_jobs(output, how, staging)
         manifest = _add_small_files(output, how, staging)
         check_identities(output.plan.source.root, output.identities)
+        check_identities(Path("/"), output.copied)
         staging.sync()
         staging.write(output.marker, io.BytesIO(output.documents[output.marker]), how.stop.check)
         staging.refuse_strangers(manifest.files)

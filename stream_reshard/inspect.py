@@ -12,7 +12,8 @@ from stream_reshard.header import StoredTensor
 from stream_reshard.layouts.base import Layout
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.hugging_face import open_source
-from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config
+from stream_reshard.layouts.nanotron_config import (
+    MODEL_CONFIG_NAME, NanotronModelConfig, is_nanotron, read_model_config)
 from stream_reshard.layouts.nanotron_files import WeightFile
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.layouts.nanotron_source import agreeing, layout_of_files, scan
@@ -36,7 +37,7 @@ _EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0 << 
 def inspect(root: Path, values: bool = False, stop: Stop | None = None) -> dict[str, Any]:
     """Facts about a folder, for people and for JSON; with `values` every weight is read, in bounded memory, and NaN and
     infinities are counted. Raises SourceError where it holds no checkpoint."""
-    if (root / "model" / "model").is_dir():
+    if is_nanotron(root):
         facts, tensors = _inspect_nanotron(root)
     elif (root / CONFIG_NAME).is_file():
         facts, tensors = _inspect_hugging_face(root)

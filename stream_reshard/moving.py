@@ -130,6 +130,7 @@ def _read(step: Step, files: OpenFiles) -> list[memoryview]:
     buffer, windows, begin = files.writing.lane.buffer(), [], 0
     for window in step.windows:
         windows.append(buffer[begin:begin + window.nbytes])
+        assert len(windows[-1]) == window.nbytes, "the windows of a block fit into a buffer"
         files.sources[window.slice.tensor.file].read_into(windows[-1], window.offset)
         begin += window.nbytes
     return windows

@@ -1,7 +1,8 @@
 """One block of a parameter: what to read, which pieces of it go where. Pure arithmetic on slices; moves nothing.
 
-A parameter passes through memory in blocks. A block is contiguous in the source (per slice), is read once, and its
-pieces are written to every file that wants some of them, in the order of that file::
+A parameter passes through memory in blocks. A block is one stretch of the source (per slice; where something of
+another parameter stands in between, that is read with it), and its pieces are written to every file that wants some of
+them, in the order of that file::
 
     o_proj rows in a shard          rank files (TP=2)
     [a0 a1 | b0 b1]  one read       [a0 a1]  one gathered write
@@ -94,8 +95,12 @@ class Step:
 
 
 def steps(sources: Sequence[Slice], targets: Sequence[Slice], max_elements: int) -> Iterator[Step]:
-    """The blocks of what `targets` hold of a parameter, in the source's order, of at most `max_elements` elements."""
-    for block in Box.hull([target.region for target in targets]).blocks(max_elements, sources[0].nesting):
+    """The blocks of what `targets` hold of a parameter, in the source's order. No block's windows have more than
+    `max_elements` elements in all."""
+    spread = max(-(-(stop - start) // source.region.num_elements) for source in sources
+                 for start, stop in [source.extent_of(source.region)])
+    for block in Box.hull([target.region for target in targets]).blocks(max(1, max_elements // spread),
+                                                                        sources[0].nesting):
         step = _step(sources, targets, block)
         if step.parts:
             yield step

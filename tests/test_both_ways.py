@@ -340,6 +340,106 @@ def test_exchanged_experts_are_found(tmp_path, capsys, change):
     assert "experts.0.gate_proj.weight [0, 0]" in capsys.readouterr().err
 
 
+def test_an_expert_larger_than_a_buffer_comes_back(tmp_path):
+    """Beside a row of gate stands one of up: a block of gate is read with what stands in between."""
+    pytest.importorskip("torch")
+    sizes = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8,
+             "num_key_value_heads": 8, "vocab_size": 300, "architectures": ["Qwen2MoeForCausalLM"],
+             "model_type": "qwen2_moe", "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 1408,
+             "shared_expert_intermediate_size": 64}
+    write_random_source(tmp_path / "hf", CONFIG | sizes)
+    convert(tmp_path / "hf", tmp_path / "nt", "--tp", 2, "--max-memory", "8GiB")
+    convert(tmp_path / "nt", tmp_path / "back", "--to", "hf", "--max-memory", "8GiB")
+    assert_same(tensors(tmp_path / "back"), tensors(tmp_path / "hf"))
+    convert("verify", tmp_path / "hf", tmp_path / "nt")
+
+
+def damage_sizes(root, **sizes):
+    path = root / "model_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
+
+
+@pytest.mark.parametrize("family, sizes, message", [
+    ("llama", {"vocab_size": 11}, "11 vocab cannot be split by the 2 tensor-parallel ranks"),
+    ("llama", {"intermediate_size": 21}, "21 ffn cannot be split"),
+    ("llama", {"num_attention_heads": 1, "num_key_value_heads": 1}, "1 heads cannot be split"),
+    ("qwen2_moe", {"moe_config": {"num_experts": 4000, "top_k": 2, "moe_intermediate_size": 6, "layers": [-1],
+                                  "shared_expert_intermediate_size": 10, "enable_shared_expert": True}},
+     "holds 3 experts, model_config.json says 4000"),
+    ("qwen2_moe", {"moe_config": {"num_experts": 10**6}}, "of 1000000 experts are chosen")])
+def test_sizes_that_are_not_those_of_the_files_are_refused(tmp_path, capsys, family, sizes, message):
+    convert(make_source(tmp_path / "hf", family=family), tmp_path / "nt", "--tp", 2)
+    damage_sizes(tmp_path / "nt", **sizes)
+    assert main([str(tmp_path / "nt"), str(tmp_path / "out"), "--to", "hf"]) == 3
+    assert message in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "nt")]) == 0
+    assert main(["verify", str(tmp_path / "hf"), str(tmp_path / "nt")]) in (3, 5)
+
+
+def test_a_name_that_speaks_of_a_million_ranks_is_refused(tmp_path, capsys):
+    convert(make_source(tmp_path / "hf"), tmp_path / "nt")
+    for path in (tmp_path / "nt" / "model").rglob("*tp-rank-0-of-1*"):
+        path.rename(path.with_name(path.name.replace("tp-rank-0-of-1", "tp-rank-0-of-999999")))
+    assert main([str(tmp_path / "nt"), str(tmp_path / "out"), "--to", "hf"]) == 3
+    assert "speak of 999999 ranks" in capsys.readouterr().err
+
+
+def test_an_unknown_block_is_named(tmp_path, capsys):
+    convert(make_source(tmp_path / "hf"), tmp_path / "nt")
+    path = next((tmp_path / "nt" / "model").rglob("*lm_head/pp_block/*"))
+    other = Path(str(path).replace("lm_head", "vision_tower"))
+    other.parent.mkdir(parents=True)
+    shutil.copy(path, other)
+    assert main(["inspect", str(tmp_path / "nt")]) == 0
+    assert "vision_tower" in capsys.readouterr().out
+
+
+def test_shards_cut_anew_do_not_lose_what_the_config_says(tmp_path, capsys):
+    """Hugging Face to Hugging Face is only another size of shards, or another dtype."""
+    source = make_source(tmp_path / "hf", num_shards=2)
+    convert(source, tmp_path / "one", "--to", "hf")
+    assert_same(tensors(tmp_path / "one"), tensors(source))
+    scaled = make_source(tmp_path / "scaled", config={"rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+    assert main([str(scaled), str(tmp_path / "no"), "--to", "hf", "--allow", "rope_scaling"]) == 3
+    assert "config.json: rope_type is 'linear'" in capsys.readouterr().err
+
+
+def test_keys_of_nanotron_mean_nothing_in_another_config(tmp_path):
+    source = make_source(tmp_path / "hf", config={"no_rope_layer": 2})
+    convert(source, tmp_path / "nt")
+    assert "no_rope_layer" not in json.loads((tmp_path / "nt" / "model_config.json").read_text())
+
+
+def test_another_tokenizer_is_another_output(tmp_path):
+    source = make_source(tmp_path / "hf")
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"name": name}))
+    convert(source, tmp_path / "nt", "--tokenizer", tmp_path / "one")
+    convert(source, tmp_path / "nt", "--tokenizer", tmp_path / "one")
+    assert main([str(source), str(tmp_path / "nt"), "--tokenizer", str(tmp_path / "other")]) == 4
+    convert(source, tmp_path / "nt", "--tokenizer", tmp_path / "other", "--overwrite")
+    assert json.loads((tmp_path / "nt" / "tokenizer.json").read_text()) == {"name": "other"}
+
+
+def test_a_source_of_links_into_the_destination_is_kept(tmp_path, capsys):
+    convert(make_source(tmp_path / "hf"), tmp_path / "nt", "--tp", 2)
+    shutil.copytree(tmp_path / "nt", tmp_path / "links", copy_function=lambda a, b: Path(b).symlink_to(a))
+    for path in (tmp_path / "links").iterdir():
+        if path.is_symlink():
+            content = path.read_bytes()
+            path.unlink()
+            path.write_bytes(content)
+    assert main([str(tmp_path / "links"), str(tmp_path / "nt"), "--to", "nanotron", "--overwrite"]) == 4
+    assert "links to are in" in capsys.readouterr().err
+
+
+def test_what_the_manifest_says_of_the_vocabulary_stands(tmp_path, capsys):
+    convert(make_source(tmp_path / "hf"), tmp_path / "nt", "--tp", 2)
+    assert main([str(tmp_path / "nt"), str(tmp_path / "back"), "--to", "hf", "--vocab-size", "10"]) == 2
+    assert "--vocab-size 10: the manifest of" in capsys.readouterr().err
+
+
 def test_tokenizer_and_generation_files_go_along(tmp_path, capsys):
     source = make_source(tmp_path / "hf")
     (source / "tokenizer.json").write_text("{}")

@@ -215,7 +215,7 @@ def test_workers_do_not_outlive_a_run_that_is_killed(tmp_path):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert until(lambda: not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
-                                 for worker in workers), seconds=1)
+                                 for worker in workers), seconds=10)
     assert run(planned.output, How(planned.memory.block_nbytes)).num_kept >= 0
     assert (tmp_path / "nt" / "model_config.json").exists()
 

@@ -2,7 +2,7 @@
 import pytest
 
 from stream_reshard.architectures import FAMILIES
-from stream_reshard.model import Model, ModelConfig
+from stream_reshard.model import Experts, Model, ModelConfig
 from stream_reshard.names import Templates, indices_of
 
 EXTENTS = {"layer": 3, "expert": 5}
@@ -34,7 +34,9 @@ def test_what_is_no_name(name):
 @pytest.mark.parametrize("tied", [False, True])
 def test_numbers_of_a_model(family, tied):
     """Every parameter has a number of its own, by either name; the order is that of the forward pass."""
-    config = CONFIG.__class__(**CONFIG.__dict__ | {"family": family.name, "tie_word_embeddings": tied})
+    experts = Experts(3, 2, 8, 12, 0.01) if "moe" in family.name else None
+    config = CONFIG.__class__(**CONFIG.__dict__ | {"family": family.name, "tie_word_embeddings": tied,
+                                                   "experts": experts})
     model = Model(config, family.rows)
     parameters = list(model.parameters)
     numbers = [model.number_of(parameter.name) for parameter in parameters]

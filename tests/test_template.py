@@ -56,6 +56,12 @@ def test_what_a_template_does_otherwise_is_told(tmp_path, capsys):
     assert "own choice and template differ in vocab_rows: '11' and '16'" in told
     assert "own choice and template differ in layers.0.attention.o: in 'model/model/decoder/0/" in told
     assert tree(tmp_path / "filled").keys() == tree(template).keys()
+    convert("verify", source, tmp_path / "filled")
+    (tmp_path / "filled" / "stream_reshard.json").rename(tmp_path / "manifest")
+    assert main(["verify", str(source), str(tmp_path / "filled")]) == 5
+    assert "Nanotron's balancing looks for it" in capsys.readouterr().err
+    convert("verify", source, tmp_path / "filled", "--allow", "stages")
+    (tmp_path / "manifest").rename(tmp_path / "filled" / "stream_reshard.json")
     convert(tmp_path / "filled", tmp_path / "back", "--to", "hf")
     convert("verify", source, tmp_path / "back")
 
@@ -69,6 +75,7 @@ def test_a_template_of_another_dtype_casts(tmp_path, capsys):
     assert told["casts"] == {"bfloat16 to float32": 21}
     assert "own choice and template differ in final_norm: BF16 and F32" in told["notes"]
     assert tree(tmp_path / "filled") == tree(tmp_path / "template")
+    convert("verify", source, tmp_path / "filled")
 
 
 @pytest.mark.parametrize("how, flags, code, message", [

@@ -56,6 +56,10 @@ class Target(ABC):
         """What the user should know of the choice."""
         return ()
 
+    def accepted(self, layout: Layout) -> Iterable[str]:
+        """What `verify` finds in the layout, and was chosen: names as its `--allow` takes them."""
+        return ()
+
     @abstractmethod
     def problems(self, model: Model) -> Problems:
         """Every way in which the model cannot be cut as was chosen."""

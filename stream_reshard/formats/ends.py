@@ -9,10 +9,11 @@ from stream_reshard.destination import destination_problems, occupation_problems
 from stream_reshard.errors import Problems, UsageError
 from stream_reshard.formats.base import Source, Target
 from stream_reshard.formats.from_hugging_face import open_hugging_face
-from stream_reshard.formats.from_nanotron import is_nanotron, open_nanotron
+from stream_reshard.formats.from_nanotron import open_nanotron
 from stream_reshard.formats.like_template import LikeTemplate
 from stream_reshard.formats.to_hugging_face import ToHuggingFace
 from stream_reshard.formats.to_nanotron import ToNanotron
+from stream_reshard.layouts.nanotron_config import is_nanotron
 from stream_reshard.layouts.limits import limit_problems
 from stream_reshard.options import Options
 

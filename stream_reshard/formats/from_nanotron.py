@@ -15,11 +15,6 @@ from stream_reshard.manifest import read_manifest
 METADATA_NAME = "checkpoint_metadata.json"
 
 
-def is_nanotron(root: Path) -> bool:
-    """Whether a folder holds a Nanotron checkpoint, or what is left of one."""
-    return (root / "model").is_dir() or (root / MODEL_CONFIG_NAME).is_file()
-
-
 def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
                   is_exact: bool = True) -> Source | None:
     """Read config and headers, none of more than `max_nbytes`; everything wrong goes to `problems`. None where not even
@@ -32,9 +27,10 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     files = problems.collect(read_weight_files, root, max_nbytes)
     if config is None:
         return None
-    told = vocab_size
-    if told is None:
-        told = problems.collect(vocab_size_of, root, max_nbytes) if is_exact else config.model.vocab_size
+    known = problems.collect(vocab_size_of, root, max_nbytes) if is_exact else None
+    if None not in (known, vocab_size) and known != vocab_size:
+        problems.append(UsageError(f"--vocab-size {vocab_size}: the manifest of {quoted(root)} says {known}"))
+    told = vocab_size if vocab_size is not None else known if is_exact else config.model.vocab_size
     size = problems.collect(_true_vocab_size, config, told)
     layout = problems.collect(layout_of_files, root, config, size, files) if files and size else None
     model_config = replace(config.model, vocab_size=size or config.model.vocab_size)

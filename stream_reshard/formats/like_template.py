@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 
 from stream_reshard.architectures import Family
@@ -13,6 +14,7 @@ from stream_reshard.formats.from_nanotron import open_nanotron
 from stream_reshard.formats.to_nanotron import ToNanotron
 from stream_reshard.layouts.base import Layout
 from stream_reshard.layouts.differences import layout_differences
+from stream_reshard.layouts.nanotron import STAGES, stages_of
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.model import Model, ModelConfig
 from stream_reshard.options import Options, nanotron_flags
@@ -60,10 +62,17 @@ class LikeTemplate(ToNanotron):
         assert isinstance(layout, NanotronLayout) and source.layout, "it is made by this"
         own = NanotronLayout(layout.root, layout.model, replace(self.rules, vocab_rows=None, vocab_multiple=1),
                              source.layout.dtype_at)
-        found = [f"own choice and template differ in {text}" for text in layout_differences(own, layout)]
-        yield from found[:MAX_LISTED]
-        if len(found) > MAX_LISTED:
-            yield f"and {len(found) - MAX_LISTED} more; `diff` with a conversion without --template lists all"
+        differences = layout_differences(own, layout)
+        for text in islice(differences, MAX_LISTED):
+            yield f"own choice and template differ in {text}"
+        if num_more := sum(1 for _ in differences):
+            yield f"and {num_more} more; `diff` with a conversion without --template lists all"
+
+    def accepted(self, layout: Layout) -> Iterator[str]:
+        assert isinstance(layout, NanotronLayout) and layout.stages, "it is made by this"
+        own = stages_of(layout.model.config, layout.rules)
+        if any(layout.stages[block] != stage for block, stage in own.items()):
+            yield STAGES
 
     def __str__(self) -> str:
         return f"{super().__str__()}, like {self.template.root}"

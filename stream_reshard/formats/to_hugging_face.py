@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from stream_reshard.formats.base import Source, Target
 from stream_reshard.layouts.base import Layout
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.hf_shards import INDEX_NAME
+from stream_reshard.layouts.limits import Limit
 from stream_reshard.layouts.hf_target import DEFAULT_MAX_SHARD_NBYTES, HuggingFaceTarget
 from stream_reshard.memory import human
 from stream_reshard.model import Model
@@ -36,6 +37,12 @@ class ToHuggingFace(Target):
         problems = Problems(UsageError(f"{flag} with --to hf: {what}") for flag, what in nanotron_flags(options))
         problems.raise_if_any()
         return cls(options.max_shard_nbytes)
+
+    def limits(self, source: Source) -> Iterator[Limit]:
+        """What no config.json that is written here says; nothing of it may be dropped from one that says it."""
+        for limit in source.limits:
+            is_said = source.config_name == CONFIG_NAME
+            yield replace(limit, name=f"{limit.name} in a new config.json") if is_said else limit
 
     def problems(self, model: Model) -> Problems:
         if self.max_shard_nbytes > 0:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.documents import documents
-from stream_reshard.errors import Problems, SourceError, UsageError, shell_word
+from stream_reshard.errors import Problems, SourceError, UsageError, quoted, shell_word
 from stream_reshard.formats.base import Source, Target
 from stream_reshard.layouts.base import Group, Layout
 from stream_reshard.layouts.limits import Limit
@@ -126,5 +126,5 @@ def blocks_text(names: Iterable[str]) -> str:
         kind, _, index = name.partition(".")
         grouped[kind].append(index)
     words = {"token_position_embeddings": "embedding", "final_layer_norm": "final norm", "lm_head": "head"}
-    return ", ".join(f"layers {indices[0]}-{indices[-1]}" if kind == "decoder" else words[kind]
+    return ", ".join(f"layers {indices[0]}-{indices[-1]}" if kind == "decoder" else words.get(kind, quoted(kind))
                      for kind, indices in grouped.items())

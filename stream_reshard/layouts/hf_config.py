@@ -61,9 +61,10 @@ def _family(raw: Mapping[str, Any]) -> Family:
 class ConfigReader:
     """Takes values out of a config, and collects what is wrong with them."""
 
-    def __init__(self, raw: Mapping[str, Any], name: str, defaults: Mapping[str, Any] = {}):
-        """`name` is that of the file, for messages; `defaults` are values of keys that are absent."""
-        self.raw, self.name, self.defaults = raw, name, defaults
+    def __init__(self, raw: Mapping[str, Any], name: str, defaults: Mapping[str, Any] = {}, is_nanotron: bool = False):
+        """`name` is that of the file, for messages; `defaults` are values of keys that are absent. Nanotron has some
+        keys of its own."""
+        self.raw, self.name, self.defaults, self.is_nanotron = raw, name, defaults, is_nanotron
         self.problems = Problems()
         self.notes: list[str] = []
         self.rope = self._rope()
@@ -157,8 +158,8 @@ class ConfigReader:
     def _no_rope_layer(self, family: Family) -> int | None:
         """Which layers go without rotary embedding: Nanotron says it by an interval; transformers by an interval or a
         list in which 0 is such a layer (SmolLM3Config)."""
-        if "no_rope_layer" in self.raw:
-            return None if self.raw["no_rope_layer"] is None else self.number("no_rope_layer", int)
+        if self.is_nanotron:
+            return None if self.raw.get("no_rope_layer") is None else self.number("no_rope_layer", int)
         if family.name != "smollm3":
             return None
         kinds = self.raw.get("no_rope_layers")
@@ -177,15 +178,16 @@ class ConfigReader:
         transformers' own keys (Qwen2MoeConfig)."""
         if not any(row.is_stacked for row in family.rows):
             return None
-        raw = self.raw.get("moe_config", self.raw)
+        raw = self.raw.get("moe_config") if self.is_nanotron else self.raw
         if not isinstance(raw, Mapping):
             self.complain(f"moe_config is {quoted(raw)}, not an object")
             return None
         reader = ConfigReader(raw, self.name, self.defaults)
         experts = Experts(reader.number("num_experts", int),
-                          reader.number("top_k" if "moe_config" in self.raw else "num_experts_per_tok", int),
+                          reader.number("top_k" if self.is_nanotron else "num_experts_per_tok", int),
                           reader.number("moe_intermediate_size", int),
                           reader.number("shared_expert_intermediate_size", int),
+                          0.0 if raw.get("router_aux_loss_coef") == 0 else
                           reader.number("router_aux_loss_coef", float, 0.01))
         self.problems.extend(reader.problems)
         if experts.num_experts > MAX_EXPERTS or experts.num_experts_per_tok > experts.num_experts:

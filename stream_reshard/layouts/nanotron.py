@@ -14,6 +14,10 @@ MARKERS = {"LlamaConfig": "is_llama_config", "Qwen2Config": "is_qwen2_config"}
 VERSIONS = ("1.5", "1.4", "1.2")
 """Checkpoint format versions this module writes: main, trees from April 2024 on, release 0.4 and before."""
 
+STAGES = "stages"
+"""What `--allow` of verify calls blocks on other stages than Nanotron's balancing gives them: its loader finds them,
+but reads every file for it."""
+
 MAX_TP, MAX_PP = 1024, 4096
 """Up to where usable numbers of ranks are looked for."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from stream_reshard.architectures import FAMILIES, Family
 from stream_reshard.errors import SourceError, quoted
-from stream_reshard.layouts.hf_config import ConfigReader
+from stream_reshard.layouts.hf_config import CONFIG_NAME, ConfigReader
 from stream_reshard.layouts.nanotron import MARKERS
 from stream_reshard.layouts.limits import Limit
 from stream_reshard.model import ModelConfig
@@ -24,6 +24,13 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope_scaling": (None,), "rope_seq_len_interpolation_factor": (None, 1, 1.0), "sliding_window_size": (None,),
     "moe_config": (None,), "_use_qkv_packed": (True,)}
 """Settings that change what the weights mean, and the values at which they do not."""
+
+
+def is_nanotron(root: Path) -> bool:
+    """Whether a folder holds a Nanotron checkpoint, or what is left of one: weights decide, else the config."""
+    if (root / "model" / "model").is_dir():
+        return True
+    return not (root / CONFIG_NAME).is_file() and ((root / "model").is_dir() or (root / MODEL_CONFIG_NAME).is_file())
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ def read_model_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> Nanotron
 
 def parse_model_config(raw: Mapping[str, Any], name: str) -> NanotronModelConfig:
     """The meaning of a model config of Nanotron's, which stands in the file of this name. Raises as the above."""
-    reader = ConfigReader(raw, name)
+    reader = ConfigReader(raw, name, is_nanotron=True)
     config_class, family = _family(raw, name)
     config = reader.model_config(family)
     interleaved = reader.flag("rope_interleaved", False) if "rope_interleaved" in raw else None

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from stream_reshard.architectures import build_model
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.header import read_header
 from stream_reshard.layouts.base import TORCH_DTYPES, Group
-from stream_reshard.layouts.nanotron import NanotronFormat
+from stream_reshard.layouts.nanotron import NanotronFormat, stages_of
 from stream_reshard.layouts.nanotron_config import NanotronModelConfig, interleaves_by_default
 from stream_reshard.layouts.nanotron_files import WeightFile, parse_pairs, parse_shape, parse_weight_file
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
@@ -70,6 +71,9 @@ def agreeing(root: Path, by_path: Mapping[str, WeightFile]) -> WeightFiles:
             problems.append(SourceError(f"{quoted(root)}: files of several {what} stand together: "
                                         f"{', '.join(sorted(map(str, values)))}; Nanotron would merge them without a "
                                         f"word; remove the stale ones"))
+    if sizes and max(max(size) for size in sizes) > len(by_path):
+        problems.append(SourceError(f"{quoted(root)}: names of files speak of {max(max(size) for size in sizes)} "
+                                    f"ranks, but there are {len(by_path)} files in all"))
     if not sizes:
         problems.append(SourceError(f"{quoted(root)} holds no weight files of Nanotron in model/model"))
     problems.raise_if_any()
@@ -88,10 +92,11 @@ def layout_of_files(root: Path, config: NanotronModelConfig, vocab_size: int, fi
                           f"weight files in all")
     rules = format_of(config, files)
     model = build_model(config.family, replace(config.model, vocab_size=vocab_size))
-    stages = dict.fromkeys(_blocks_of(model), 0) | files.stages
+    _check_sizes(model, rules, files)
+    stages = dict.fromkeys(stages_of(model.config, rules), 0) | files.stages
     bare = NanotronLayout(root, model, rules, _Dtypes(model, files), stages=stages)
     problems = Problems()
-    problems.extend(_faults(bare, files))
+    problems.extend(islice(_faults(bare, files), MAX_PROBLEMS))
     problems.raise_if_any()
     return replace(bare, begins=_Begins(bare, files))
 
@@ -103,22 +108,36 @@ def format_of(config: NanotronModelConfig, files: WeightFiles) -> NanotronFormat
                           vocab_rows=config.model.vocab_size)
 
 
-def _blocks_of(model: Model) -> Iterator[str]:
-    """Names of the pipeline blocks."""
+def _check_sizes(model: Model, rules: NanotronFormat, files: WeightFiles) -> None:
+    """Raises SourceError where the config's sizes cannot be those of these files: nothing large may be derived from
+    it."""
+    tp, experts = rules.topology.tp, model.config.experts
     for row in model.stored_rows:
-        for number in range(model.firsts[row], model.firsts[row + 1]):
-            yield model.parameter(number).nanotron.split(".pp_block")[0]
+        parameter = model.parameter(model.firsts[row])
+        if parameter.split:
+            size = parameter.shape[parameter.dims.index(parameter.split)]
+            size = rules.padded_vocab(size) if parameter.split == "vocab" else size
+            if size % tp:
+                raise SourceError(f"model_config.json: {size} {parameter.split} cannot be split by the {tp} "
+                                  f"tensor-parallel ranks of the files")
+    for file in files.by_path.values():
+        if experts and file.parameter.endswith(".experts.merged_down_proj") and (
+                found := file.tensor.shape[0]) != experts.num_experts:
+            raise SourceError(f"{quoted(file.file.path)} holds {found} experts, model_config.json says "
+                              f"{experts.num_experts}")
+    if experts and not any(file.parameter.endswith(".experts.merged_down_proj") for file in files.by_path.values()):
+        raise SourceError(f"model_config.json says {experts.num_experts} experts, the files hold none")
 
 
 class _Dtypes:
     """The dtype of a parameter, by its number: that of the first file of its group."""
 
     def __init__(self, model: Model, files: WeightFiles):
-        by_name = {file.parameter: file.tensor.dtype for file in files.by_path.values()}
-        self._dtypes = [by_name.get(model.parameter(number).nanotron, "BF16") for number in range(model.firsts[-1])]
+        self._model = model
+        self._by_name = {file.parameter: file.tensor.dtype for file in files.by_path.values()}
 
     def __call__(self, number: int) -> str:
-        return self._dtypes[number]
+        return self._by_name.get(self._model.parameter(number).nanotron, "BF16")
 
 
 class _Begins:

@@ -24,6 +24,7 @@ from stream_reshard.errors import DifferenceError, Problems, ResourceError, Stre
 from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.nanotron_config import NEUTRAL
 from stream_reshard.layouts.limits import ALLOWABLE
+from stream_reshard.layouts.nanotron import STAGES
 from stream_reshard.manifest import MAX_MANIFEST_NBYTES
 from stream_reshard.stop import Stop
 from stream_reshard.verify.agreement import (
@@ -76,9 +77,9 @@ def verify(source: Path, copy: Path, how: How = How(), stop: Stop | None = None,
     allowed = min(how.max_memory, memory.machine_limit())
     limit = MAX_MANIFEST_NBYTES if how.is_own else memory.parse_limit(allowed, memory.resident())
     problems, found = Problems(), Problems()
-    original = open_side(source, limit, problems)
+    original = open_side(source, limit, problems, how.allow)
     problems.raise_if_any()
-    other = open_side(copy, limit, found)
+    other = open_side(copy, limit, found, how.allow)
     _check_names(other, how)
     budget = _budget(original, other, how, allowed)
     found.extend(_structure_problems(original, other, how, budget))
@@ -114,7 +115,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
 
 def _check_names(other: Side, how: How) -> None:
     """Raises UsageError for names that mean nothing: what they should have let through would be missed."""
-    names = dict.fromkeys([*ALLOWABLE, *NEUTRAL, *WITHOUT_EFFECT, PADDING])
+    names = dict.fromkeys([*ALLOWABLE, *NEUTRAL, *WITHOUT_EFFECT, PADDING, STAGES])
     for name in how.allow:
         if name not in names:
             raise UsageError(f"--allow {quoted(name)}: the names are {', '.join(names)}")

@@ -29,8 +29,10 @@ from stream_reshard.verify.checkpoint import Checkpoint, Piece, Weight, matrix_o
 METADATA_NAME = "checkpoint_metadata.json"
 
 
-def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, problems: Problems) -> Checkpoint | None:
-    """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared."""
+def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, problems: Problems,
+                  may_be_moved: bool = False) -> Checkpoint | None:
+    """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared. With
+    `may_be_moved`, blocks may stand on other stages than Nanotron's balancing gives them."""
     if not (root / MODEL_CONFIG_NAME).is_file():
         problems.append(SourceError(f"{quoted(root)} holds no {MODEL_CONFIG_NAME}: it is not a committed checkpoint"))
         return None
@@ -50,7 +52,8 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
     for name in sorted(by_name.keys() - groups.keys()):
         problems.append(SourceError(f"{quoted(by_name[name][0].file.path)} holds a parameter that the model does not "
                                     f"have"))
-    problems.extend(problems.collect(lambda: list(_disagreements(root, files, config, max_header_nbytes))) or ())
+    problems.extend(problems.collect(lambda: list(_disagreements(
+        root, files, config, max_header_nbytes, may_be_moved))) or ())
     weights: dict[str, Weight] = {}
     by_default = interleaves_by_default(config, {file.version for file in files})
     interleaved = bool(config.rope_interleaved) or by_default
@@ -83,7 +86,7 @@ def _weight_file(root: Path, path: str, max_header_nbytes: int) -> WeightFile:
 
 
 def _disagreements(root: Path, files: list[WeightFile], config: NanotronModelConfig,
-                   max_nbytes: int) -> Iterator[SourceError]:
+                   max_nbytes: int, may_be_moved: bool) -> Iterator[SourceError]:
     """What the files say of the whole checkpoint, against each other and checkpoint_metadata.json."""
     placed = [file for file in files if file.place]
     places = [file.place for file in files if file.place]
@@ -98,7 +101,7 @@ def _disagreements(root: Path, files: list[WeightFile], config: NanotronModelCon
         if metadata is not None and len(told[what]) == 1 and metadata.get(what) not in list(told[what]):
             yield SourceError(f"{METADATA_NAME} says {what} {quoted(metadata.get(what))}, the weight files say "
                               f"{quoted(min(told[what]))}")
-    if len(told["pp"]) == 1:
+    if len(told["pp"]) == 1 and not may_be_moved:
         yield from _wrong_stages(placed, config, min(told["pp"]))
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.layouts.hf_config import CONFIG_NAME
-from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
+from stream_reshard.layouts.nanotron import STAGES
+from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME, is_nanotron
 from stream_reshard.manifest import FileDone, Manifest, read_manifest
 from stream_reshard.small_files import files_below
 from stream_reshard.verify.checkpoint import Checkpoint
@@ -44,17 +45,19 @@ class Side:
                 if path in found and (self.root / path).is_file()}
 
 
-def open_side(root: Path, max_nbytes: int, problems: Problems) -> Side:
-    """Open a folder; everything wrong goes to `problems`. No header or small file may have more than `max_nbytes`."""
+def open_side(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str] = ()) -> Side:
+    """Open a folder; everything wrong goes to `problems`, but for what is in `allow` or its manifest accepts. No header
+    or small file may have more than `max_nbytes`."""
     if not os.path.isdir(root):
         problems.append(SourceError(f"{quoted(root)} is not a folder"))
         return Side(root)
     manifest = problems.collect(read_manifest, root, max_nbytes)
-    if (root / CONFIG_NAME).is_file() and not (root / "model").is_dir():
+    if (root / CONFIG_NAME).is_file() and not is_nanotron(root):
         return Side(root, manifest, open_hugging_face(root, max_nbytes, problems))
-    if (root / "model").is_dir() or (root / MODEL_CONFIG_NAME).is_file():
+    if is_nanotron(root):
         vocab_size = manifest.facts["vocab_size"] if manifest else None
-        return Side(root, manifest, open_nanotron(root, vocab_size, max_nbytes, problems))
+        is_moved = STAGES in {*allow, *(manifest.facts["allowed"] if manifest else ())}
+        return Side(root, manifest, open_nanotron(root, vocab_size, max_nbytes, problems, is_moved))
     problems.append(SourceError(f"{quoted(root)} holds neither {CONFIG_NAME} nor {MODEL_CONFIG_NAME}: it is not a "
                                 f"committed checkpoint"))
     return Side(root, manifest)
