@@ -268,7 +268,8 @@ def test_the_manifest_tells_the_source_and_every_file(tmp_path):
     case = Case(tmp_path)
     manifest = manifest_of(case.destination)
     assert {file["path"] for file in manifest["files"]} == case.wanted.keys() - {"stream_reshard.json"}
-    assert manifest["run"]["source"] == str(case.source) and "tokenizer.json" in manifest["run"]["identities"]
+    assert manifest["run"]["source"] == str(case.source)
+    assert str(case.source / "tokenizer.json") in manifest["run"]["copied"]
 
 
 def test_a_source_named_by_a_relative_path_is_the_same_source(tmp_path, monkeypatch, capsys):
