@@ -129,7 +129,7 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     casts = bool(plan.casts)
     if casts:
         problems.collect(import_torch)
-    budget, budget_notes = _budget(options, plan, casts)
+    budget, budget_notes = _budget(options, plan, casts, target.held_nbytes(plan.target))
     copies = _companions(options, problems)
     copied = {str(path.absolute()): identity_of(path.stat()) for path in copies.values()}
     notes = (*_notes(options, source, target), *target.notes(source, plan.target), *budget_notes)
@@ -180,12 +180,13 @@ def _always(dtype: str, number: int) -> str:
     return dtype
 
 
-def _budget(options: Options, plan: Plan, casts: bool) -> tuple[memory.MemoryPlan, list[str]]:
-    """What the run will need of memory, and what to say of it. A run keeps a record per file; where no destination is
-    given nothing is run, and a limit that is too small for the records alone is no reason to refuse."""
+def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memory.MemoryPlan, list[str]]:
+    """What the run will need of memory, and what to say of it. A run keeps a record per file, and `held` bytes of
+    documents; where no destination is given nothing is run, and a limit that is too small for the records alone is no
+    reason to refuse."""
     of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.workers, casts,
                  NUM_BUFFERS + options.verify * VERIFY_BUFFERS)
-    whole, bare = of(num_files=plan.target.num_files * (1 + options.verify)), of(num_files=0)
+    whole, bare = of(num_files=plan.target.num_files * (1 + options.verify), held=held), of(num_files=0)
     if options.destination is not None or whole.projected <= whole.allowed or bare.projected > bare.allowed:
         return whole, []
     return bare, [f"a run of this plan needs --max-memory {memory.human(whole.projected)} for the records of "

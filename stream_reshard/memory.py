@@ -133,10 +133,11 @@ def yaml_limit(allowed: int, reserved: int) -> int:
 
 
 def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool, num_buffers: int,
-                num_files: int = 0) -> MemoryPlan:
-    """The largest buffers that keep the limit; the smallest ones where none do (compare `projected`)."""
+                num_files: int = 0, held: int = 0) -> MemoryPlan:
+    """The largest buffers that keep the limit; the smallest ones where none do (compare `projected`). `held`: bytes
+    that documents beside the weights take."""
     to_import = _TORCH_NBYTES if casts and "torch" not in sys.modules else 0
-    to_import += num_files * _PER_FILE
+    to_import += num_files * _PER_FILE + held
     to_import += _NUMPY_NBYTES if not casts and "numpy" not in sys.modules else 0
     plan = MemoryPlan(allowed, reserved, num_workers, MAX_BLOCK_NBYTES, casts, to_import, num_buffers)
     while plan.projected > allowed and plan.block_nbytes > MIN_BLOCK_NBYTES:

@@ -73,6 +73,10 @@ class Target(ABC):
                   companions: Iterable[str]) -> dict[str, bytes]:
         """The small files beside the weights, by name; `companions` are copied there."""
 
+    def held_nbytes(self, layout: Layout) -> int:
+        """What the documents take in memory, beyond a little."""
+        return 0
+
     @abstractmethod
     def facts(self, layout: Layout) -> dict[str, Any]:
         """What was chosen, for JSON."""

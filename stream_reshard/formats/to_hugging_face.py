@@ -19,6 +19,9 @@ from stream_reshard.memory import human
 from stream_reshard.model import Model
 from stream_reshard.options import Options, nanotron_flags
 
+_PER_INDEXED = 600
+"""Bytes that one tensor takes while an index is made: its names, an entry, two lines of text."""
+
 _MAX_LISTED = 16
 """Shards that a person is shown."""
 
@@ -60,6 +63,10 @@ class ToHuggingFace(Target):
             index = {"metadata": {"total_size": layout.total_nbytes}, "weight_map": dict(sorted(layout.weight_map()))}
             documents[INDEX_NAME] = json.dumps(index, indent=2).encode() + b"\n"
         return documents
+
+    def held_nbytes(self, layout: Layout) -> int:
+        """An index names every tensor: as a dict, as text, and as what is written."""
+        return layout.model.num_stored * _PER_INDEXED if layout.num_files > 1 else 0
 
     def facts(self, layout: Layout) -> dict[str, Any]:
         return {"format": "Hugging Face", "max_shard_nbytes": self.max_shard_nbytes}

@@ -49,15 +49,20 @@ class HuggingFaceTarget(Layout):
         """The stored parameters, in the order in which transformers lists them."""
         model, num_layers = self.model, self.model.config.num_hidden_layers
         modules: dict[str, int] = {}
-        keys = {}
+        keys: dict[int, tuple[int, int, int]] = {}
         for row in model.stored_rows:
-            first, last, key = model.firsts[row], model.firsts[row + 1], model.rows[row].hugging_face
+            key = model.rows[row].hugging_face
             module = modules.setdefault(key.rpartition(".")[0], row)  # Weight and bias of one follow each other.
-            for number in range(first, last):
-                layer = (number - first) * num_layers // (last - first) if model.rows[row].per_layer else (
-                    num_layers if row else -1)
-                keys[number] = layer, _place_in_layer(key), module, row, number
-        return array("I", sorted(keys, key=keys.__getitem__))
+            keys[row] = _place_in_layer(key), module, row
+        layered = sorted((row for row in keys if model.rows[row].per_layer), key=keys.__getitem__)
+        order = array("I", (model.firsts[row] for row in keys if row < min(layered)))
+        for layer in range(num_layers):
+            for row in layered:
+                num_each = (model.firsts[row + 1] - model.firsts[row]) // num_layers
+                first = model.firsts[row] + layer * num_each
+                order.extend(range(first, first + num_each))
+        order.extend(model.firsts[row] for row in keys if row > max(layered))
+        return order
 
     @cached_property
     def _shards(self) -> tuple[array[int], array[int]]:

@@ -20,6 +20,10 @@ from stream_reshard.model import ModelConfig, Parameter
 from stream_reshard.tensor_file import SourceFile
 
 
+PER_TENSOR = 100
+"""Bytes of a header that take as much memory as what is held here of one tensor."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A box of a parameter's matrix, and where it stands."""

@@ -11,10 +11,7 @@ from stream_reshard.layouts.hf_shards import open_shards
 from stream_reshard.layouts.hugging_face import layout_of, model_of, open_config
 from stream_reshard.layouts.hf_limits import limits
 from stream_reshard.tensor_file import same_bytes
-from stream_reshard.verify.checkpoint import Checkpoint, Piece, Weight, matrix_of
-
-_PER_TENSOR = 100
-"""Bytes of a header that take as much memory as what is held here of one tensor."""
+from stream_reshard.verify.checkpoint import PER_TENSOR, Checkpoint, Piece, Weight, matrix_of
 
 
 def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems) -> Checkpoint | None:
@@ -24,7 +21,7 @@ def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems) ->
     shards = problems.collect(open_shards, root, table, max_header_nbytes) if os.path.isdir(root) else None
     if config is None or shards is None:
         return None
-    if shards.num_tensors * _PER_TENSOR > max_header_nbytes:
+    if shards.num_tensors * PER_TENSOR > max_header_nbytes:
         problems.append(SourceError(f"{quoted(root)} has {shards.num_tensors} tensors, too many to be compared within "
                                     f"--max-memory; raise it"))
         return None

@@ -24,7 +24,7 @@ from stream_reshard.layouts.nanotron_files import WeightFile, parse_path, parse_
 from stream_reshard.model import Parameter
 from stream_reshard.small_files import files_below, read_json
 from stream_reshard.topology import Topology
-from stream_reshard.verify.checkpoint import Checkpoint, Piece, Weight, matrix_of
+from stream_reshard.verify.checkpoint import PER_TENSOR, Checkpoint, Piece, Weight, matrix_of
 
 METADATA_NAME = "checkpoint_metadata.json"
 
@@ -39,19 +39,17 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
     config = problems.collect(read_model_config, root, max_header_nbytes)
     files = [file for path in files_below(root / "model")
              if (file := problems.collect(_weight_file, root, f"model/{path}", max_header_nbytes))]
-    if config is not None and config.model.num_hidden_layers > len(files):
-        problems.append(SourceError(f"{MODEL_CONFIG_NAME}: num_hidden_layers is {config.model.num_hidden_layers}, but "
-                                    f"there are {len(files)} weight files in all"))
-        return None
     if config is None:
+        return None
+    if fault := _size_fault(root, config, files, max_header_nbytes):
+        problems.append(SourceError(fault))
         return None
     num_before = len(problems)
     by_name, groups = _grouped(files, config)
-    for name in sorted(groups.keys() - by_name.keys()):
-        problems.append(SourceError(f"{name} is missing in {quoted(root)}"))
-    for name in sorted(by_name.keys() - groups.keys()):
-        problems.append(SourceError(f"{quoted(by_name[name][0].file.path)} holds a parameter that the model does not "
-                                    f"have"))
+    problems.extend(SourceError(f"{name} is missing in {quoted(root)}")
+                    for name in sorted(groups.keys() - by_name.keys()))
+    problems.extend(SourceError(f"{quoted(by_name[name][0].file.path)} holds a parameter that the model does not have")
+                    for name in sorted(by_name.keys() - groups.keys()))
     problems.extend(problems.collect(lambda: list(_disagreements(
         root, files, config, max_header_nbytes, may_be_moved))) or ())
     weights: dict[str, Weight] = {}
@@ -67,6 +65,16 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
         return None
     return Checkpoint(root, config.model, vocab_size, config.extras, interleaved, by_default,
                       tuple(file.file for file in files), weights)
+
+
+def _size_fault(root: Path, config: NanotronModelConfig, files: list[WeightFile], max_nbytes: int) -> str | None:
+    """Why nothing may be made of what a config says: there would be too much of it."""
+    if config.model.num_hidden_layers > len(files):
+        return (f"{MODEL_CONFIG_NAME}: num_hidden_layers is {config.model.num_hidden_layers}, but there are "
+                f"{len(files)} weight files in all")
+    if (number := build_model(config.family, config.model).num_stored) * PER_TENSOR > max_nbytes:
+        return f"{quoted(root)} has {number} parameters, too many to be compared within --max-memory; raise it"
+    return None
 
 
 def _grouped(files: list[WeightFile],
