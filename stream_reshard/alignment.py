@@ -64,10 +64,8 @@ def _stretches(held: Sequence[Slice], wanted: Sequence[Slice]) -> Iterator[tuple
         return
     step = whole_step(held, wanted)
     for part in step.parts:
-        window, target = step.windows[part.window], part.target.tensor
-        is_same = window.slice.tensor.dtype == target.dtype
-        if part.is_stretch and is_same and target.nbytes >= MIN_SHARED_NBYTES:
-            yield window, part
+        if step.is_kept(part) and part.target.tensor.nbytes >= MIN_SHARED_NBYTES:
+            yield step.windows[part.window], part
 
 
 def begin_for(wishes: Iterable[Wish], source_begins: Sequence[int], least: int) -> int:

@@ -79,8 +79,11 @@ class Result:
     io: Mapping[str, int]
     """What the kernel counted meanwhile (proc_pid_io(5)): rchar, wchar, read_bytes, write_bytes."""
     done: Done = field(repr=False)
-    already_done: bool = False
-    """Whether the destination held this very output before."""
+
+    @property
+    def already_done(self) -> bool:
+        """Whether the destination held this very output before, and was not to be made anew."""
+        return self.done.was_finished and not self.conversion.options.overwrite
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def run(conversion: Conversion, progress: Callable[[int, int], None] | None = No
     where the source changed, DestinationError, ResourceError (disk, I/O; resumable), LockedError, DifferenceError where
     `verify` was chosen and found one.
     """
-    begin, io_before, already_done = time.monotonic(), io_counters(), _is_done(conversion)
+    begin, io_before = time.monotonic(), io_counters()
     num_done = 0
 
     def advance(job: Job) -> None:
@@ -116,12 +119,7 @@ def run(conversion: Conversion, progress: Callable[[int, int], None] | None = No
             progress(num_done, conversion.plan.nbytes)
 
     done = run_conversion(conversion, advance, stop)
-    return Result(conversion, time.monotonic() - begin, memory.peak_resident(), io_counters(io_before), done,
-                  already_done)
-
-
-def _is_done(conversion: Conversion) -> bool:
-    return not conversion.options.overwrite and conversion.is_done
+    return Result(conversion, time.monotonic() - begin, memory.peak_resident(), io_counters(io_before), done)
 
 
 def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_ALLOWED, stop: Stop | None = None,

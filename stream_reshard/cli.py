@@ -1,4 +1,4 @@
-"""The command line: flags to Options, results to stdout, progress and messages to stderr, errors to exit codes."""
+"""The command line: flags to `api`, results to stdout, progress and messages to stderr, errors to exit codes."""
 from __future__ import annotations
 
 import argparse
@@ -155,8 +155,7 @@ def demo_command(arguments: argparse.Namespace, stop: Stop) -> None:
 
 
 _RUN = {"convert": convert_command, "plan": plan_command, "verify": verify_command, "inspect": inspect_command,
-        "diff": diff_command,
-        "demo": demo_command}
+        "diff": diff_command, "demo": demo_command}
 
 
 @contextmanager

@@ -120,9 +120,8 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     source, target = open_ends(options, problems)
     assert source.layout and source.model, "without them there are problems"
     if options.source_sha256 is not None:
-        files = [path for path in source.layout.paths]
         sums = expected_sums(options.source, identities, options.source_sha256)
-        problems.extend(sum_problems(options.source, files, sums, stop or Stop()))
+        problems.extend(sum_problems(options.source, list(source.layout.paths), sums, stop or Stop()))
     dtypes = source.layout.dtype_at if options.dtype == "keep" else partial(_always, _SAFETENSORS_DTYPES[options.dtype])
     wanted = target.layout(options.destination or Path(), source.model, dtypes)
     plan = make_plan(source.layout, wanted)

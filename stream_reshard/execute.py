@@ -107,6 +107,8 @@ class Done:
     """Bytes of tensors that this run wrote."""
     num_digests: int = 0
     """Tensor files that the manifest has a digest of."""
+    was_finished: bool = False
+    """Whether the destination was finished before."""
 
 
 def run(output: Output, how: How) -> Done:
@@ -125,7 +127,7 @@ def run(output: Output, how: How) -> Done:
             manifest = finished(destination, output.run, output.max_files)
             if manifest and (is_swapped or not how.overwrite):
                 _confirm(output, how, manifest)
-                done = Done(output.plan.target.num_files)
+                done = Done(output.plan.target.num_files, was_finished=True)
             else:
                 done = _write(output, how, lock)
             return replace(done, leftovers=clear_old(destination, is_swapped=False))

@@ -2,16 +2,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.formats.to_nanotron import blocks_text
-from stream_reshard.header import StoredTensor
+from stream_reshard.header import MAX_HEADER_NBYTES, StoredTensor
 from stream_reshard.layouts.base import Layout
 from stream_reshard.layouts.hf_config import CONFIG_NAME
-from stream_reshard.layouts.hugging_face import open_source
+from stream_reshard.layouts.hugging_face import open_folder
 from stream_reshard.layouts.nanotron_config import (
     MODEL_CONFIG_NAME, NanotronModelConfig, is_nanotron, read_model_config)
 from stream_reshard.layouts.nanotron_files import WeightFile
@@ -47,7 +47,10 @@ def inspect(root: Path, values: bool = False, stop: Stop | None = None) -> dict[
 
 
 def _inspect_hugging_face(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor]]:
-    config, layout = open_source(root)
+    problems = Problems()
+    config, _, layout = open_folder(root, MAX_HEADER_NBYTES, problems)
+    problems.raise_if_any()
+    assert config and layout, "without them there are problems"
     facts = {"format": "Hugging Face", **_model_facts(config.model, layout), "vocab_size": config.model.vocab_size,
              "dtypes": layout.count_dtypes(), "num_files": layout.num_files, "nbytes": layout.nbytes,
              "ignored": dict(layout.ignored), "has_manifest": (root / MANIFEST_NAME).is_file(), "faults": []}
@@ -119,7 +122,7 @@ def _depth(file: WeightFile) -> tuple[int, int]:
     return first, int(layer) if layer.isdigit() and len(layer) < 9 else 0
 
 
-def _holes(files: Any) -> Iterator[SourceError]:
+def _holes(files: Iterable[WeightFile]) -> Iterator[SourceError]:
     """Parameters of which some tensor-parallel rank has no file."""
     found: dict[tuple[str, int], set[int]] = {}
     for file in files:

@@ -91,7 +91,7 @@ def _written(work: Work, job: Job, ticket: int) -> JobDone:
                 moved += move(held, plan.target.slices_of(number), files)
                 for fill in plan.target.fills_of(number):
                     write_zeros(fill, files)
-                writing.write(own.close)  # A shard is cut from more files than may be open at once.
+                writing.write(own.close, reads=False)  # A shard is cut from more files than may be open at once.
         writing.wait()
         done = tuple(FileDone(path, target.nbytes, target.commit()) for path, target in targets.items())
     return JobDone(done, False, moved.into(targets.values()))

@@ -54,11 +54,13 @@ class Lane:
             writing.exception()  # Its own job raises it.
         return self._buffers[self._next]
 
-    def submit(self, task: Callable[[], Result]) -> Future[Result]:
-        """Let the assistant do this, after everything it was given before: it uses the buffer that came last."""
+    def submit(self, task: Callable[[], Result], reads: bool = True) -> Future[Result]:
+        """Let the assistant do this, after everything it was given before. With `reads` it reads the buffer that came
+        last, which is not free until it has."""
         future = self._assistant.submit(task)
-        self._writing[self._next] = future
-        self._next = (self._next + 1) % NUM_READ_BUFFERS
+        if reads:
+            self._writing[self._next] = future
+            self._next = (self._next + 1) % NUM_READ_BUFFERS
         return future
 
     @contextmanager
@@ -96,12 +98,12 @@ class Writing:
         self._last: Future | None = None
         self._error: BaseException | None = None
 
-    def write(self, task: Callable[[], None]) -> None:
-        """Let the assistant do this after what came before it. Raises what that has raised: then nothing more is
-        done."""
+    def write(self, task: Callable[[], None], reads: bool = True) -> None:
+        """Let the assistant do this after what came before it; `reads`: whether it needs the buffer that came last.
+        Raises what that has raised: then nothing more is done."""
         if self._error is not None:
             raise self._error
-        self._last = self.lane.submit(lambda: self._do(task))
+        self._last = self.lane.submit(lambda: self._do(task), reads)
 
     def _do(self, task: Callable[[], None]) -> None:
         if self._error is None:

@@ -77,10 +77,10 @@ def move(held: Sequence[Slice], wanted: Sequence[Slice], files: OpenFiles) -> Mo
 
 def _copy(window: Window, parts: Sequence[Part], files: OpenFiles) -> None:
     """Read a window in blocks, and write what each block has of each stretch."""
-    source, itemsize = files.sources[window.slice.tensor.file], window.slice.tensor.itemsize
-    stretches = [(part.window_offset * itemsize, (part.window_offset + part.num_elements) * itemsize,
-                  files.targets[part.target.tensor.file], part.target.tensor.begin + part.target_offset * itemsize)
-                 for part in parts]
+    source = files.sources[window.slice.tensor.file]
+    firsts = [window.offset_of(part) - window.offset for part in parts]
+    stretches = [(first, first + part.nbytes, files.targets[part.target.tensor.file], part.offset)
+                 for first, part in zip(firsts, parts)]
     for begin in range(0, window.nbytes, len(files.writing.lane.scratch)):
         files.stop.check()
         view = files.writing.lane.buffer()[:window.nbytes - begin]
@@ -101,12 +101,9 @@ def _write_pieces(pieces: Sequence[tuple[NewTensorFile, int, memoryview]], sourc
 def _take(part: Part, window: Window, files: OpenFiles) -> None:
     """Bring a stretch to its place without reading it."""
     source, target = files.sources[window.slice.tensor.file], files.targets[part.target.tensor.file]
-    itemsize, scratch = part.target.tensor.itemsize, files.writing.lane.scratch
-    source_offset = window.offset + part.window_offset * itemsize
-    offset = part.target.tensor.begin + part.target_offset * itemsize
     take = target.take if target.transport.passes_by else target.take_mapped
-    files.writing.write(partial(take, source, source_offset, offset, part.num_elements * itemsize, scratch,
-                                files.stop.check))
+    files.writing.write(partial(take, source, window.offset_of(part), part.offset, part.nbytes,
+                                files.writing.lane.scratch, files.stop.check), reads=False)
 
 
 def _write_shares(step: Step, views: Sequence[memoryview], files: OpenFiles) -> None:
@@ -195,7 +192,8 @@ def _joined(pieces: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, lis
 def write_zeros(fill: Fill, files: OpenFiles) -> None:
     """Fill padding, where it stands in one of these files."""
     if fill.tensor.file in files.targets:
-        files.writing.write(partial(_write_zeros, fill, files.targets[fill.tensor.file], files.writing.lane.scratch))
+        files.writing.write(partial(_write_zeros, fill, files.targets[fill.tensor.file], files.writing.lane.scratch),
+                            reads=False)
 
 
 def _write_zeros(fill: Fill, target: NewTensorFile, scratch: memoryview) -> None:

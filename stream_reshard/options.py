@@ -71,11 +71,10 @@ class Options:
         return min(self.max_memory, memory.machine_limit())
 
 
-def nanotron_flags(options: Options) -> Iterator[tuple[str, str]]:
-    """(flag, what it chooses) of everything that was chosen and only a Nanotron checkpoint of this tool's own choice
-    has."""
+def nanotron_flags(options: Options) -> Iterator[str]:
+    """The flags that were given and choose how a Nanotron checkpoint is cut anew."""
     for name, flag in _NANOTRON_FLAGS.items():
         if getattr(options, name) != getattr(Options, name):
-            yield flag, "it is for a Nanotron checkpoint that is cut anew"
+            yield flag
     if (options.topology.tp, options.topology.pp) != (1, 1):
-        yield "--tp, --pp", "they are for a Nanotron checkpoint that is cut anew"
+        yield "--tp, --pp"

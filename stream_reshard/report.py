@@ -42,7 +42,7 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
            f"{conversion.plan.source.files_word}, {human(source['nbytes'])})")
     yield (f"target   {shown(target['path'] or '(not given)')}  ({target['format']} {conversion.target}, "
            f"{target['dtype']})")
-    yield from conversion.target.lines(conversion.plan.target)
+    yield from conversion.target.lines(conversion.plan.target, facts)
     vocab = facts["vocab"]
     padding = f"padded to {vocab['padded']} with zeros" if vocab["padded"] != vocab["size"] else "no padding"
     yield f"vocab    {vocab['size']} rows, {padding}{', head tied to the embedding' if facts['tied'] else ''}"

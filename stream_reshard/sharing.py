@@ -69,10 +69,7 @@ def shareable_nbytes(source: Layout, target: Layout) -> int:
         if wanted := target.slices_of(number):
             whole = whole_step(source.slices_of(number), wanted)
             for part in whole.parts if whole.is_stretched else ():
-                itemsize = part.target.tensor.itemsize
-                first, last = inner_blocks(whole.windows[part.window].offset + part.window_offset * itemsize,
-                                           part.target.tensor.begin + part.target_offset * itemsize,
-                                           part.num_elements * itemsize)
+                first, last = inner_blocks(whole.windows[part.window].offset_of(part), part.offset, part.nbytes)
                 total += last - first
     return total
 

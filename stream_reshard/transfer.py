@@ -41,6 +41,10 @@ class Window:
         """Bytes that are read."""
         return (self.stop - self.start) * self.slice.tensor.itemsize
 
+    def offset_of(self, part: Part) -> int:
+        """Where a part of it begins in its file, in bytes."""
+        return self.offset + part.window_offset * self.slice.tensor.itemsize
+
 
 @dataclass(frozen=True)
 class Part:
@@ -62,6 +66,16 @@ class Part:
     def num_elements(self) -> int:
         """Elements of the part."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the target."""
+        return self.num_elements * self.target.tensor.itemsize
+
+    @property
+    def offset(self) -> int:
+        """Where it begins in the target's file, in bytes."""
+        return self.target.tensor.begin + self.target_offset * self.target.tensor.itemsize
 
     @property
     def target_end(self) -> int:
@@ -87,11 +101,14 @@ class Step:
     parts: tuple[Part, ...]
     """Grouped by target tensor."""
 
+    def is_kept(self, part: Part) -> bool:
+        """Whether a part stands in one piece, in the same order and dtype, on both sides: its bytes are only moved."""
+        return part.is_stretch and part.target.tensor.dtype == self.windows[part.window].slice.tensor.dtype
+
     @property
     def is_stretched(self) -> bool:
-        """Whether all of it stands in the same order on both sides, so that its bytes are only moved."""
-        return all(part.is_stretch and part.target.tensor.dtype == self.windows[part.window].slice.tensor.dtype
-                   for part in self.parts)
+        """Whether that is so for all of its parts."""
+        return all(map(self.is_kept, self.parts))
 
 
 def steps(sources: Sequence[Slice], targets: Sequence[Slice], max_elements: int) -> Iterator[Step]:

@@ -2,8 +2,8 @@
 import threading
 
 import pytest
+from conversions import tensors, tree
 from sources import make_source
-from test_both_ways import tensors, tree
 
 from stream_reshard import api
 from stream_reshard.errors import Interrupted, Refused, StreamReshardError, UsageError

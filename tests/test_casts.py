@@ -2,8 +2,8 @@
 import json
 
 import pytest
+from conversions import convert
 from sources import make_source
-from test_both_ways import convert
 
 from stream_reshard.cli import main
 

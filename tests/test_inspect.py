@@ -3,8 +3,8 @@ import json
 
 import numpy as np
 import pytest
+from conversions import convert, damage_exchanged, damage_extra, damage_missing, damage_stale, damage_version
 from sources import make_source
-from test_both_ways import convert, damage_exchanged, damage_extra, damage_missing, damage_stale, damage_version
 
 from stream_reshard.cli import main
 

@@ -43,3 +43,17 @@ def test_a_job_that_needs_no_lane_holds_nobody_up():
         with lanes.taken(first):
             pass  # Again, as after an I/O error.
     lanes.close()
+
+
+def test_what_reads_nothing_takes_no_buffer():
+    """Of buffers that are few, none is held up by a task that closes a file or writes zeros."""
+    lanes = Lanes(1, 64)
+    with lanes.ticket() as ticket, lanes.taken(ticket) as lane:
+        writing, begun, go_on = Writing(lane), lane.buffer(), threading.Event()
+        with writing.settled():
+            writing.write(lambda: go_on.wait(5), reads=False)
+            assert lane.buffer() is begun
+            go_on.set()
+            writing.write(lambda: None)
+            assert lane.buffer() is not begun
+    lanes.close()

@@ -2,8 +2,8 @@
 import json
 
 import pytest
+from conversions import convert, tree
 from sources import make_source
-from test_both_ways import convert, tree
 from trees import GOLDEN
 
 from stream_reshard.cli import main
@@ -64,6 +64,17 @@ def test_what_a_template_does_otherwise_is_told(tmp_path, capsys):
     (tmp_path / "manifest").rename(tmp_path / "filled" / "stream_reshard.json")
     convert(tmp_path / "filled", tmp_path / "back", "--to", "hf")
     convert("verify", source, tmp_path / "back")
+
+
+def test_a_template_without_moved_blocks_accepts_none(tmp_path, capsys):
+    """Blocks that have no files of their own stages, such as the final norm, are moved nowhere."""
+    template, source = random_model(tmp_path, "--pp", 2), make_source(tmp_path / "hf")
+    convert(source, tmp_path / "filled", "--template", template)
+    assert json.loads((tmp_path / "filled" / "stream_reshard.json").read_text())["facts"]["allowed"] == []
+    for path in sorted((tmp_path / "filled" / "model").rglob("*decoder/0/**/*pp-rank-0-of-2*")):
+        path.rename(path.with_name(path.name.replace("pp-rank-0", "pp-rank-1")))
+    assert main(["verify", str(source), str(tmp_path / "filled")]) == 5
+    assert "Nanotron's balancing looks for it" in capsys.readouterr().err
 
 
 def test_a_template_of_another_dtype_casts(tmp_path, capsys):

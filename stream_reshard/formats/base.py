@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,8 +44,6 @@ class Source:
 class Target(ABC):
     """What is to be written."""
 
-    name: ClassVar[str]
-    """As `--to` takes it."""
     marker: ClassVar[str]
     """The file whose presence makes a folder a checkpoint."""
 
@@ -82,9 +81,20 @@ class Target(ABC):
         """What was chosen, for JSON."""
 
     @abstractmethod
-    def lines(self, layout: Layout) -> Iterator[str]:
-        """The same for a person, with a table of what goes where."""
+    def lines(self, layout: Layout, facts: Mapping[str, Any]) -> Iterator[str]:
+        """A table of what goes where, for a person; `facts` are those above."""
 
     @abstractmethod
     def next_step(self, destination: Path) -> tuple[str, str]:
         """(word, command) that a user wants to run next."""
+
+
+def with_float32(model: Model, dtypes: Callable[[int], str], own: str) -> Callable[[int], str]:
+    """The same dtypes by number, but that what Nanotron keeps in float32 has the dtype `own`."""
+    rows = [row for row, _ in enumerate(model.rows) if model.rows[row].is_float32]
+    numbers = [range(model.firsts[row], model.firsts[row + 1]) for row in rows]
+    return partial(_with_own, numbers, dtypes, own) if numbers else dtypes
+
+
+def _with_own(numbers: Sequence[range], dtypes: Callable[[int], str], own: str, number: int) -> str:
+    return own if any(number in part for part in numbers) else dtypes(number)

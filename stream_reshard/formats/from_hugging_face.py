@@ -1,30 +1,24 @@
 """A Hugging Face folder, opened to be converted."""
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from stream_reshard.architectures import build_model
 from stream_reshard.errors import Problems, SourceError, StreamReshardError, quoted
 from stream_reshard.formats.base import Source
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.hf_limits import dropped, limits
-from stream_reshard.layouts.hf_shards import INDEX_NAME, open_shards
-from stream_reshard.layouts.hugging_face import HuggingFaceLayout, layout_of, model_of, open_config
+from stream_reshard.layouts.hf_shards import INDEX_NAME
+from stream_reshard.layouts.hugging_face import HuggingFaceLayout, open_folder
 from stream_reshard.tensor_file import same_bytes
 
 
 def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Source | None:
     """Read config and headers, none of more than `max_nbytes`; everything wrong goes to `problems`. None where not even
     the config makes sense."""
-    config = problems.collect(open_config, root, max_nbytes)
-    table = build_model(config.family, config.model) if config else None
-    shards = problems.collect(open_shards, root, table, max_nbytes) if os.path.isdir(root) else None
+    config, model, layout = open_folder(root, max_nbytes, problems)
     if config is None:
         return None
-    model = problems.collect(model_of, config, shards) if shards else None
-    layout = problems.collect(layout_of, root, model, shards, max_nbytes) if model else None
     notes = list(dropped(config))
     if layout is not None:
         problems.extend(_tie_problems(layout))

@@ -6,13 +6,11 @@ from pathlib import Path
 
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted
 from stream_reshard.formats.base import Source
-from stream_reshard.layouts.nanotron import stages_of
-from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config
+from stream_reshard.layouts.nanotron_config import (
+    METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config)
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
-from stream_reshard.layouts.nanotron_source import WeightFiles, format_of, layout_of_files, read_weight_files
+from stream_reshard.layouts.nanotron_source import format_of, layout_of_files, read_weight_files
 from stream_reshard.manifest import read_manifest
-
-METADATA_NAME = "checkpoint_metadata.json"
 
 
 def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
@@ -36,7 +34,7 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     model_config = replace(config.model, vocab_size=size or config.model.vocab_size)
     rules = format_of(config, files) if files else None
     return Source(root, MODEL_CONFIG_NAME, config.family, model_config, tuple(config.extras.values()),
-                  tuple(_notes(layout, files)) if layout and files else (),
+                  tuple(_notes(layout)) if layout else (),
                   rules.rope_interleaved if rules else False, config.config_class, layout.model if layout else None,
                   layout, (MODEL_CONFIG_NAME, METADATA_NAME, *(files.by_path if files else ())))
 
@@ -58,9 +56,8 @@ def _true_vocab_size(config: NanotronModelConfig, told: int | None) -> int:
     return told
 
 
-def _notes(layout: NanotronLayout, files: WeightFiles) -> list[str]:
+def _notes(layout: NanotronLayout) -> list[str]:
     """What is unusual."""
-    own = stages_of(layout.model.config, layout.rules)
-    moved = sorted(block for block, stage in files.stages.items() if own[block] != stage)
+    moved = layout.moved_blocks
     return [f"{len(moved)} blocks such as {moved[0]} stand on other stages than Nanotron's balancing gives them"
             ] if moved else []

@@ -14,7 +14,7 @@ from stream_reshard.formats.from_nanotron import open_nanotron
 from stream_reshard.formats.to_nanotron import ToNanotron
 from stream_reshard.layouts.base import Layout
 from stream_reshard.layouts.differences import layout_differences
-from stream_reshard.layouts.nanotron import STAGES, stages_of
+from stream_reshard.layouts.nanotron import STAGES
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.model import Model, ModelConfig
 from stream_reshard.options import Options, nanotron_flags
@@ -69,9 +69,8 @@ class LikeTemplate(ToNanotron):
             yield f"and {num_more} more; `diff` with a conversion without --template lists all"
 
     def accepted(self, layout: Layout) -> Iterator[str]:
-        assert isinstance(layout, NanotronLayout) and layout.stages, "it is made by this"
-        own = stages_of(layout.model.config, layout.rules)
-        if any(layout.stages[block] != stage for block, stage in own.items()):
+        assert isinstance(layout, NanotronLayout), "it is made by this"
+        if layout.moved_blocks:
             yield STAGES
 
     def __str__(self) -> str:
@@ -80,7 +79,7 @@ class LikeTemplate(ToNanotron):
 
 def _flag_problems(options: Options) -> Iterator[UsageError]:
     """Flags that ask for something that the template decides."""
-    for flag, _ in nanotron_flags(options):
+    for flag in nanotron_flags(options):
         yield UsageError(f"{flag} with --template: the template decides that")
     if options.to == "hf":
         yield UsageError("--to hf with --template: a template is a Nanotron checkpoint")

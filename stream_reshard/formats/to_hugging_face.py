@@ -2,19 +2,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import Problems, UsageError, shell_word
-from stream_reshard.formats.base import Source, Target
+from stream_reshard.formats.base import Source, Target, with_float32
 from stream_reshard.layouts.base import Layout
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.hf_shards import INDEX_NAME
-from stream_reshard.layouts.limits import Limit
 from stream_reshard.layouts.hf_target import DEFAULT_MAX_SHARD_NBYTES, HuggingFaceTarget
+from stream_reshard.layouts.limits import Limit
 from stream_reshard.memory import human
 from stream_reshard.model import Model
 from stream_reshard.options import Options, nanotron_flags
@@ -30,14 +29,14 @@ _MAX_LISTED = 16
 class ToHuggingFace(Target):
     """Shards of a bounded size."""
 
-    name = "hf"
     marker = CONFIG_NAME
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
 
     @classmethod
     def chosen(cls, options: Options) -> ToHuggingFace:
         """What the flags mean. Raises Refused where one asks for what only Nanotron has."""
-        problems = Problems(UsageError(f"{flag} with --to hf: {what}") for flag, what in nanotron_flags(options))
+        problems = Problems(UsageError(f"{flag} with --to hf: only a Nanotron checkpoint is cut like that")
+                            for flag in nanotron_flags(options))
         problems.raise_if_any()
         return cls(options.max_shard_nbytes)
 
@@ -53,7 +52,8 @@ class ToHuggingFace(Target):
         return Problems([UsageError(f"--max-shard-size {self.max_shard_nbytes}: it is at least 1")])
 
     def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> HuggingFaceTarget:
-        return HuggingFaceTarget(root, model, partial(_dtype, model, dtypes), self.max_shard_nbytes)
+        # What Nanotron alone keeps in float32 has the dtype of the embedding here, as before.
+        return HuggingFaceTarget(root, model, with_float32(model, dtypes, dtypes(0)), self.max_shard_nbytes)
 
     def documents(self, source: Source, layout: Layout, dtype: str, destination: Path,
                   companions: Iterable[str]) -> dict[str, bytes]:
@@ -69,9 +69,9 @@ class ToHuggingFace(Target):
         return layout.model.num_stored * _PER_INDEXED if layout.num_files > 1 else 0
 
     def facts(self, layout: Layout) -> dict[str, Any]:
-        return {"format": "Hugging Face", "max_shard_nbytes": self.max_shard_nbytes}
+        return layout.facts | {"max_shard_nbytes": self.max_shard_nbytes}
 
-    def lines(self, layout: Layout) -> Iterator[str]:
+    def lines(self, layout: Layout, facts: Mapping[str, Any]) -> Iterator[str]:
         yield "shard                                                        tensors       bytes"
         for number, file in enumerate(layout.files):
             if number == _MAX_LISTED:
@@ -84,11 +84,6 @@ class ToHuggingFace(Target):
 
     def next_step(self, destination: Path) -> tuple[str, str]:
         return "load", f"AutoModelForCausalLM.from_pretrained({shell_word(destination)})"
-
-
-def _dtype(model: Model, dtypes: Callable[[int], str], number: int) -> str:
-    """What Nanotron alone keeps in float32 has the dtype of the embedding here, as before."""
-    return dtypes(0) if model.rows[model.row_of(number)[0]].is_float32 else dtypes(number)
 
 
 def config_of(source: Source, dtype: str) -> dict[str, Any]:

@@ -2,15 +2,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stream_reshard.documents import documents
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted, shell_word
-from stream_reshard.formats.base import Source, Target
+from stream_reshard.formats.base import Source, Target, with_float32
 from stream_reshard.layouts.base import Group, Layout
 from stream_reshard.layouts.limits import Limit
 from stream_reshard.layouts.nanotron import NanotronFormat, stages_of, topology_problems
@@ -27,7 +26,6 @@ RELEASE_04_ROPE_THETA = 10000.0
 class ToNanotron(Target):
     """Rank files of one topology."""
 
-    name = "nanotron"
     marker = MODEL_CONFIG_NAME
     rules: NanotronFormat
 
@@ -64,7 +62,7 @@ class ToNanotron(Target):
         return topology_problems(model, self.rules)
 
     def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> NanotronLayout:
-        layout = NanotronLayout(root, model, self.rules, partial(_dtype, model, dtypes))
+        layout = NanotronLayout(root, model, self.rules, with_float32(model, dtypes, "F32"))
         for group in layout.groups():
             for number in group.numbers[1:]:
                 if (own := layout.dtypes(number)) != (first := layout.dtypes(group.numbers[0])):
@@ -81,8 +79,7 @@ class ToNanotron(Target):
         assert isinstance(layout, NanotronLayout), "it is made by this"
         return layout.facts | {"dp": self.rules.topology.dp, "stages": _stage_table(layout)}
 
-    def lines(self, layout: Layout) -> Iterator[str]:
-        facts = self.facts(layout)
+    def lines(self, layout: Layout, facts: Mapping[str, Any]) -> Iterator[str]:
         yield "stage    blocks                                             files       bytes"
         for row in facts["stages"]:
             yield f"{row['stage']:<8} {blocks_text(row['blocks']):<48} {row['files']:>7} {human(row['nbytes']):>11}"
@@ -95,11 +92,6 @@ class ToNanotron(Target):
         """The command that trains from the folder, in a checkout of Nanotron."""
         return "train", (f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc_per_node={self.rules.topology.world_size} "
                          f"run_train.py --config-file {shell_word(destination / 'config.yaml')}")
-
-
-def _dtype(model: Model, dtypes: Callable[[int], str], number: int) -> str:
-    """A router is float32 in Nanotron, whatever the others are (`Router`, nanotron/nn/moe.py)."""
-    return "F32" if model.rows[model.row_of(number)[0]].is_float32 else dtypes(number)
 
 
 def _stage_table(layout: NanotronLayout) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ import os
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
@@ -125,13 +125,19 @@ class HuggingFaceLayout(Layout):
         return (TensorFile(self.shards[group.position], tuple(tensors)),)
 
 
-def open_source(root: Path) -> tuple[SourceConfig, HuggingFaceLayout]:
-    """Read the config and all headers of a Hugging Face folder. Raises Refused with everything that is wrong."""
-    problems = Problems()
-    config = problems.collect(open_config, root)
-    shards = problems.collect(open_shards, root, config and build_model(config.family, config.model))
-    problems.raise_if_any()
-    return config, layout_of(root, model_of(config, shards), shards)
+def open_folder(root: Path, max_nbytes: int, problems: Problems, check: Callable[[Shards], None] = lambda shards: None
+                ) -> tuple[SourceConfig | None, Model | None, HuggingFaceLayout | None]:
+    """Read the config and all headers of a Hugging Face folder, none of more than `max_nbytes`, as far as they make
+    sense; everything wrong goes to `problems`. `check` raises SourceError where there is more than can be opened."""
+    config = problems.collect(open_config, root, max_nbytes)
+    table = build_model(config.family, config.model) if config else None
+    shards = problems.collect(open_shards, root, table, max_nbytes) if os.path.isdir(root) else None
+    if config is None or shards is None:
+        return config, None, None
+    num_before = len(problems)
+    problems.collect(check, shards)
+    model = problems.collect(model_of, config, shards) if len(problems) == num_before else None
+    return config, model, problems.collect(layout_of, root, model, shards, max_nbytes) if model else None
 
 
 def open_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:

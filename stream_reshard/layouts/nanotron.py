@@ -58,10 +58,9 @@ def stages_of(config: ModelConfig, format: NanotronFormat) -> dict[str, int]:
     return {name: stage for name, stage in zip(costs, stages) if name not in ("cast_to_fp32", "loss")}
 
 
-def topology_problems(model: Model, format: NanotronFormat) -> Problems:
-    """Every way in which the model cannot be cut like this, one UsageError each."""
-    problems = Problems()
-    tp, pp, config = format.topology.tp, format.topology.pp, model.config
+def uneven_dims(model: Model, tp: int) -> dict[tuple[str, int], str]:
+    """(dim, size) of everything that so many tensor-parallel ranks cannot split, with the first parameter that has it.
+    The vocabulary is padded, so it always can be."""
     uneven: dict[tuple[str, int], str] = {}
     for row in model.stored_rows:
         parameter = model.parameter(model.firsts[row])
@@ -69,6 +68,14 @@ def topology_problems(model: Model, format: NanotronFormat) -> Problems:
             size = parameter.shape[parameter.dims.index(parameter.split)]
             if size % tp:
                 uneven.setdefault((parameter.split, size), parameter.name)
+    return uneven
+
+
+def topology_problems(model: Model, format: NanotronFormat) -> Problems:
+    """Every way in which the model cannot be cut like this, one UsageError each."""
+    problems = Problems()
+    tp, pp, config = format.topology.tp, format.topology.pp, model.config
+    uneven = uneven_dims(model, tp)
     for (dim, size), name in uneven.items():
         usable = [n for n in range(1, min(size, MAX_TP) + 1) if all(s % n == 0 for _, s in uneven)]
         problems.append(UsageError(f"--tp {tp} cannot split the {size} {dim} of {name}; "

@@ -15,10 +15,14 @@ from stream_reshard.model import ModelConfig
 from stream_reshard.small_files import MAX_JSON_NBYTES, read_json
 
 MODEL_CONFIG_NAME = "model_config.json"
+METADATA_NAME = "checkpoint_metadata.json"
 
-_FAMILY_OF = {("LlamaConfig", False, False): "LlamaForCausalLM", ("Qwen2Config", False, False): "LlamaForCausalLM",
-              ("Qwen2Config", True, False): "Qwen2ForCausalLM", ("Qwen2Config", False, True): "SmolLM3ForCausalLM"}
-"""By Nanotron's config class, whether it has attention biases, and layers without rotary embedding."""
+_FAMILY_OF = {("LlamaConfig", False, False, False): "LlamaForCausalLM",
+              ("Qwen2Config", False, False, False): "LlamaForCausalLM",
+              ("Qwen2Config", True, False, False): "Qwen2ForCausalLM",
+              ("Qwen2Config", False, True, False): "SmolLM3ForCausalLM",
+              ("Qwen2Config", True, False, True): "Qwen2MoeForCausalLM"}
+"""By Nanotron's config class, whether it has attention biases, layers without rotary embedding, and experts."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope_scaling": (None,), "rope_seq_len_interpolation_factor": (None, 1, 1.0), "sliding_window_size": (None,),
@@ -77,13 +81,14 @@ def _family(raw: Mapping[str, Any], name: str) -> tuple[str, Family]:
     has_bias, skips_rope = bool(raw.get("attention_bias", False)), raw.get("no_rope_layer") is not None
     classes = {marker: config_class for config_class, marker in MARKERS.items()}
     config_class = classes.get(markers[0], "") if len(markers) == 1 and raw[markers[0]] is True else ""
-    if (config_class, has_bias, skips_rope, raw.get("moe_config") is not None) == ("Qwen2Config", True, False, True):
-        return config_class, FAMILIES["Qwen2MoeForCausalLM"]
-    if (kind := (config_class, has_bias, skips_rope)) not in _FAMILY_OF:
+    kind = config_class, has_bias, skips_rope
+    # Experts in a family that has none are told as a setting that cannot be converted.
+    family = _FAMILY_OF.get((*kind, raw.get("moe_config") is not None)) or _FAMILY_OF.get((*kind, False))
+    if family is None:
         raise SourceError(f"{name}: a config with {quoted(markers)}, attention_bias {has_bias} and "
                           f"no_rope_layer {quoted(raw.get('no_rope_layer'))} is not of a kind known here (LlamaConfig, "
                           f"Qwen2Config)")
-    return config_class, FAMILIES[_FAMILY_OF[kind]]
+    return config_class, FAMILIES[family]
 
 
 def _extras(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[Limit]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from stream_reshard.box import Box, tiling_fault
 from stream_reshard.errors import SourceError, quoted
-from stream_reshard.header import MAX_DIMS, StoredTensor, TensorFile
+from stream_reshard.header import MAX_DIMS, StoredTensor, TensorFile, read_header
 
 WEIGHTS_FOLDER = ("model", "model")
 """The folders above every weight: that of the checkpoint's weights, and the attribute of the model class."""
@@ -70,6 +71,11 @@ def parse_path(path: str) -> tuple[str, Place | None]:
     if place and not (place.pp < place.num_pp and place.tp < place.num_tp):
         raise SourceError(f"{quoted(path)} names a rank past the number of ranks")
     return ".".join([*folders[2:], match[1]]), place
+
+
+def read_weight_file(root: Path, path: str, max_nbytes: int) -> WeightFile:
+    """Read the header of a weight file, of at most `max_nbytes`. Raises SourceError."""
+    return parse_weight_file(read_header(root, path, max_nbytes))
 
 
 def parse_weight_file(file: TensorFile) -> WeightFile:

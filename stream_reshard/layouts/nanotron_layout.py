@@ -111,6 +111,12 @@ class NanotronLayout(Layout):
         k = group.kind[0]
         return k, group.position - self._first_groups[k]
 
+    @property
+    def moved_blocks(self) -> list[str]:
+        """Pipeline blocks that stand on other stages than Nanotron's own choice."""
+        own = stages_of(self.model.config, self.rules)
+        return sorted(block for block, stage in (self.stages or {}).items() if own.get(block) != stage)
+
     def stage_of(self, group: Group) -> int:
         """The pipeline stage of a group."""
         k, i = self._at(group)

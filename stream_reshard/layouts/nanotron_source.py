@@ -13,11 +13,10 @@ from pathlib import Path
 
 from stream_reshard.architectures import build_model
 from stream_reshard.errors import Problems, SourceError, quoted
-from stream_reshard.header import read_header
 from stream_reshard.layouts.base import TORCH_DTYPES, Group
-from stream_reshard.layouts.nanotron import NanotronFormat, stages_of
+from stream_reshard.layouts.nanotron import NanotronFormat, stages_of, uneven_dims
 from stream_reshard.layouts.nanotron_config import NanotronModelConfig, interleaves_by_default
-from stream_reshard.layouts.nanotron_files import WeightFile, parse_pairs, parse_shape, parse_weight_file
+from stream_reshard.layouts.nanotron_files import WeightFile, parse_pairs, parse_shape, read_weight_file
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.layouts.nanotron_ranks import RankFile
 from stream_reshard.model import Model
@@ -54,7 +53,7 @@ def scan(root: Path, max_nbytes: int, problems: Problems) -> dict[str, WeightFil
     """The weight files by path, as far as their headers make sense; what is wrong with others goes to `problems`."""
     by_path = {}
     for path in files_below(root / "model"):
-        if file := problems.collect(_weight_file, root, f"model/{path}", max_nbytes):
+        if file := problems.collect(read_weight_file, root, f"model/{path}", max_nbytes):
             by_path[file.file.path] = file
         if len(problems) > MAX_PROBLEMS:
             break
@@ -81,10 +80,6 @@ def agreeing(root: Path, by_path: Mapping[str, WeightFile]) -> WeightFiles:
     return WeightFiles(by_path, Topology(tp, pp), versions.pop())
 
 
-def _weight_file(root: Path, path: str, max_nbytes: int) -> WeightFile:
-    return parse_weight_file(read_header(root, path, max_nbytes))
-
-
 def layout_of_files(root: Path, config: NanotronModelConfig, vocab_size: int, files: WeightFiles) -> NanotronLayout:
     """The layout of a checkpoint whose vocabulary has `vocab_size` rows without padding. Raises Refused."""
     if config.model.num_hidden_layers > len(files.by_path):
@@ -93,7 +88,7 @@ def layout_of_files(root: Path, config: NanotronModelConfig, vocab_size: int, fi
     rules = format_of(config, files)
     model = build_model(config.family, replace(config.model, vocab_size=vocab_size))
     _check_sizes(model, rules, files)
-    stages = dict.fromkeys(stages_of(model.config, rules), 0) | files.stages
+    stages = stages_of(model.config, rules) | files.stages
     bare = NanotronLayout(root, model, rules, _Dtypes(model, files), stages=stages)
     problems = Problems()
     problems.extend(islice(_faults(bare, files), MAX_PROBLEMS))
@@ -111,22 +106,19 @@ def format_of(config: NanotronModelConfig, files: WeightFiles) -> NanotronFormat
 def _check_sizes(model: Model, rules: NanotronFormat, files: WeightFiles) -> None:
     """Raises SourceError where the config's sizes cannot be those of these files: nothing large may be derived from
     it."""
-    tp, experts = rules.topology.tp, model.config.experts
-    for row in model.stored_rows:
-        parameter = model.parameter(model.firsts[row])
-        if parameter.split:
-            size = parameter.shape[parameter.dims.index(parameter.split)]
-            size = rules.padded_vocab(size) if parameter.split == "vocab" else size
-            if size % tp:
-                raise SourceError(f"model_config.json: {size} {parameter.split} cannot be split by the {tp} "
-                                  f"tensor-parallel ranks of the files")
-    for file in files.by_path.values():
-        if experts and file.parameter.endswith(".experts.merged_down_proj") and (
-                found := file.tensor.shape[0]) != experts.num_experts:
+    tp, experts, rows = rules.topology.tp, model.config.experts, rules.padded_vocab(model.config.vocab_size)
+    for dim, size in [*([("vocab", rows)] if rows % tp else []), *uneven_dims(model, tp)]:
+        raise SourceError(f"model_config.json: {size} {dim} cannot be split by the {tp} tensor-parallel ranks of the "
+                          f"files")
+    if experts is None:
+        return
+    stacked = [file for file in files.by_path.values() if file.parameter.endswith(".experts.merged_down_proj")]
+    if not stacked:
+        raise SourceError(f"model_config.json says {experts.num_experts} experts, the files hold none")
+    for file in stacked:
+        if (found := file.tensor.shape[0]) != experts.num_experts:
             raise SourceError(f"{quoted(file.file.path)} holds {found} experts, model_config.json says "
                               f"{experts.num_experts}")
-    if experts and not any(file.parameter.endswith(".experts.merged_down_proj") for file in files.by_path.values()):
-        raise SourceError(f"model_config.json says {experts.num_experts} experts, the files hold none")
 
 
 class _Dtypes:

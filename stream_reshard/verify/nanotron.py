@@ -16,17 +16,15 @@ from typing import Any
 from stream_reshard.architectures import build_model
 from stream_reshard.box import Box, tiling_fault
 from stream_reshard.errors import Problems, SourceError, quoted
-from stream_reshard.header import TensorFile, read_header
+from stream_reshard.header import TensorFile
 from stream_reshard.layouts.nanotron import NanotronFormat, stages_of
 from stream_reshard.layouts.nanotron_config import (
-    MODEL_CONFIG_NAME, NanotronModelConfig, interleaves_by_default, read_model_config)
-from stream_reshard.layouts.nanotron_files import WeightFile, parse_path, parse_weight_file
+    METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, interleaves_by_default, read_model_config)
+from stream_reshard.layouts.nanotron_files import WeightFile, parse_path, read_weight_file
 from stream_reshard.model import Parameter
 from stream_reshard.small_files import files_below, read_json
 from stream_reshard.topology import Topology
 from stream_reshard.verify.checkpoint import PER_TENSOR, Checkpoint, Piece, Weight, matrix_of
-
-METADATA_NAME = "checkpoint_metadata.json"
 
 
 def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, problems: Problems,
@@ -38,7 +36,7 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
         return None
     config = problems.collect(read_model_config, root, max_header_nbytes)
     files = [file for path in files_below(root / "model")
-             if (file := problems.collect(_weight_file, root, f"model/{path}", max_header_nbytes))]
+             if (file := problems.collect(read_weight_file, root, f"model/{path}", max_header_nbytes))]
     if config is None:
         return None
     if fault := _size_fault(root, config, files, max_header_nbytes):
@@ -87,10 +85,6 @@ def _grouped(files: list[WeightFile],
     for parameter in build_model(config.family, config.model).stored():
         groups[parameter.nanotron].append(parameter)
     return by_name, groups
-
-
-def _weight_file(root: Path, path: str, max_header_nbytes: int) -> WeightFile:
-    return parse_weight_file(read_header(root, path, max_header_nbytes))
 
 
 def _disagreements(root: Path, files: list[WeightFile], config: NanotronModelConfig,
