@@ -17,10 +17,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 from stream_reshard import memory, report
 from stream_reshard.convert import Conversion, plan_conversion, run_conversion
+from stream_reshard.errors import DifferenceError
 from stream_reshard.execute import Done
 from stream_reshard.machine import io_counters
 from stream_reshard.options import Options
@@ -28,7 +29,12 @@ from stream_reshard.plan import Job
 from stream_reshard.stop import Stop
 from stream_reshard.topology import Topology
 
-__all__ = ["Conversion", "Result", "Stop", "described", "diff", "facts_of", "inspect", "plan", "run", "verify"]
+if TYPE_CHECKING:
+    from stream_reshard.forward import ForwardPlan
+    from stream_reshard.forward.result import Comparison
+
+__all__ = ["Conversion", "ForwardResult", "Result", "Stop", "described", "described_forward", "diff", "facts_of",
+           "inspect", "plan", "plan_forward", "run", "run_forward", "verify"]
 
 Folder = Union[str, PathLike]
 Size = Union[int, str]
@@ -133,6 +139,68 @@ def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_AL
     from stream_reshard.verify import How
     from stream_reshard.verify import verify as compare
     return compare(Path(source), Path(copy), How(_nbytes(max_memory), **choices), stop, progress)
+
+
+def plan_forward(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_ALLOWED,
+                 text: Folder | None = None, plot: Folder | None = None, **choices: Any) -> ForwardPlan:
+    """What running two checkpoints over the same tokens will need; reads headers and configs only.
+
+    `text`: a file whose first tokens are taken, by the tokenizer.json in one of the folders; random ones without it.
+    `plot`: a .png file to draw. `choices`: fields of `forward.How` by name, such as num_tokens=64, seed=1,
+    tolerance=1e-3, dtype="bfloat16". For people `described_forward` tells it. Raises Refused.
+    """
+    from stream_reshard import forward
+    how = forward.How(text=None if text is None else Path(text), plot=None if plot is None else Path(plot),
+                      max_memory=_nbytes(max_memory), **choices)
+    return forward.plan_forward(Path(source), Path(copy), how)
+
+
+def described_forward(plan: ForwardPlan) -> str:
+    """A plan of a forward pass as text: what will be done, and what memory it needs."""
+    from stream_reshard.forward import report
+    return "\n".join(report.plan_lines(plan))
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """Two forward passes, compared."""
+
+    plan: ForwardPlan
+    comparison: Comparison
+    seconds: float
+    peak_nbytes: int
+    """Highest resident set of this process."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Differences by layer and of the logits, as JSON."""
+        from stream_reshard.forward import report
+        return report.as_json(self.plan, self.comparison, self.seconds, self.peak_nbytes)
+
+    @property
+    def lines(self) -> Iterator[str]:
+        """The same for a person."""
+        from stream_reshard.forward import report
+        return report.lines(self.plan, self.comparison, self.seconds, self.peak_nbytes)
+
+    @property
+    def difference(self) -> DifferenceError | None:
+        """Where the two begin to differ by more than is tolerated; None where they agree."""
+        from stream_reshard.forward import report
+        return report.finding(self.plan, self.comparison)
+
+
+def run_forward(plan: ForwardPlan, progress: Callable[[int, int], None] = lambda done, total: None,
+                stop: Stop | None = None) -> ForwardResult:
+    """Run both checkpoints, layer by layer, in float32 on the CPU; needs torch.
+
+    `progress(done, total)` counts layers. Raises DifferenceError where the two do not go through the same steps;
+    numbers that differ are told by the result.
+    """
+    from stream_reshard import forward
+    begin = time.monotonic()
+    comparison = forward.run_forward(plan, progress, stop)
+    return ForwardResult(plan, comparison, time.monotonic() - begin, memory.peak_resident())
 
 
 def inspect(folder: Folder, values: bool = False, stop: Stop | None = None) -> dict[str, Any]:

@@ -26,10 +26,11 @@ def num_overflowed(before: memoryview, source: str, after: memoryview, target: s
     return int((infinite & torch.isfinite(torch.frombuffer(before, dtype=getattr(torch, TORCH_DTYPES[source])))).sum())
 
 
-def import_torch():
-    """The torch module. Raises UsageError with the cure where it is not installed."""
+def import_torch(what: str = "casting weights", instead: str = ""):
+    """The torch module. Raises UsageError with the cure where it is not installed: `what` needs it, `instead` says
+    what to do without."""
     try:
         import torch
     except ImportError as error:
-        raise UsageError("casting weights needs torch: pip install 'stream_reshard[torch]', or --dtype keep") from error
+        raise UsageError(f"{what} needs torch: pip install 'stream_reshard[torch]'{instead}") from error
     return torch

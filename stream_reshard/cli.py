@@ -7,12 +7,13 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from stream_reshard import api, memory
-from stream_reshard.errors import DifferenceError, ResourceError, StreamReshardError, UsageError, quoted, shell_word
+from stream_reshard.errors import (
+    DifferenceError, Problems, ResourceError, StreamReshardError, UsageError, quoted, shell_word)
 from stream_reshard.flags import COMMANDS, parser_of
 from stream_reshard.staging import staging_of
 from stream_reshard.stop import Stop
@@ -112,9 +113,54 @@ def plan_command(arguments: argparse.Namespace, stop: Stop) -> None:
 
 
 def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
-    """`verify SRC DST`."""
+    """`verify SRC DST`. With --forward everything is done, whatever differs before, and all is told in the end."""
     from stream_reshard.verify import lines
-    bar = _bar(0, arguments.quiet, unit="part")
+    found, forward = Problems(), None
+    plan = found.collect(_planned_forward, arguments) if arguments.forward else None
+    _raise_other_than_differences(found)
+    facts = found.collect(_verified, arguments, stop)
+    _raise_other_than_differences(found)
+    if plan is not None:
+        forward = found.collect(_run_forward, arguments, plan, stop)
+        found.extend(filter(None, [forward and forward.difference]))
+    if facts is not None or forward is not None:
+        document = (facts or {"equal": False}) | ({"forward": forward.facts} if forward else {})
+        _print(arguments, document, [*(lines(facts) if facts else ()), *(forward.lines if forward else ())])
+    found.raise_if_any()
+
+
+def _raise_other_than_differences(found: Problems) -> None:
+    if not all(isinstance(problem, DifferenceError) for problem in found):
+        found.raise_if_any()
+
+
+def _verified(arguments: argparse.Namespace, stop: Stop) -> dict[str, Any]:
+    with _counted(arguments.quiet, "part") as advance:
+        return api.verify(
+            arguments.source, arguments.destination, max_memory=arguments.max_memory, num_workers=arguments.workers,
+            quick=arguments.quick, sample=_percent(arguments.sample), seed=arguments.seed, dtype=arguments.dtype,
+            allow=tuple(arguments.allow), edited=tuple(arguments.edited), stop=stop, progress=advance)
+
+
+def _planned_forward(arguments: argparse.Namespace) -> Any:
+    plan = api.plan_forward(
+        arguments.source, arguments.destination, max_memory=arguments.max_memory, text=arguments.text,
+        plot=arguments.plot, num_tokens=arguments.tokens, seed=arguments.seed, tolerance=arguments.tolerance,
+        dtype=arguments.dtype, allow=tuple(arguments.allow), num_threads=arguments.workers)
+    if not (arguments.json or arguments.quiet):
+        _say(api.described_forward(plan))
+    return plan
+
+
+def _run_forward(arguments: argparse.Namespace, plan: Any, stop: Stop) -> api.ForwardResult:
+    with _counted(arguments.quiet, "layer") as advance:
+        return api.run_forward(plan, advance, stop)
+
+
+@contextmanager
+def _counted(quiet: bool, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A function for what is done and the total of it, which moves a progress bar where there is one."""
+    bar = _bar(0, quiet, unit=unit)
 
     def advance(done: int, total: int) -> None:
         if bar is not None:
@@ -122,14 +168,10 @@ def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
             bar.update(done - bar.n)
 
     try:
-        facts = api.verify(
-            arguments.source, arguments.destination, max_memory=arguments.max_memory, num_workers=arguments.workers,
-            quick=arguments.quick, sample=_percent(arguments.sample), seed=arguments.seed, dtype=arguments.dtype,
-            allow=tuple(arguments.allow), edited=tuple(arguments.edited), stop=stop, progress=advance)
+        yield advance
     finally:
         if bar is not None:
             bar.close()
-    _print(arguments, facts, lines(facts))
 
 
 def inspect_command(arguments: argparse.Namespace, stop: Stop) -> None:

@@ -127,7 +127,7 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     plan = make_plan(source.layout, wanted)
     casts = bool(plan.casts)
     if casts:
-        problems.collect(import_torch)
+        problems.collect(import_torch, "casting weights", ", or --dtype keep")
     budget, budget_notes = _budget(options, plan, casts, target.held_nbytes(plan.target))
     copies = _companions(options, problems)
     copied = {str(path.absolute()): identity_of(path.stat()) for path in copies.values()}

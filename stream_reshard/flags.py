@@ -123,6 +123,15 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--forward", action="store_true",
+        help="also run both over the same tokens, layer by layer in float32, and compare the outcome; needs torch")
+    add("--text", type=_folder, default=None, metavar="FILE",
+        help="the text to run, by the model's own tokenizer (default: random tokens)")
+    add("--tokens", type=int, default=128, metavar="N", help="tokens to run, at most (default 128)")
+    add("--tolerance", type=float, default=1e-4, metavar="X",
+        help="largest difference of a forward pass, relative to the largest value of a token (default 1e-4)")
+    add("--plot", type=_folder, default=None, metavar="FILE.png",
+        help="draw the differences by layer; needs matplotlib")
     add("--quick", action="store_true", help="structure, configs and digests only; reads no weight of SRC")
     add("--sample", default="100%", metavar="PERCENT", help="compare a seeded part of the weights (default 100%%)")
     add("--seed", type=int, default=0, metavar="N", help="chooses the sample (default 0)")

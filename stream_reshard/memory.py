@@ -27,7 +27,7 @@ _PER_WORKER = 2 * 2**20
 """What a thread needs beside its buffers: its stack, lists of pieces."""
 _SLACK = 6 * 2**20
 """What the run needs beside its workers: the journal, the manifest, modules imported late."""
-_TORCH_NBYTES = 230 * 2**20
+TORCH_NBYTES = 230 * 2**20
 """What importing torch adds."""
 _NUMPY_NBYTES = 16 * 2**20
 """What importing numpy adds."""
@@ -136,7 +136,7 @@ def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool, num_
                 num_files: int = 0, held: int = 0) -> MemoryPlan:
     """The largest buffers that keep the limit; the smallest ones where none do (compare `projected`). `held`: bytes
     that documents beside the weights take."""
-    to_import = _TORCH_NBYTES if casts and "torch" not in sys.modules else 0
+    to_import = TORCH_NBYTES if casts and "torch" not in sys.modules else 0
     to_import += num_files * _PER_FILE + held
     to_import += _NUMPY_NBYTES if not casts and "numpy" not in sys.modules else 0
     plan = MemoryPlan(allowed, reserved, num_workers, MAX_BLOCK_NBYTES, casts, to_import, num_buffers)
