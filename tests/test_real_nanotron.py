@@ -116,6 +116,26 @@ def test_main_takes_the_folder(main, name):
     assert_judged_right(MAIN[name], *main[name])
 
 
+def assert_forward_is_nanotrons_own(case, folder):
+    """The pass that `verify --forward` makes of the folder is what Nanotron itself computed from it."""
+    from forwards import assert_close, run
+    from safetensors.torch import load_file
+    told = load_file(folder / "logits.safetensors.nanotron")
+    for tokens, want in zip(told["input_ids"].tolist(), told["logits"]):
+        assert_close(run(folder / "converted", tokens, case.vocab_size)[1], want)
+
+
+@pytest.mark.parametrize("name", RELEASE)
+def test_a_forward_pass_is_that_of_release_0_4(release, name):
+    assert_forward_is_nanotrons_own(RELEASE[name], release[name][0])
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", MAIN)
+def test_a_forward_pass_is_that_of_main(main, name):
+    assert_forward_is_nanotrons_own(MAIN[name], main[name][0])
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", ["llama", "tied", "qwen2"])
 def test_main_trains_on_the_folder(main, name):

@@ -53,9 +53,9 @@ class HuggingFaceModel:
         made = {}
         for part in "qkv":
             made[part] = self._linear(f"{name}{part}_proj", x)
-            yield Step(layer, f"self_attn.{part}_proj", made[part], f"{name}{part}_proj.weight")
+            yield Step(layer, f"self_attn.{part}_proj", made[part], f"{name}{part}_proj.weight", steps.HALVES)
         turns = config.layers_with_rope[layer]
-        how = f"rope_theta {config.rope_theta:g}, rope_scaling {config.rope_scaling}"
+        how = f"rope_theta {config.rope_theta:g}, {config.rope_scaling or 'unscaled'}, {steps.HALVES}"
         for part in "qk":
             made[part] = self._turned(made[part]) if turns else made[part]
             yield Step(layer, f"self_attn.{part}_turned", made[part], "", how if turns else "no rotary embedding")
@@ -143,9 +143,9 @@ class HuggingFaceModel:
         yield Step(layer, "mlp.experts", out, f"{name}experts",
                    f"{config.top_k} chosen{', normalised' if config.is_top_k_normalised else ''}")
         shared = yield from self._mlp(layer, "mlp.shared_expert", x)
-        gate = self._linear(f"{name}shared_expert_gate", x)
+        gate = torch.sigmoid(self._linear(f"{name}shared_expert_gate", x))
         yield Step(layer, "mlp.shared_expert_gate", gate, f"{name}shared_expert_gate.weight")
-        return out + torch.sigmoid(gate) * shared
+        return out + gate * shared
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return self._weights.linear(x, self._tensors[f"{name}.weight"], self._tensors.get(f"{name}.bias"))

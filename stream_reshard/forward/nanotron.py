@@ -83,16 +83,17 @@ class NanotronModel:
         num_q, num_kv = config.num_heads // self._num_tp, config.num_kv_heads // self._num_tp
         sizes = [num * config.head_dim for num in (num_q, num_kv, num_kv)]
         q, k, v = map(list, zip(*(part.split(sizes, -1) for part in self._column(f"{name}qkv_proj", x))))
-        order = "rows of a head interleaved" if config.rope_interleaved else "rows of a head in halves"
+        order = steps.INTERLEAVED if config.rope_interleaved else steps.HALVES
         yield self._shown(layer, "self_attn.q_proj", [self._in_halves(part) for part in q], f"{name}qkv_proj", order)
         yield self._shown(layer, "self_attn.k_proj", [self._in_halves(part) for part in k], f"{name}qkv_proj", order)
-        yield self._shown(layer, "self_attn.v_proj", v, f"{name}qkv_proj")
+        yield self._shown(layer, "self_attn.v_proj", v, f"{name}qkv_proj", order)
         turns, window = not self._goes_without_rope(layer), config.window
         if turns:
             q, k = [self._turned(part) for part in q], [self._turned(part) for part in k]
         else:
             window = None
-        how = f"rope_theta {config.rope_theta:g}, {order}" if turns else "no rotary embedding"
+        scaling = "unscaled" if config.rope_interpolation == 1 else f"positions / {config.rope_interpolation:g}"
+        how = f"rope_theta {config.rope_theta:g}, {scaling}, {order}" if turns else "no rotary embedding"
         yield self._shown(layer, "self_attn.q_turned", [self._in_halves(part) for part in q], "", how)
         yield self._shown(layer, "self_attn.k_turned", [self._in_halves(part) for part in k], "", how)
         out = [self._attended(*parts, window) for parts in zip(q, k, v)]
@@ -164,9 +165,9 @@ class NanotronModel:
         yield Step(layer, "mlp.experts", out, f"{name}experts", f"{config.top_k} chosen")
         if config.shared_intermediate_size is not None:
             shared = yield from self._mlp(layer, "mlp.shared_expert", f"{name}shared_expert", x)
-            gate = self._weights.linear(x, self._tensors[f"{name}shared_expert_gate.weight"][0])
+            gate = self._weights.linear(x, self._tensors[f"{name}shared_expert_gate.weight"][0]).sigmoid()
             yield Step(layer, "mlp.shared_expert_gate", gate, f"{name}shared_expert_gate.weight")
-            out = out + gate.sigmoid() * shared
+            out = out + gate * shared
         return out
 
     def _norm(self, name: str, x: Tensor) -> Tensor:

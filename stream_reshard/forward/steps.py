@@ -13,6 +13,9 @@ EMBEDDING, FINAL_NORM = "embed_tokens", "norm"
 HIDDEN = "hidden_states"
 """The last step of a layer: its output, the residual included."""
 
+HALVES, INTERLEAVED = "heads in halves", "heads interleaved"
+"""What rotary embedding turns with each other: elements of the two halves of a head, or neighbours."""
+
 
 @dataclass(frozen=True)
 class Step:

@@ -5,7 +5,8 @@
 
     save    fill the model with the Hugging Face weights, save it with save_weights: what DST must look like
     load    load DST with load_weights; compare its model_config.json, and on all ranks each parameter bit for bit,
-            with the Hugging Face model. --logits also compares float32 logits with those in FILE (pp 1 only)
+            with the Hugging Face model. --logits also compares float32 logits with those in FILE (pp 1 only), and
+            writes Nanotron's own beside it, as FILE.nanotron
     config  read DST/config.yaml with Nanotron's own parser
 
 dp is what remains of the processes. Rank 0 prints a line `RESULT {json}` per step. Exit code 0: all steps ok; 1 (which
@@ -24,7 +25,7 @@ import expected
 import torch
 from nanotron import constants
 from nanotron.serialize import load_weights, metadata, save_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 def topology(args):
@@ -60,13 +61,15 @@ def load(args):
               "parameters": sum(count for count, _ in ranks), "wrong": [names[:3] for _, names in ranks if names],
               "ok": not odd and not any(names for _, names in ranks)}
     if args.logits:
-        result |= compare_logits(model, context, load_file(args.logits))
+        result |= compare_logits(model, context, load_file(args.logits), f"{args.logits}.nanotron")
     return result
 
 
-def compare_logits(model, context, reference):
+def compare_logits(model, context, reference, path):
     want = reference["logits"]
     got = nanotron_cpu.logits(model, context, reference["input_ids"])[..., :want.shape[-1]]
+    if int(os.environ["RANK"]) == 0:
+        save_file({"input_ids": reference["input_ids"], "logits": got.contiguous()}, path)
     return {"max_difference": (got - want).abs().max().item(), "largest_logit": want.abs().max().item(),
             "same_argmax": (got.argmax(-1) == want.argmax(-1)).float().mean().item()}
 
