@@ -26,7 +26,7 @@ def plan_lines(plan: ForwardPlan) -> Iterator[str]:
 
 def lines(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int) -> Iterator[str]:
     """The table of layers, the logits, what it took."""
-    yield f"{'':<14}{'largest':>10}{'mean':>10}{'relative':>10}   first difference"
+    yield f"{'':<14}{'largest':>10}{'mean':>10}{'relative':>10}   first step beyond tolerance"
     for row in comparison.rows:
         output, first = row.output, row.first
         name = output.title if output.layer is None else f"layer {output.layer}"
