@@ -1,4 +1,5 @@
 """README and the command line agree: its commands run, and every flag, command and allowable name is in it."""
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from sources import make_source
 
+from stream_reshard.demo import CONFIG, write_random_source
 from stream_reshard.flags import COMMANDS, parser_of
 from stream_reshard.layouts.limits import ALLOWABLE
 
@@ -57,13 +59,21 @@ def test_the_python_example_runs(tmp_path):
 
 def test_the_other_commands_run(tmp_path):
     """The commands of the introduction, one after the other, as they stand there."""
-    make_source(tmp_path / "hf", config={"num_key_value_heads": 8, "num_attention_heads": 8, "intermediate_size": 24})
+    write_random_source(tmp_path / "hf", CONFIG | {"num_key_value_heads": 8, "num_hidden_layers": 4})
     shown = re.findall(r"^    python (-m stream_reshard .*SRC DST.*)$", README, re.M)
-    assert len(shown) == 4
-    folders = [("hf", "nt"), ("nt", "back"), ("nt", "across"), ("nt", "back")]
+    assert len(shown) == 5
+    folders = [("hf", "nt"), ("nt", "back"), ("nt", "across"), ("nt", "back"), ("hf", "nt")]
     for words, (source, destination) in zip(shown, folders):
         line = words.replace("SRC", str(tmp_path / source)).replace("DST", str(tmp_path / destination))
         subprocess.run([sys.executable, *line.split()], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_figures_of_the_forward_pass_are_those_of_the_result():
+    found = json.loads((ROOT / "benchmarks/results/forward/llama-7b.json").read_text())["forward"]
+    section = " ".join(README.partition("## Forward")[2].partition("## ")[0].split())
+    assert f"{found['num_tokens']} tokens took {found['seconds']:.0f} s and {found['peak_nbytes'] / 2**20:.0f} MiB" in section
+    assert f"{found['memory']['projected'] / 2**20:.0f} MiB were projected" in section
+    assert f"difference was {max(layer['relative'] for layer in found['layers']):.1e}" in section
 
 
 def test_test_command_is_the_one_that_ci_runs():

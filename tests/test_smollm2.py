@@ -10,6 +10,7 @@ logits cannot be right, because this model's rope_theta is 100000 and release 0.
 """
 import argparse
 import importlib.util
+import math
 import subprocess
 import sys
 import tempfile
@@ -121,6 +122,25 @@ def test_there_and_back_says_the_same(smollm2):
         model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
         texts.append(model.generate(ids, max_new_tokens=20, do_sample=False))
     assert torch.equal(*texts) and texts[0].shape[1] > ids.shape[1]
+
+
+def test_both_compute_the_same_of_a_text(smollm2):
+    """The forward pass of `verify`, by the model's own tokenizer: transformers' loss, on either side."""
+    from stream_reshard import api
+    folder, loss = smollm2
+    (folder / "text").write_text(TEXT)
+    launch.convert(folder / "hf", folder / "forward", *TOPOLOGY)
+    plan = api.plan_forward(folder / "hf", folder / "forward", text=folder / "text", max_memory="8GiB")
+    result = api.run_forward(plan)
+    assert result.difference is None, str(result.difference)
+    logits = result.comparison.logits
+    assert logits.num_same_argmax == result.comparison.num_tokens > 20 and logits.kl_largest < 1e-6
+    assert [math.log(perplexity) for perplexity in logits.perplexities] == pytest.approx([loss, loss], abs=1e-4)
+    config = folder / "forward" / "model_config.json"
+    config.write_text(config.read_text().replace('"rope_theta": 100000', '"rope_theta": 10000'))
+    result = api.run_forward(api.plan_forward(folder / "hf", folder / "forward", text=folder / "text",
+                                              max_memory="8GiB"))
+    assert "layers.0.self_attn.q_turned" in str(result.difference) and "rope_theta 10000," in str(result.difference)
 
 
 @pytest.mark.skipif(bool(launch.missing_release()), reason=launch.missing_release() or "-")
