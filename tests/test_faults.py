@@ -109,6 +109,7 @@ def killed_restarting(case, point):
     return f"not killed: {code} {err}" if code != -signal.SIGKILL else after_fault(case)
 
 
+@pytest.mark.heavy
 def test_sigkill_while_restarting(tmp_path, figures):
     """Whatever of the old attempt is left, the same command goes on."""
     (tmp_path / "count").mkdir()
