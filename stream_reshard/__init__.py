@@ -34,6 +34,7 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - engines:        who runs the jobs
 - execute:        the run of a plan, up to the commit
 - verify:         proof that two folders hold the same model, without the planner
+- forward:        proof that two folders compute the same, layer by layer; needs torch
 - source_digests: the source against sums made elsewhere
 - destination:    what speaks against a destination
 - documents:      the files beside the weights that Nanotron's trainer reads
@@ -42,7 +43,7 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - convert:        a conversion from options to plan to checkpoint
 - report:         what a person reads
 - inspect, diff:  what a folder holds; in what two layouts differ
-- api:            plan, run, verify, inspect, diff: what a notebook wants, and all that the command line uses
+- api:            what a notebook wants, and all that the command line uses
 - demo:           a small Llama, converted and verified
 - flags, cli:     flags; streams, signals, exit codes
 

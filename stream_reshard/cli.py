@@ -116,6 +116,9 @@ def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`verify SRC DST`. With --forward everything is done, whatever differs before, and all is told in the end."""
     from stream_reshard.verify import lines
     found, forward = Problems(), None
+    for name in ("text", "tokens", "tolerance", "plot"):
+        if getattr(arguments, name) is not None and not arguments.forward:
+            raise UsageError(f"--{name} means nothing without --forward")
     plan = found.collect(_planned_forward, arguments) if arguments.forward else None
     _raise_other_than_differences(found)
     facts = found.collect(_verified, arguments, stop)
@@ -143,10 +146,12 @@ def _verified(arguments: argparse.Namespace, stop: Stop) -> dict[str, Any]:
 
 
 def _planned_forward(arguments: argparse.Namespace) -> Any:
+    choices = {"text": arguments.text, "plot": arguments.plot, "num_tokens": arguments.tokens,
+               "tolerance": arguments.tolerance, "num_threads": arguments.workers}
     plan = api.plan_forward(
-        arguments.source, arguments.destination, max_memory=arguments.max_memory, text=arguments.text,
-        plot=arguments.plot, num_tokens=arguments.tokens, seed=arguments.seed, tolerance=arguments.tolerance,
-        dtype=arguments.dtype, allow=tuple(arguments.allow), num_threads=arguments.workers)
+        arguments.source, arguments.destination, max_memory=arguments.max_memory, seed=arguments.seed,
+        dtype=arguments.dtype, allow=tuple(arguments.allow),
+        **{name: value for name, value in choices.items() if value is not None})
     if not (arguments.json or arguments.quiet):
         _say(api.described_forward(plan))
     return plan

@@ -127,8 +127,8 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
         help="also run both over the same tokens, layer by layer in float32, and compare the outcome; needs torch")
     add("--text", type=_folder, default=None, metavar="FILE",
         help="the text to run, by the model's own tokenizer (default: random tokens)")
-    add("--tokens", type=int, default=128, metavar="N", help="tokens to run, at most (default 128)")
-    add("--tolerance", type=float, default=1e-4, metavar="X",
+    add("--tokens", type=int, default=None, metavar="N", help="tokens to run, at most (default 128)")
+    add("--tolerance", type=float, default=None, metavar="X",
         help="largest difference of a forward pass, relative to the largest value of a token (default 1e-4)")
     add("--plot", type=_folder, default=None, metavar="FILE.png",
         help="draw the differences by layer; needs matplotlib")

@@ -99,6 +99,10 @@ def test_a_cast_is_taken_over_or_shows_itself(pair, tmp_path, forward):
     assert code == 5 and 1e-4 < said["logits"]["relative"] < 0.1
     assert said["logits"]["kl_mean"] > 0 and said["first_difference"]["step"] == "embed_tokens"
     assert forward(tmp_path / "hf", tmp_path / "nt", "--dtype", "float32", "--tolerance", 0.5)[1]["agrees"]
+    convert(tmp_path / "hf", tmp_path / "exact")
+    convert(tmp_path / "exact", tmp_path / "back", "--to", "hf", "--dtype", "bfloat16")
+    code, said, _ = forward(tmp_path / "exact", tmp_path / "back")
+    assert (code, said["dtype"]) == (0, "bfloat16")
 
 
 @pytest.mark.parametrize("name, flag, step", [
@@ -142,6 +146,7 @@ def test_not_a_number_is_a_difference(pair, tmp_path, forward):
     code, said, err = forward(pair[0], tmp_path / "nt")
     assert code == 5 and "layers.1.self_attn.o_proj: not a number at token" in err
     assert said["first_difference"]["relative"] is None and said["logits"]["kl_mean"] is None
+    assert said["logits"]["num_same_argmax"] < said["num_tokens"]
 
 
 @pytest.mark.parametrize("flags, code, words", [
@@ -156,6 +161,19 @@ def test_flags_that_make_no_sense(pair, capsys, flags, code, words):
     assert main(["verify", *map(str, (*pair, "--forward", *flags, *limit))]) == code
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith("error: ") and words in line for line in lines), lines
+
+
+@pytest.mark.parametrize("flags", [("--text", "x"), ("--tokens", 5), ("--tolerance", 1), ("--plot", "x.png")], ids=str)
+def test_flags_of_a_forward_pass_alone_mean_nothing(pair, capsys, flags):
+    assert call("verify", *pair, *flags) == 2
+    assert f"{flags[0]} means nothing without --forward" in capsys.readouterr().err
+
+
+def test_a_long_text_is_cut_between_letters(pair, tmp_path, forward):
+    """As much is read as so many tokens can need."""
+    (tmp_path / "text").write_text("half of " + "é" * 500)
+    code, said, err = forward(*pair, "--text", tmp_path / "text", "--tokens", 3)
+    assert (code, said["num_tokens"]) == (0, 3), err
 
 
 @pytest.mark.parametrize("content, code, words", [
@@ -186,6 +204,9 @@ def test_tokenizers_that_do_not_fit(pair, tmp_path, capsys, tokenizer, words):
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"), ({"num_attention_heads": "8"}, "num_attention_heads"),
     ({"model_type": "opt", "architectures": ["OPTForCausalLM"]}, "'OPTForCausalLM' is not known here"),
+    ({"head_dim": 7}, "do not make heads of pairs"), ({"num_key_value_heads": 3}, "do not make heads of pairs"),
+    ({"num_hidden_layers": 99_999}, "num_hidden_layers is 99999, but there are 39 tensors"),
+    ({"architectures": ["Qwen2MoeForCausalLM"], "num_experts": 2**30}, "num_experts is 1073741824"),
     ({"intermediate_size": 97}, "mlp.gate_proj.weight has the shape (96, 64)")])
 def test_sources_that_cannot_be_run(pair, tmp_path, config, words):
     shutil.copytree(pair[0], tmp_path / "hf")

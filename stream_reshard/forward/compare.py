@@ -124,9 +124,13 @@ class _LogitsComparison:
         divergence = (self._weighted - (self._log_sums[0] - self._log_sums[1])).clamp_min(0)
         return LogitsDifference(
             _number(self._apart.max()), self._sum / self._count, float(_relative(self._apart, self._scale).max()),
-            float(divergence.mean()), float(divergence.max()), int((self._argmax[0] == self._argmax[1]).sum()),
+            float(divergence.mean()), float(divergence.max()), self._num_same_argmax(),
             (self._perplexity(0, self._log_sums[0]), self._perplexity(1, self._log_sums[1])),
             None if self._with_padding is None else self._perplexity(1, self._with_padding))
+
+    def _num_same_argmax(self) -> int:
+        """A token after which nothing is a number has no likeliest one."""
+        return int(((self._argmax[0] == self._argmax[1]) & (self._argmax[0] >= 0)).sum())
 
     def _perplexity(self, side: int, log_sums: Tensor) -> float:
         return float((log_sums - self._chosen[side])[:-1].mean().exp())

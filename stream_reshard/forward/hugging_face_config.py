@@ -29,6 +29,9 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 _CLASSES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
             "Qwen2MoeForCausalLM": "qwen2_moe", "SmolLM3ForCausalLM": "smollm3"}
 
+_MAX_EXPERTS = 4096
+"""No model has more in a layer."""
+
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -100,6 +103,7 @@ def read_hugging_face_config(root: Path, problems: Problems, max_nbytes: int = M
         settings.complain(f"a forward pass of {quoted(family)} is not known here; known are {', '.join(_DEFAULTS)}")
     num_heads, hidden_size = settings.size("num_attention_heads"), settings.size("hidden_size")
     num_layers = settings.num_layers()
+    _check_heads(settings, hidden_size, num_heads)
     has_bias = family in ("llama", "smollm3") and settings.flag("attention_bias", False)
     return HuggingFaceConfig(
         family, hidden_size, settings.size("intermediate_size"), num_layers, num_heads,
@@ -112,6 +116,13 @@ def read_hugging_face_config(root: Path, problems: Problems, max_nbytes: int = M
         has_o_bias=has_bias, has_mlp_bias=family in ("llama", "smollm3") and settings.flag("mlp_bias", False),
         is_tied=settings.flag("tie_word_embeddings", False), activation=settings.activation(),
         **_experts(settings, family, num_layers))
+
+
+def _check_heads(settings: Settings, hidden_size: int, num_heads: int) -> None:
+    num_kv_heads, head_dim = settings.size("num_key_value_heads", num_heads), hidden_size // num_heads
+    if num_heads % num_kv_heads or settings.size("head_dim", max(1, head_dim)) % 2:
+        settings.complain(f"num_attention_heads {num_heads}, num_key_value_heads {num_kv_heads} and hidden_size "
+                          f"{hidden_size} do not make heads of pairs")
 
 
 def _family(raw: Mapping[str, Any]) -> str:
@@ -177,7 +188,10 @@ def _experts(settings: Settings, family: str, num_layers: int) -> dict[str, Any]
         settings.complain(f"mlp_only_layers is {quoted(named)}, not a list")
         named = []
     num_experts, top_k = settings.size("num_experts"), settings.size("num_experts_per_tok")
-    if top_k > num_experts:
+    if num_experts > _MAX_EXPERTS:
+        settings.complain(f"num_experts is {num_experts}")
+        num_experts = 1
+    elif top_k > num_experts:
         settings.complain(f"num_experts_per_tok is {top_k} of {num_experts} experts")
     has_experts = (layer not in named and (layer + 1) % every == 0 for layer in range(num_layers))
     return {"layers_with_experts": tuple(has_experts), "num_experts": num_experts, "top_k": top_k,

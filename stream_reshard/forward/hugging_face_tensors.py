@@ -26,12 +26,18 @@ class HuggingFaceTensors(dict[str, StoredTensor]):
         if (root / _INDEX).is_file():
             told = read_json(root, _INDEX, max_nbytes).get("weight_map")
             names = sorted(set(told.values())) if isinstance(told, dict) and _are_shards(told) else []
+        elif not (root / _SINGLE).is_file():
+            raise SourceError(f"{quoted(root)} holds neither {_SINGLE} nor {_INDEX}")
         if not names:
             raise SourceError(f"{_INDEX} has no weight_map of shards in the folder")
         self._stored = {tensor.key: tensor for name in names for tensor in read_header(root, name, max_nbytes).tensors}
 
     def find(self, config: HuggingFaceConfig) -> None:
         """Look for every parameter. What is missing or has another shape goes to `problems`."""
+        if config.num_layers > len(self._stored):
+            self._problems.append(SourceError(f"num_hidden_layers is {config.num_layers}, but there are "
+                                              f"{len(self._stored)} tensors in {quoted(self._root)}"))
+            return
         hidden, heads = config.hidden_size, config.num_heads * config.head_dim
         kv_heads = config.num_kv_heads * config.head_dim
         self._take(EMBEDDING, config.vocab_size, hidden)

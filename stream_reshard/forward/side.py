@@ -28,16 +28,13 @@ class HuggingFaceSide:
     root: Path
     config: HuggingFaceConfig
     tensors: HuggingFaceTensors
+    dtype: str
+    """What its weights were cast to when they were converted; `keep` where nothing says so."""
 
     @property
     def vocab_size(self) -> int:
         """Rows of embedding and head without padding."""
         return self.config.vocab_size
-
-    @property
-    def dtype(self) -> str:
-        """What its weights were cast to when they were converted; `keep` where nothing says so."""
-        return "keep"
 
     @property
     def title(self) -> str:
@@ -81,10 +78,13 @@ def open_side(root: Path, max_nbytes: int, allow: Collection[str] = ()) -> Side:
     with everything that keeps the model from being run."""
     problems = Problems()
     side: Side | None = None
+    manifest = problems.collect(read_manifest, root, max_nbytes)
+    facts: Mapping[str, Any] = manifest.facts if manifest else {"vocab_size": None, "dtype": "keep", "allowed": ()}
     if (root / "model" / "model").is_dir():
-        side = problems.collect(_open_nanotron, root, max_nbytes, allow, problems)
+        may_be_moved = MOVED_STAGES in {*allow, *facts["allowed"]}
+        side = problems.collect(_open_nanotron, root, max_nbytes, problems, facts, may_be_moved)
     elif (root / CONFIG_NAME).is_file():
-        side = problems.collect(_open_hugging_face, root, max_nbytes, problems)
+        side = problems.collect(_open_hugging_face, root, max_nbytes, problems, facts)
     else:
         problems.append(SourceError(f"{quoted(root)} is no checkpoint folder: it holds neither {CONFIG_NAME} nor "
                                     f"model/model"))
@@ -93,19 +93,18 @@ def open_side(root: Path, max_nbytes: int, allow: Collection[str] = ()) -> Side:
     return side
 
 
-def _open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Side:
+def _open_hugging_face(root: Path, max_nbytes: int, problems: Problems, facts: Mapping[str, Any]) -> Side:
     config = read_hugging_face_config(root, problems, max_nbytes)
     tensors = HuggingFaceTensors(root, problems, max_nbytes)
     if not problems:
         tensors.find(config)
-    return HuggingFaceSide(root, config, tensors)
+    return HuggingFaceSide(root, config, tensors, facts["dtype"])
 
 
-def _open_nanotron(root: Path, max_nbytes: int, allow: Collection[str], problems: Problems) -> Side:
-    manifest = read_manifest(root, max_nbytes)
-    facts: Mapping[str, Any] = manifest.facts if manifest else {"vocab_size": None, "dtype": "keep", "allowed": ()}
+def _open_nanotron(root: Path, max_nbytes: int, problems: Problems, facts: Mapping[str, Any],
+                   may_be_moved: bool) -> Side:
     tensors = NanotronTensors(root, problems, max_nbytes)
     config = read_nanotron_config(root, tensors.version, problems, max_nbytes)
     if not problems:
-        tensors.find(config, MOVED_STAGES in {*allow, *facts["allowed"]})
+        tensors.find(config, may_be_moved)
     return NanotronSide(root, config, tensors, facts["vocab_size"], facts["dtype"])

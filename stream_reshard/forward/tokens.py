@@ -1,6 +1,7 @@
 """The tokens that both models read: those of a text by the model's own tokenizer, or random ones."""
 from __future__ import annotations
 
+import codecs
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +11,8 @@ from stream_reshard.small_files import open_regular
 
 TOKENIZER_NAME = "tokenizer.json"
 
-_MAX_TEXT_NBYTES = 2**20
-"""As much of a text is read."""
+_TEXT_NBYTES_PER_TOKEN = 64
+"""As much of a text is read; few tokens are longer."""
 
 _MAX_TOKENIZER_NBYTES = 2**26
 """The largest that are known take some 20 MB."""
@@ -28,7 +29,7 @@ def tokens_of(text: Path, roots: Sequence[Path], number: int, vocab_size: int) -
     Raises UsageError where the text cannot be read or gives less than two tokens, or the package is not installed;
     SourceError where there is no tokenizer, or not one of this vocabulary.
     """
-    content = _read(text)
+    content = _read(text, number * _TEXT_NBYTES_PER_TOKEN)
     root = next((root for root in roots if (root / TOKENIZER_NAME).is_file()), None)
     if root is None:
         raise SourceError(f"--text needs a {TOKENIZER_NAME}, and neither folder holds one; "
@@ -51,15 +52,14 @@ def tokens_of(text: Path, roots: Sequence[Path], number: int, vocab_size: int) -
     return tokens
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, max_nbytes: int) -> str:
     try:
         with open_regular(path) as stream:
-            content = stream.read(_MAX_TEXT_NBYTES + 1)
+            content = stream.read(max_nbytes + 1)
     except OSError as error:
         raise UsageError(f"--text {quoted(path)}: {error.strerror}") from error
-    if len(content) > _MAX_TEXT_NBYTES:  # The cut may go through a letter.
-        return content[:_MAX_TEXT_NBYTES].decode(errors="ignore")
     try:
-        return content.decode()
+        # The cut of a longer one may go through a letter.
+        return codecs.getincrementaldecoder("utf-8")().decode(content, final=len(content) <= max_nbytes)
     except UnicodeDecodeError as error:
         raise UsageError(f"--text {quoted(path)} is not UTF-8: {error.reason} at byte {error.start}") from error
