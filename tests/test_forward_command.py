@@ -31,7 +31,7 @@ def pair(tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel({word: 7 * place for place, word in enumerate(WORDS)}, unk_token="never"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(source / "tokenizer.json"))
-    convert(source, root / "nt", "--tp", 2, "--pp", 2, "--vocab-multiple", 8)
+    convert(source, root / "nt", "--tp", 2, "--pp", 2, "--vocab-multiple", 8, "--max-memory", "8GiB")
     return source, root / "nt"
 
 
