@@ -119,7 +119,7 @@ def test_sigkill_while_restarting(tmp_path, figures):
     figures("SIGKILL, restarting", *campaign(tmp_path, make_restarting, killed_restarting, points))
 
 
-@pytest.mark.parametrize("number", [QUICK, HEAVY])
+@pytest.mark.parametrize("number", [pytest.param(8, id="sample"), HEAVY])
 @pytest.mark.parametrize("make_old", [make_overwriting, make_replacing_a_damaged_one])
 def test_sigkill_while_overwriting(tmp_path, figures, make_old, number):
     """The old checkpoint, or the new one, but always a whole one; and only the last part of the run differs."""

@@ -115,6 +115,7 @@ def unreadable(case, point):
     return wrong or after_fault(case)
 
 
+@pytest.mark.heavy
 def test_reads_that_fail(tmp_path, figures):
     points = [(code, at, times) for code in (errno.EIO, errno.ESTALE) for at in (1, 5, 9, 14, 20)
               for times in (1, 3, 4, 1000)]

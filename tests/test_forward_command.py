@@ -266,9 +266,9 @@ def test_a_notebook_stops_it_between_two_bands(pair):
 
 @pytest.fixture(scope="module")
 def vast(tmp_path_factory):
-    """A model whose embedding alone, 800 MB, is more than the limit on memory; it takes no room on the disk."""
+    """A model whose embedding alone, 614 MB, is more than the limit on memory; it takes no room on the disk."""
     root = tmp_path_factory.mktemp("vast")
-    write_sparse_source(root / "hf", 400_000)
+    write_sparse_source(root / "hf", 300_000)
     convert(root / "hf", root / "nt", "--tp", 2, "--max-memory", "8GiB")
     return root / "hf", root / "nt"
 

@@ -32,7 +32,7 @@ def test_the_hugging_face_pass_is_that_of_transformers(models, name):
     assert_as_transformers(*models(name))
 
 
-@pytest.mark.parametrize("flags", [(), ("--tp", 2, "--pp", 2), ("--tp", 4, "--pp", 3, "--vocab-multiple", 8),
+@pytest.mark.parametrize("flags", [("--tp", 2, "--pp", 2), ("--tp", 4, "--pp", 3, "--vocab-multiple", 8),
                                    ("--tp", 2, "--rope", "interleaved")], ids=lambda flags: " ".join(map(str, flags)))
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_pass_of_nanotrons_ranks_is_that_of_transformers(models, tmp_path, name, flags):
@@ -42,6 +42,7 @@ def test_the_pass_of_nanotrons_ranks_is_that_of_transformers(models, tmp_path, n
 
 
 @pytest.mark.parametrize("name, flags", [
+    ("llama", ()), ("qwen2_moe", ()),
     ("llama", ("--checkpoint-version", "1.2", "--tp", 2)), ("llama", ("--checkpoint-version", "1.4", "--pp", 2)),
     ("llama", ("--nanotron-config", "Qwen2Config", "--tp", 2)), ("theta", ("--checkpoint-version", "1.4")),
     ("gelu", ("--allow", "hidden_act", "--tp", 2))])

@@ -113,7 +113,7 @@ def fuzzed(seed, number):
     return counts, wrong[:5] + [f"{grown} bytes"] * (grown > 64 * 2**20)
 
 
-@pytest.mark.parametrize("number", [100_000, pytest.param(1_000_000, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("number", [10_000, pytest.param(1_000_000, marks=pytest.mark.heavy)])
 def test_mutated_headers(number):
     """The package accepts what safetensors and the format's text both accept, and finds the same bytes in it.
 
