@@ -105,6 +105,19 @@ def test_a_cast_is_taken_over_or_shows_itself(pair, tmp_path, forward):
     assert (code, said["dtype"]) == (0, "bfloat16")
 
 
+def test_the_router_is_not_rounded_with_the_rest(tmp_path, forward):
+    """Nanotron keeps it in float32, so a cast leaves it out."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "bf16", *PLAIN["qwen2_moe"]), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.001)
+    model.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "nt", "--dtype", "bfloat16")
+    code, said, err = forward(tmp_path / "hf", tmp_path / "nt")
+    assert (code, said["dtype"]) == (0, "bfloat16"), err
+
+
 @pytest.mark.parametrize("name, flag, step", [
     ("llama3", "rope_scaling", "layers.0.self_attn.q_turned"),
     ("window", "sliding_window", "layers.0.self_attn.attention")])

@@ -177,6 +177,23 @@ def test_nothing_is_found_where_nothing_went_wrong(converted, capsys, case):
     assert forward["logits"]["num_same_argmax"] == forward["num_tokens"]
 
 
+@pytest.mark.parametrize("which, words", [(-1, None), (0, "which are not in order")], ids=["last", "first"])
+def test_moved_layers_are_run_where_they_are_allowed(converted, tmp_path, which, words):
+    """The last layer of stage 0 may stand on stage 1, as a template may have it; the first may not pass the others."""
+    source, whole = converted("llama", *TP2)
+    shutil.copytree(whole, tmp_path / "nt")
+    decoder = tmp_path / "nt/model/model/decoder"
+    moved = sorted(path for path in decoder.iterdir() if any(path.rglob("*pp-rank-0-of-2*")))[which]
+    for path in moved.rglob("*pp-rank-0-of-2*"):
+        path.rename(path.with_name(path.name.replace("pp-rank-0-of-2", "pp-rank-1-of-2")))
+    if words:
+        with pytest.raises(Refused, match=words):
+            api.plan_forward(source, tmp_path / "nt", max_memory="8GiB", allow=("stages",))
+        return
+    plan = api.plan_forward(source, tmp_path / "nt", max_memory="8GiB", allow=("stages",))
+    assert api.run_forward(plan).difference is None
+
+
 def test_a_layer_on_a_wrong_stage_is_told(converted, tmp_path, capsys):
     """Its rank would look for a file that is not there."""
     source, whole = converted("llama", *TP2)

@@ -142,8 +142,7 @@ def _check(how: How) -> None:
         problems.append(UsageError(f"--tokens {how.num_tokens}: two at least are needed"))
     if not how.tolerance > 0:
         problems.append(UsageError(f"--tolerance {how.tolerance:g} is not above 0; rounding alone is a difference"))
-    if how.num_threads is not None and how.num_threads < 1:
-        problems.append(UsageError(f"--workers {how.num_threads}: it is at least 1"))
+    problems.collect(memory.chosen_workers, how.num_threads, how.max_memory)
     if how.plot is not None:
         problems.collect(_check_plot, how.plot)
     problems.raise_if_any()

@@ -12,17 +12,17 @@ from typing import Any
 
 from stream_reshard.errors import Problems, quoted
 from stream_reshard.forward.settings import Settings
-from stream_reshard.small_files import MAX_JSON_NBYTES, read_json
+from stream_reshard.small_files import read_json
 
 CONFIG_NAME = "config.json"
 
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen2_moe": {"num_key_value_heads": 16, "sliding_window": 4096, "max_window_layers": 28, "num_experts": 60,
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen2_moe": {"num_key_value_heads": 16, "sliding_window": 4096, "num_experts": 60,
                   "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
-    "smollm3": {"num_key_value_heads": 4, "max_window_layers": 28, "rope_theta": 2000000.0,
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2000000.0,
                 "tie_word_embeddings": True}}
 """By family, where its config class says something else than Llama's."""
 
@@ -50,7 +50,6 @@ class RopeScaling:
 class HuggingFaceConfig:
     """A config.json, with what follows from it."""
 
-    family: str
     hidden_size: int
     intermediate_size: int
     num_layers: int
@@ -93,7 +92,7 @@ class HuggingFaceConfig:
         return 4 * max(1, self.num_heads // self.num_kv_heads)
 
 
-def read_hugging_face_config(root: Path, problems: Problems, max_nbytes: int = MAX_JSON_NBYTES) -> HuggingFaceConfig:
+def read_hugging_face_config(root: Path, problems: Problems, max_nbytes: int) -> HuggingFaceConfig:
     """Read config.json. What makes no sense, or is not computed here, goes to `problems`; raises SourceError where
     there is no such file."""
     raw = read_json(root, CONFIG_NAME, max_nbytes)
@@ -103,10 +102,9 @@ def read_hugging_face_config(root: Path, problems: Problems, max_nbytes: int = M
         settings.complain(f"a forward pass of {quoted(family)} is not known here; known are {', '.join(_DEFAULTS)}")
     num_heads, hidden_size = settings.size("num_attention_heads"), settings.size("hidden_size")
     num_layers = settings.num_layers()
-    _check_heads(settings, hidden_size, num_heads)
     has_bias = family in ("llama", "smollm3") and settings.flag("attention_bias", False)
-    return HuggingFaceConfig(
-        family, hidden_size, settings.size("intermediate_size"), num_layers, num_heads,
+    config = HuggingFaceConfig(
+        hidden_size, settings.size("intermediate_size"), num_layers, num_heads,
         settings.size("num_key_value_heads", num_heads), settings.size("head_dim", max(1, hidden_size // num_heads)),
         settings.size("vocab_size"), settings.size("max_position_embeddings", 2048),
         settings.number("rms_norm_eps", 1e-6), *_rope(settings),
@@ -116,13 +114,10 @@ def read_hugging_face_config(root: Path, problems: Problems, max_nbytes: int = M
         has_o_bias=has_bias, has_mlp_bias=family in ("llama", "smollm3") and settings.flag("mlp_bias", False),
         is_tied=settings.flag("tie_word_embeddings", False), activation=settings.activation(),
         **_experts(settings, family, num_layers))
-
-
-def _check_heads(settings: Settings, hidden_size: int, num_heads: int) -> None:
-    num_kv_heads, head_dim = settings.size("num_key_value_heads", num_heads), hidden_size // num_heads
-    if num_heads % num_kv_heads or settings.size("head_dim", max(1, head_dim)) % 2:
-        settings.complain(f"num_attention_heads {num_heads}, num_key_value_heads {num_kv_heads} and hidden_size "
-                          f"{hidden_size} do not make heads of pairs")
+    if num_heads % config.num_kv_heads or config.head_dim % 2:
+        settings.complain(f"num_attention_heads {num_heads}, num_key_value_heads {config.num_kv_heads} and head_dim "
+                          f"{config.head_dim} do not make heads of pairs")
+    return config
 
 
 def _family(raw: Mapping[str, Any]) -> str:

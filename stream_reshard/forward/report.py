@@ -41,13 +41,9 @@ def lines(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int) 
               if logits.perplexity_with_padding is not None else "")
     yield f"perplexity {logits.perplexities[0]:.6g} in SRC, {logits.perplexities[1]:.6g} in DST{padded}"
     if comparison.agrees:
-        yield f"the same   up to {max(worst(comparison), logits.relative):.2g}, {comparison.tolerance:g} is allowed"
+        worst = max(logits.relative, *(row.output.relative for row in comparison.rows))
+        yield f"the same   up to {worst:.2g}, {comparison.tolerance:g} is allowed"
     yield f"done       in {seconds:.1f} s, peak memory {human(peak)} of {human(plan.projected)} projected"
-
-
-def worst(comparison: Comparison) -> float:
-    """The largest relative difference of any layer's output."""
-    return max(row.output.relative for row in comparison.rows)
 
 
 def finding(plan: ForwardPlan, comparison: Comparison) -> DifferenceError | None:
