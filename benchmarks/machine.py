@@ -14,6 +14,10 @@ from typing import Any
 
 from stream_reshard.memory import machine_limit
 
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | {
+    "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+"""For programs that are measured: as an installed one they find their bytecode, which the warm-up leaves."""
+
 _ROOT = Path(__file__).parent.parent
 _PACKAGES = ("stream_reshard", "safetensors", "numpy", "torch", "transformers", "mergekit")
 _TOUCHED = 0.8
@@ -86,7 +90,7 @@ def settle(source: Path, is_warm: bool, warm_up: Sequence[str] = ()) -> None:
         for path in files:
             _evict(path)
     if warm_up:
-        subprocess.run(warm_up, cwd=_ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(warm_up, cwd=_ROOT, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
     if is_warm:
         for path in files:
             _read(path)

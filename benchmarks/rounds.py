@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from benchmarks.images import used_nbytes
 from benchmarks.measure import Measurement, measure
 
 ROOT = Path(__file__).parent.parent
-_ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def _rehearse(outcomes: Sequence[Outcome], times: int) -> None:
             for _ in range(times):
                 _clear(outcome.case.output.parent)
                 machine.settle(outcome.case.source, outcome.case.is_warm)
-                measure(outcome.case.command, cwd=ROOT, env=_ENVIRONMENT, sync=outcome.case.needs_sync)
+                measure(outcome.case.command, cwd=ROOT, env=machine.ENVIRONMENT, sync=outcome.case.needs_sync)
 
 
 @contextmanager
@@ -120,7 +118,7 @@ def _run(outcome: Outcome, number: int, plan: Plan) -> None:
         machine.settle(case.source, case.is_warm, case.warm_up)
     before = used_nbytes(case.output.parent) if case.counts_space else 0
     command = case.group.wrap(case.command) if case.group else case.command
-    run = measure(command, cwd=ROOT, env=_ENVIRONMENT, sync=case.needs_sync)
+    run = measure(command, cwd=ROOT, env=machine.ENVIRONMENT, sync=case.needs_sync)
     if case.counts_space:
         outcome.used.append(used_nbytes(case.output.parent) - before)
     outcome.status = problem_of(run, case)

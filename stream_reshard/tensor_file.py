@@ -29,6 +29,13 @@ READ_RETRIES = 3
 
 FIRST_PAUSE_SECONDS = 0.1
 
+_FOLIO_NBYTES = 8 * 2**20
+"""The most that a page cache holds as one piece (a folio; MAX_PAGECACHE_ORDER). One that reaches beyond what is given
+back stays, so it has to be given back again together with what follows: or nearly all of them stay."""
+
+_MAX_STRETCHES = 64
+"""Places in a file of which it is known that what follows may come later."""
+
 _RETRIED = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
 """What a read reports when a server or a path to it was away for a moment."""
 
@@ -59,6 +66,8 @@ class SourceFile:
         self.root, self.path, self.identity = root, path, identity
         self._descriptor = self._open()
         self._mapping = self._mapped() if is_mapped else None
+        self._kept: dict[int, int] = {}
+        """By the end of each stretch that was released: from where on it must be released again with what follows."""
 
     @property
     def is_mapped(self) -> bool:
@@ -102,7 +111,11 @@ class SourceFile:
         if self._mapping is not None:
             first = offset // mmap.PAGESIZE * mmap.PAGESIZE
             self._mapping.madvise(mmap.MADV_DONTNEED, first, offset + nbytes - first)
-        drop_from_cache(self._descriptor, offset, nbytes)
+        begin, end = self._kept.pop(offset, offset), offset + nbytes
+        drop_from_cache(self._descriptor, begin, end - begin)
+        self._kept[end] = max(begin, end - _FOLIO_NBYTES)
+        if len(self._kept) > _MAX_STRETCHES:
+            del self._kept[next(iter(self._kept))]
 
     def _open(self) -> int:
         try:
