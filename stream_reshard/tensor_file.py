@@ -108,10 +108,10 @@ class SourceFile:
 
     def release(self, offset: int, nbytes: int) -> None:
         """Give back the memory that a stretch which will not be read again takes, in this process and in the cache."""
-        if self._mapping is not None:
-            first = offset // mmap.PAGESIZE * mmap.PAGESIZE
-            self._mapping.madvise(mmap.MADV_DONTNEED, first, offset + nbytes - first)
         begin, end = self._kept.pop(offset, offset), offset + nbytes
+        if self._mapping is not None:  # First: what is mapped stays in the cache, and a fault maps pages around it.
+            first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
         drop_from_cache(self._descriptor, begin, end - begin)
         self._kept[end] = max(begin, end - _FOLIO_NBYTES)
         if len(self._kept) > _MAX_STRETCHES:

@@ -39,14 +39,22 @@ def cold(tmp_path):
 
 @pytest.mark.parametrize("block_nbytes", [2 * MIB, 300_000])
 @pytest.mark.parametrize("is_mapped", [False, True])
-def test_what_was_read_is_given_back(cold, block_nbytes, is_mapped):
-    """Also where blocks begin in the middle of what the kernel caches as one piece, as they do behind a header."""
+@pytest.mark.parametrize("num_stretches", [1, 2])
+def test_what_was_read_is_given_back(cold, block_nbytes, is_mapped, num_stretches):
+    """Also where blocks begin in the middle of what the kernel caches as one piece, as they do behind a header; and
+    where blocks of several tensors take turns."""
     name, most = "model-00001-of-00001.safetensors", 0
-    buffer = memoryview(bytearray(block_nbytes))
+    buffer, elsewhere = memoryview(bytearray(block_nbytes)), os.memfd_create("target")
+    stretch = NBYTES // num_stretches
     with SourceFile(cold, name, is_mapped=is_mapped) as source:
-        for offset in range(12_345, NBYTES - block_nbytes, block_nbytes):
-            source.read_into(buffer, offset)
-            source.release(offset, block_nbytes)
-            most = max(most, cached_nbytes(cold / name) if offset // block_nbytes % 8 == 0 else 0)
+        for number, begin in enumerate(range(12_345, stretch - block_nbytes, block_nbytes)):
+            for offset in range(begin, NBYTES - block_nbytes, stretch):
+                if is_mapped:
+                    os.pwrite(elsewhere, source.view(offset, block_nbytes), 0)
+                else:
+                    source.read_into(buffer, offset)
+                source.release(offset, block_nbytes)
+            most = max(most, cached_nbytes(cold / name) if number % 8 == 0 else 0)
+    os.close(elsewhere)
     assert most < 40 * MIB, "what is read ahead and a few blocks"
-    assert cached_nbytes(cold / name) < 17 * MIB
+    assert cached_nbytes(cold / name) < num_stretches * 17 * MIB
