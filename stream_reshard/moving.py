@@ -167,11 +167,12 @@ def _scattered(parts: Sequence[Part], windows: Sequence[memoryview], itemsize: i
 def _arrange(part: Part, window: memoryview, arranged: memoryview, strides: Sequence[int]) -> None:
     """Copy a part out of its window to where its elements stand under these strides, from the begin of `arranged`."""
     import numpy as np
-    from numpy.lib.stride_tricks import as_strided
     itemsize = part.target.tensor.itemsize
-    source, target = np.frombuffer(window, f"u{itemsize}")[part.window_offset:], np.frombuffer(arranged, f"u{itemsize}")
-    np.copyto(as_strided(target, part.shape, [step * itemsize for step in strides]),
-              as_strided(source, part.shape, [step * itemsize for step in part.window_strides], writeable=False))
+
+    def view(memory: memoryview, first: int, steps: Sequence[int]) -> np.ndarray:
+        return np.ndarray(part.shape, f"u{itemsize}", memory, first * itemsize, [step * itemsize for step in steps])
+
+    np.copyto(view(arranged, 0, strides), view(window, part.window_offset, part.window_strides))
 
 
 def _joined(pieces: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, list[memoryview]]]:

@@ -1,5 +1,6 @@
 """A file is whole under its final name, with the digest of what it holds, or it is not there."""
 import hashlib
+import mmap
 import os
 import random
 
@@ -118,3 +119,17 @@ def test_errors_of_the_destination_say_whether_to_choose_another_or_to_try_again
     (tmp_path / "file").touch()
     with pytest.raises(DestinationError, match="file/x': (Not a directory|File exists)"):
         NewFile(tmp_path / "file" / "x").__enter__()
+
+
+def test_no_page_is_sent_to_the_disk_twice(tmp_path, monkeypatch):
+    page, begun = mmap.PAGESIZE, []
+    monkeypatch.setattr(durable, "start_writeback", lambda descriptor, offset, nbytes: begun.append((offset, nbytes)))
+    sizes = [648, *[durable._WRITEBACK_NBYTES + page] * 5, durable._WRITEBACK_NBYTES + 100]
+    with NewFile(tmp_path / "x", sum(sizes)) as file:
+        offset = 0
+        for size in sizes:
+            file.write(offset, [bytes(size)])
+            offset += size
+        file.commit()
+    pages = [number for first, nbytes in begun for number in range(first // page, -(-(first + nbytes) // page))]
+    assert sorted(pages) == list(range(-(-offset // page))), "each once, and those of the header with what follows"
