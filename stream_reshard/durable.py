@@ -106,9 +106,9 @@ class NewFile:
             begin = offset
             for first in range(0, len(pieces), MAX_PIECES):
                 offset = self._gather(offset, pieces[first:first + MAX_PIECES], is_mapped)
-            # A page that the next write goes on with is left to that one: begun now, it would be written twice.
-            end = offset if offset == self.nbytes else offset // mmap.PAGESIZE * mmap.PAGESIZE
-            if end - begin >= _WRITEBACK_NBYTES:
+            if offset - begin >= _WRITEBACK_NBYTES:
+                # A page that the next write goes on with is left to that one: begun now, it would be written twice.
+                end = offset if offset == self.nbytes else offset // mmap.PAGESIZE * mmap.PAGESIZE
                 start_writeback(self._descriptor, begin, end - begin)
         except OSError as error:
             raise target_error(self.final, error) from error

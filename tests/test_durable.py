@@ -124,7 +124,7 @@ def test_errors_of_the_destination_say_whether_to_choose_another_or_to_try_again
 def test_no_page_is_sent_to_the_disk_twice(tmp_path, monkeypatch):
     page, begun = mmap.PAGESIZE, []
     monkeypatch.setattr(durable, "start_writeback", lambda descriptor, offset, nbytes: begun.append((offset, nbytes)))
-    sizes = [648, *[durable._WRITEBACK_NBYTES + page] * 5, durable._WRITEBACK_NBYTES + 100]
+    sizes = [648, *[durable._WRITEBACK_NBYTES] * 5, durable._WRITEBACK_NBYTES + 100]
     with NewFile(tmp_path / "x", sum(sizes)) as file:
         offset = 0
         for size in sizes:
