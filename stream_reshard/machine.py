@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 NETWORK_FILE_SYSTEMS = frozenset("""
@@ -33,6 +34,21 @@ def _by_mount_point(path: Path, lines: list[str]) -> str:
         if real.is_relative_to(point) and len(point) >= len(found[0]):
             found = point, line.partition(" - ")[2].split()[0]
     return found[1]
+
+
+@lru_cache(maxsize=64)
+def read_ahead_nbytes(device: int) -> int:
+    """How far the kernel reads ahead in files on a device (`st_dev`), in bytes; 0 where it does not tell.
+
+    Source: sysfs-class-bdi, and for a partition the queue of its disk (sysfs-block).
+    """
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for path in (f"/sys/class/bdi/{number}/read_ahead_kb", f"/sys/dev/block/{number}/../queue/read_ahead_kb"):
+        try:
+            return int(Path(path).read_text()) * 1024
+        except (OSError, ValueError):
+            continue
+    return 0
 
 
 def num_cores() -> int:

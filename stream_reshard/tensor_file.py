@@ -18,6 +18,7 @@ import xxhash
 from stream_reshard.durable import drop_from_cache
 from stream_reshard.errors import ResourceError, SourceError, StreamReshardError, quoted
 from stream_reshard.header import StoredTensor
+from stream_reshard.machine import read_ahead_nbytes
 from stream_reshard.small_files import read_error
 from stream_reshard.stop import Stop
 
@@ -32,6 +33,9 @@ FIRST_PAUSE_SECONDS = 0.1
 _FOLIO_NBYTES = 8 * 2**20
 """The most that a page cache holds as one piece (a folio; MAX_PAGECACHE_ORDER). One that reaches beyond what is given
 back stays, so it has to be given back again together with what follows: or nearly all of them stay."""
+
+_ASK_NBYTES = 2**20
+"""Distance of the bytes by which more is asked for: that of the large folios in which a stream is cached."""
 
 _MAX_STRETCHES = 64
 """Places in a file of which it is known that what follows may come later."""
@@ -58,6 +62,40 @@ def changed(path: str, before: Identity, now: Identity | None) -> SourceError:
                        f"--restart once the source is at rest")
 
 
+class ReadAhead:
+    """Has the kernel read ahead earlier of a descriptor that is read in order.
+
+    By itself it begins with the next window when the last one is reached. A reader that is kept from reading at that
+    moment leaves the disk without work. So bytes up to a window ahead are touched by reads that wait for nothing
+    (RWF_NOWAIT); they find the mark that begins the next window. POSIX_FADV_WILLNEED is no such thing: it caches page
+    by page, which costs more than is gained.
+    """
+
+    def __init__(self, window_nbytes: int):
+        """`window_nbytes`: how far the kernel reads ahead."""
+        self._reach = window_nbytes - _ASK_NBYTES if hasattr(os, "RWF_NOWAIT") else 0
+        self._byte = bytearray(1)
+        self._begin = self._next = self._asked = 0
+        """Where reading in order began, where the last read ended, up to where was asked."""
+
+    def ask(self, descriptor: int, offset: int, nbytes: int) -> None:
+        """To be called before the bytes from `offset` on are read."""
+        if offset != self._next:
+            self._begin = self._asked = offset
+        self._next = offset + nbytes
+        if offset - self._begin < self._reach:
+            return  # The kernel's windows are still growing, and nothing would be found that far ahead.
+        self._asked = max(self._asked, self._next)
+        while self._asked < offset + self._reach:
+            try:
+                os.preadv(descriptor, [self._byte], self._asked, os.RWF_NOWAIT)
+            except BlockingIOError:
+                pass  # On its way.
+            except OSError:
+                self._reach = 0  # Not every file system can; what else is wrong is for the read itself to say.
+            self._asked += _ASK_NBYTES
+
+
 class SourceFile:
     """A tensor file opened for reading: safe to share, and a file that shrank is an error instead of a signal."""
 
@@ -66,6 +104,7 @@ class SourceFile:
         self.root, self.path, self.identity = root, path, identity
         self._descriptor = self._open()
         self._mapping = self._mapped() if is_mapped else None
+        self._ahead = ReadAhead(read_ahead_nbytes(os.fstat(self._descriptor).st_dev))
         self._kept: dict[int, int] = {}
         """By the end of each stretch that was released: from where on it must be released again with what follows."""
 
@@ -138,6 +177,7 @@ class SourceFile:
         Raises SourceError where there are fewer, ResourceError where reading fails again and again.
         """
         done = 0
+        self._ahead.ask(self._descriptor, offset, len(view))
         while done < len(view):
             count = self._read_some(view[done:], offset + done)
             if not count:

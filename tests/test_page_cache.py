@@ -1,11 +1,16 @@
 """What a run leaves in the page cache, asked of the kernel (mincore(2)): the source it has read is given back."""
 import ctypes
+import errno
 import mmap
 import os
+import subprocess
+import time
 
 import pytest
 
-from stream_reshard.tensor_file import SourceFile
+from stream_reshard import tensor_file
+from stream_reshard.machine import read_ahead_nbytes
+from stream_reshard.tensor_file import ReadAhead, SourceFile
 
 MIB = 2**20
 NBYTES = 72 * MIB
@@ -58,3 +63,67 @@ def test_what_was_read_is_given_back(cold, block_nbytes, is_mapped, num_stretche
     os.close(elsewhere)
     assert most < 40 * MIB, "what is read ahead and a few blocks"
     assert cached_nbytes(cold / name) < num_stretches * 17 * MIB
+
+
+class Asked:
+    """What is asked for ahead, instead of the kernel."""
+
+    def __init__(self, monkeypatch, error=None):
+        self.offsets, self._error = [], error
+        monkeypatch.setattr(tensor_file.os, "preadv", self._preadv)
+
+    def _preadv(self, descriptor, buffers, offset, flags):
+        assert flags == os.RWF_NOWAIT and sum(map(len, buffers)) == 1
+        self.offsets.append(offset)
+        raise self._error or BlockingIOError
+
+
+def test_every_byte_ahead_is_asked_for_once_and_none_beyond_the_window(monkeypatch):
+    asked, ahead, block = Asked(monkeypatch), ReadAhead(8 * MIB), 2 * MIB
+    for offset in range(12_345, 64 * MIB, block):
+        ahead.ask(0, offset, block)
+        assert all(offset + block <= place < offset + 8 * MIB for place in asked.offsets[-2:])
+    assert {b - a for a, b in zip(asked.offsets, asked.offsets[1:])} == {MIB}
+
+
+def test_nothing_is_asked_for_by_reads_here_and_there(monkeypatch):
+    asked, ahead = Asked(monkeypatch), ReadAhead(8 * MIB)
+    for offset in range(0, 640 * MIB, 20 * MIB):
+        for place in range(offset, offset + 6 * MIB, MIB):
+            ahead.ask(0, place, MIB)
+    assert not asked.offsets
+
+
+@pytest.mark.parametrize("window, error", [(2**17, None), (0, None), (8 * MIB, OSError(errno.EOPNOTSUPP, "no"))])
+def test_nothing_is_asked_for_where_that_is_no_use(monkeypatch, window, error):
+    asked, ahead = Asked(monkeypatch, error), ReadAhead(window)
+    for offset in range(0, 64 * MIB, 2 * MIB):
+        ahead.ask(0, offset, 2 * MIB)
+    assert len(asked.offsets) == (error is not None), "a file system that cannot is asked once"
+
+
+def test_more_than_a_window_is_on_its_way_while_nobody_reads(cold):
+    path, buffer = cold / "model-00001-of-00001.safetensors", memoryview(bytearray(2 * MIB))
+    window = read_ahead_nbytes(path.stat().st_dev)
+    if not 4 * MIB <= window <= 16 * MIB:
+        pytest.skip(f"the kernel reads {window} bytes ahead on this disk")
+    with SourceFile(cold, path.name) as source:
+        for offset in range(0, 32 * MIB, len(buffer)):
+            source.read_into(buffer, offset)
+            if offset < 2 * window:
+                continue
+            end = time.monotonic() + 10
+            while cached_nbytes(path) < (least := offset + len(buffer) + 1.25 * window) and time.monotonic() < end:
+                time.sleep(0.01)
+            assert cached_nbytes(path) >= least
+
+
+def test_the_window_is_what_the_disk_is_set_to(tmp_path):
+    device = tmp_path.stat().st_dev
+    told = subprocess.run(["lsblk", "-bno", "MAJ:MIN,RA"], capture_output=True, text=True).stdout.split()
+    windows = {number: int(ra) * 1024 for number, ra in zip(told[::2], told[1::2])}
+    number = f"{os.major(device)}:{os.minor(device)}"
+    if number not in windows:
+        pytest.skip("not on a disk that lsblk knows")
+    assert read_ahead_nbytes(device) == windows[number]
+    assert read_ahead_nbytes(os.makedev(4095, 1)) == 0, "no such device"
