@@ -14,8 +14,7 @@ import errno
 import mmap
 import os
 import re
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -70,7 +69,7 @@ class NewFile:
     def __init__(self, final: Path, nbytes: int = 0, is_digested: bool = True):
         """`nbytes`: its final size, where it is known: a full disk shows itself before the work then."""
         self.final, self.nbytes, self.is_digested = final, nbytes, is_digested
-        self.temp = final.with_name(f".{final.name}.{uuid.uuid4().hex[:12]}.part")
+        self.temp = final.with_name(f".{final.name}.{os.urandom(6).hex()}.part")
         self._digest: Any = xxhash.xxh3_128()
         self._position = 0
         """Past the last byte digested; -1 once bytes came out of order, or past this process."""
@@ -214,6 +213,15 @@ def sync_folder(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def sync_folders(paths: Iterable[Path]) -> None:
+    """Make the names in these folders durable, each folder once. Raises as NewFile does."""
+    for path in dict.fromkeys(paths):
+        try:
+            sync_folder(path)
+        except OSError as error:
+            raise target_error(path, error) from error
 
 
 def make_folder(path: Path) -> None:

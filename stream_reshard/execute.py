@@ -1,6 +1,6 @@
 """The run of a plan: jobs, then the files beside the weights, then the commit. The destination is there whole, or not.
 
-Order at the end: companions and documents, manifest, all folders synced, the marker (the config that makes a folder a
+Order at the end: companions and documents, manifest, folders synced, the marker (the config that makes a folder a
 checkpoint to its readers), a check if one is asked for, the journal away, one rename.
 """
 from __future__ import annotations

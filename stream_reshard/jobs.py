@@ -1,4 +1,4 @@
-"""Running one job: move its parameters into its files, then make them durable."""
+"""Running one job: move its parameters into its files, then make them and their names durable."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from stream_reshard.durable import WriteFault
+from stream_reshard.durable import WriteFault, sync_folders
 from stream_reshard.lanes import Lanes, Writing
 from stream_reshard.manifest import FileDone
 from stream_reshard.moving import Moved, OpenFiles, move, write_zeros
@@ -35,7 +35,7 @@ class Work:
 
 @dataclass(frozen=True)
 class JobDone:
-    """The files of a job, all durable."""
+    """The files of a job, all durable, as are their names in their folders."""
 
     files: tuple[FileDone, ...]
     was_kept: bool
@@ -94,6 +94,7 @@ def _written(work: Work, job: Job, ticket: int) -> JobDone:
                 writing.write(own.close, reads=False)  # A shard is cut from more files than may be open at once.
         writing.wait()
         done = tuple(FileDone(path, target.nbytes, target.commit()) for path, target in targets.items())
+        sync_folders(target.final.parent for target in targets.values())
     return JobDone(done, False, moved.into(targets.values()))
 
 

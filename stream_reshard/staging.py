@@ -9,12 +9,12 @@ import os
 import re
 import shutil
 import stat
-import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stream_reshard.durable import TEMP_NAME, NewFile, WriteFault, exchange, make_folder, sync_folder, target_error
+from stream_reshard.durable import (
+    TEMP_NAME, NewFile, WriteFault, exchange, make_folder, sync_folder, sync_folders, target_error)
 from stream_reshard.errors import DestinationError, SourceError, quoted
 from stream_reshard.journal import JOURNAL_NAME, Journal, is_journal
 from stream_reshard.manifest import MANIFEST_NAME, MAX_FILE_NBYTES, FileDone, Manifest, read_manifest
@@ -39,7 +39,7 @@ def lock_of(destination: Path) -> Path:
 
 def _new_name_beside(destination: Path) -> Path:
     """Where something goes that is to be removed."""
-    return destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:12]}.replaced")
+    return destination.with_name(f".{destination.name}.{os.urandom(6).hex()}.replaced")
 
 
 def replaced_beside(destination: Path) -> Iterator[Path]:
@@ -135,9 +135,9 @@ class Staging:
             return FileDone(name, offset, file.commit())
 
     def sync(self) -> None:
-        """Make every name below durable."""
-        for folder, names, _ in os.walk(self.path):
-            sync_folder(Path(folder))
+        """Make every name below durable: those of folders, and of files at the top. Those of tensor files are since
+        their job is done (`jobs`)."""
+        sync_folders(Path(folder) for folder, folders, _ in os.walk(self.path) if folders or folder == str(self.path))
 
     def refuse_strangers(self, expected: Collection[str]) -> None:
         """Raises DestinationError where a file stands there that this run did not write: it would be committed."""

@@ -8,8 +8,11 @@ import pytest
 import xxhash
 
 from stream_reshard import durable
+from stream_reshard.convert import Options, plan_conversion, run_conversion
+from stream_reshard.demo import CONFIG, write_random_source
 from stream_reshard.durable import NewFile, exchange, make_folder
 from stream_reshard.errors import DestinationError, ResourceError
+from stream_reshard.topology import Topology
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled", "with gaps filled later"])
@@ -133,3 +136,32 @@ def test_no_page_is_sent_to_the_disk_twice(tmp_path, monkeypatch):
         file.commit()
     pages = [number for first, nbytes in begun for number in range(first // page, -(-(first + nbytes) // page))]
     assert sorted(pages) == list(range(-(-offset // page))), "each once, and those of the header with what follows"
+
+
+@pytest.mark.parametrize("direction", ["to Nanotron", "to Hugging Face"])
+def test_every_name_is_made_durable_after_the_last_change_in_its_folder(tmp_path, monkeypatch, direction):
+    """A file that is durable under a name that is not is lost in a power cut all the same."""
+    write_random_source(tmp_path / "hf", CONFIG | {"num_hidden_layers": 3})
+    if direction == "to Nanotron":
+        options = Options(tmp_path / "hf", tmp_path / "out" / "nt", Topology(2, 2), num_workers=2)
+    else:
+        run_conversion(plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", Topology(2, 2))))
+        options = Options(tmp_path / "nt", tmp_path / "out" / "hf", to="hf", max_shard_nbytes=300_000)
+    pending = set()
+
+    def changing(name, call):
+        def changed(*arguments, **words):
+            result = call(*arguments, **words)
+            pending.update(os.path.dirname(path) for path in map(os.fspath, arguments[:2 if name == "rename" else 1]))
+            return result
+        monkeypatch.setattr(os, name, changed)
+
+    def fsync(descriptor, real=os.fsync):
+        real(descriptor)
+        pending.discard(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    for name in ("rename", "mkdir"):
+        changing(name, getattr(os, name))
+    monkeypatch.setattr(os, "fsync", fsync)
+    run_conversion(plan_conversion(options))
+    assert not pending
