@@ -10,6 +10,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import xxhash
 from stream_reshard.durable import drop_from_cache
 from stream_reshard.errors import ResourceError, SourceError, StreamReshardError, quoted
 from stream_reshard.header import StoredTensor
-from stream_reshard.machine import read_ahead_nbytes
+from stream_reshard.machine import group_limit, read_ahead_nbytes
 from stream_reshard.small_files import read_error
 from stream_reshard.stop import Stop
 
@@ -36,6 +37,10 @@ back stays, so it has to be given back again together with what follows: or near
 
 _ASK_NBYTES = 2**20
 """Distance of the bytes by which more is asked for: that of the large folios in which a stream is cached."""
+
+_MIN_WINDOWS = 16
+"""A control group that counts the page cache has room for so many windows, or no more is asked for than the kernel
+reads by itself: what is there too early is dropped, and read twice."""
 
 _MAX_STRETCHES = 64
 """Places in a file of which it is known that what follows may come later."""
@@ -96,6 +101,13 @@ class ReadAhead:
             self._asked += _ASK_NBYTES
 
 
+@lru_cache(maxsize=64)
+def _window_on(device: int) -> int:
+    """The window for `ReadAhead` of files on a device (`st_dev`); 0 where nothing should be asked for."""
+    window, limit = read_ahead_nbytes(device), group_limit()
+    return window if limit is None or _MIN_WINDOWS * window <= limit else 0
+
+
 class SourceFile:
     """A tensor file opened for reading: safe to share, and a file that shrank is an error instead of a signal."""
 
@@ -104,7 +116,7 @@ class SourceFile:
         self.root, self.path, self.identity = root, path, identity
         self._descriptor = self._open()
         self._mapping = self._mapped() if is_mapped else None
-        self._ahead = ReadAhead(read_ahead_nbytes(os.fstat(self._descriptor).st_dev))
+        self._ahead = ReadAhead(_window_on(os.fstat(self._descriptor).st_dev))
         self._kept: dict[int, int] = {}
         """By the end of each stretch that was released: from where on it must be released again with what follows."""
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from stream_reshard import tensor_file
-from stream_reshard.machine import read_ahead_nbytes
+from stream_reshard.machine import group_limit, read_ahead_nbytes
 from stream_reshard.tensor_file import ReadAhead, SourceFile
 
 MIB = 2**20
@@ -105,8 +105,8 @@ def test_nothing_is_asked_for_where_that_is_no_use(monkeypatch, window, error):
 def test_more_than_a_window_is_on_its_way_while_nobody_reads(cold):
     path, buffer = cold / "model-00001-of-00001.safetensors", memoryview(bytearray(2 * MIB))
     window = read_ahead_nbytes(path.stat().st_dev)
-    if not 4 * MIB <= window <= 16 * MIB:
-        pytest.skip(f"the kernel reads {window} bytes ahead on this disk")
+    if not 4 * MIB <= window <= 16 * MIB or (group_limit() or 2**40) < 16 * window:
+        pytest.skip(f"the kernel reads {window} bytes ahead on this disk, in {group_limit()} bytes of memory")
     with SourceFile(cold, path.name) as source:
         for offset in range(0, 32 * MIB, len(buffer)):
             source.read_into(buffer, offset)
@@ -116,6 +116,20 @@ def test_more_than_a_window_is_on_its_way_while_nobody_reads(cold):
             while cached_nbytes(path) < (least := offset + len(buffer) + 1.25 * window) and time.monotonic() < end:
                 time.sleep(0.01)
             assert cached_nbytes(path) >= least
+
+
+@pytest.mark.parametrize("limit, expected", [(None, 8 * MIB), (256 * MIB, 8 * MIB), (64 * MIB, 0)])
+def test_a_small_control_group_is_not_filled_with_what_is_read_later(tmp_path, monkeypatch, limit, expected):
+    """What is dropped before it was read would be read twice."""
+    monkeypatch.setattr(tensor_file, "read_ahead_nbytes", lambda device: 8 * MIB)
+    monkeypatch.setattr(tensor_file, "group_limit", lambda: limit)
+    asked = []
+    monkeypatch.setattr(tensor_file, "ReadAhead", asked.append)
+    (tmp_path / "x").touch()
+    tensor_file._window_on.cache_clear()
+    tensor_file.SourceFile(tmp_path, "x").close()
+    tensor_file._window_on.cache_clear()
+    assert asked == [expected]
 
 
 def test_the_window_is_what_the_disk_is_set_to(tmp_path):
