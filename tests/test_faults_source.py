@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -149,8 +150,11 @@ def test_a_stale_handle_is_opened_anew(tmp_path, monkeypatch, times):
             file.read_into(view, 0)
 
 
-def pool():
-    return ProcessPoolExecutor(2, mp_context=get_context("fork"), initializer=engines.die_with_parent)
+def pool(pause=0.0):
+    def begin():
+        time.sleep(pause)
+        engines.die_with_parent()
+    return ProcessPoolExecutor(2, mp_context=get_context("fork"), initializer=begin)
 
 
 def conversion(folder):
@@ -202,12 +206,14 @@ def test_workers_in_processes_give_the_same_result(tmp_path):
     assert tree_of(tmp_path / "nt") == wanted
 
 
-def test_workers_do_not_outlive_a_run_that_is_killed(tmp_path):
+@pytest.mark.parametrize("pause", [0.0, 0.5])
+def test_workers_do_not_outlive_a_run_that_is_killed(tmp_path, pause):
+    """Also where they are still starting when it is killed."""
     planned = conversion(tmp_path)
     if not (child := os.fork()):
         real, main_pid = os.fsync, os.getpid()
         os.fsync = lambda descriptor: real(descriptor) if os.getpid() == main_pid else signal.pause()
-        with pool() as executor:
+        with pool(pause) as executor:
             run(planned.output, How(planned.memory.block_nbytes, executor))
         os._exit(0)
     parent = psutil.Process(child)

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
@@ -52,6 +54,17 @@ def run_all(work: Callable[[Job], Result], jobs: Iterable[Job], stop: Stop, exec
 
 def die_with_parent() -> None:
     """For the `initializer` of a process pool: workers must not outlive a run that was killed, or they would write into
-    the folder of the next one (prctl, PR_SET_PDEATHSIG)."""
+    the folder of the next one (prctl, PR_SET_PDEATHSIG). Nor does one that was still starting then."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None and not _lives(parent.pid):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _lives(pid: int) -> bool:
+    import psutil
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
