@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 
 NETWORK_FILE_SYSTEMS = frozenset("""
@@ -36,7 +35,6 @@ def _by_mount_point(path: Path, lines: list[str]) -> str:
     return found[1]
 
 
-@lru_cache(maxsize=64)
 def read_ahead_nbytes(device: int) -> int:
     """How far the kernel reads ahead in files on a device (`st_dev`), in bytes; 0 where it does not tell.
 

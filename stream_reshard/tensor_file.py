@@ -73,7 +73,7 @@ class ReadAhead:
     By itself it begins with the next window when the last one is reached. A reader that is kept from reading at that
     moment leaves the disk without work. So bytes up to a window ahead are touched by reads that wait for nothing
     (RWF_NOWAIT); they find the mark that begins the next window. POSIX_FADV_WILLNEED is no such thing: it caches page
-    by page, which costs more than is gained.
+    by page, which costs more than is gained. Threads that share it at worst ask less: their reads are not in order.
     """
 
     def __init__(self, window_nbytes: int):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 
 import psutil
@@ -221,8 +222,13 @@ def test_workers_do_not_outlive_a_run_that_is_killed(tmp_path, pause):
     workers = parent.children()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert until(lambda: not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
-                                 for worker in workers), seconds=10)
+    try:
+        assert until(lambda: not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
+                                     for worker in workers), seconds=10)
+    finally:
+        for worker in workers:  # They would hold on to the pipes of whoever runs the tests.
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
     assert run(planned.output, How(planned.memory.block_nbytes)).num_kept >= 0
     assert (tmp_path / "nt" / "model_config.json").exists()
 
