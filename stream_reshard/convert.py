@@ -102,8 +102,10 @@ class Conversion:
         texts = self.target.documents(self.source, self.plan.target, self.dtype, destination, self.copies)
         accepted = {*options.allow, *self.target.accepted(self.plan.target)}
         dtype = self.dtype if options.template and self.plan.casts else options.dtype
-        facts = {"vocab_size": self.source.config.vocab_size, "dtype": dtype, "allowed": sorted(accepted),
-                 "ignored_tensors": dict(self.source.ignored or {})}
+        config = self.source.config
+        facts = {"vocab_size": config.vocab_size, "dtype": dtype, "allowed": sorted(accepted),
+                 "ignored_tensors": dict(self.source.ignored or {}), "token_ids": config.token_ids,
+                 "router_dtype": self.source.router_dtype if dtype == "keep" else None}
         return Output(self.plan, destination, texts, self.target.marker, self.copies, self.identities, facts,
                       self.copied)
 

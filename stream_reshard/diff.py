@@ -11,7 +11,8 @@ from stream_reshard.errors import Problems, quoted
 from stream_reshard.formats.base import Source
 from stream_reshard.formats.ends import open_any
 from stream_reshard.layouts.differences import layout_differences
-from stream_reshard.layouts.nanotron_config import is_nanotron
+from stream_reshard.layouts.nanotron_config import ids_written, is_nanotron
+from stream_reshard.model import ModelConfig
 
 MAX_LISTED = 1000
 """Differences that are told; of more only how many."""
@@ -48,10 +49,14 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
         yield "the same layout: files, names, versions, slices and dtypes"
 
 
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    """The settings of a config, by name; of its token ids only those that every format can hold."""
+    settings = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "unsaid_ids"}
+    return settings | ids_written(config)
+
+
 def _differences(one: Source, other: Source) -> Iterator[str]:
-    for field in fields(one.config):
-        mine, theirs = getattr(one.config, field.name), getattr(other.config, field.name)
-        if mine != theirs and not (field.name.endswith("token_id") and None in (mine, theirs)):
-            yield f"{field.name}: {quoted(mine)} and {quoted(theirs)}"
+    mine, theirs = _settings(one.config), _settings(other.config)
+    yield from (f"{key}: {quoted(mine[key])} and {quoted(theirs[key])}" for key in mine if mine[key] != theirs[key])
     assert one.layout and other.layout, "without them there are problems"
     yield from layout_differences(one.layout, other.layout)

@@ -12,24 +12,20 @@ from textwrap import indent
 from typing import Any
 
 from stream_reshard.layouts.nanotron import MARKERS, NanotronFormat
+from stream_reshard.layouts.nanotron_config import ids_written
 from stream_reshard.model import Experts, ModelConfig
 
 
 def nanotron_config(config: ModelConfig, format: NanotronFormat, attention_bias: bool,
                     vocab_size: int) -> dict[str, Any]:
-    """The fields of Nanotron's config class that the model decides; all others keep their defaults.
-
-    Token ids that the source leaves out take Nanotron's defaults 1 and 2: its fields are plain ints.
-    """
-    fields: dict[str, Any] = {
-        "bos_token_id": 1 if config.bos_token_id is None else config.bos_token_id,
-        "eos_token_id": 2 if config.eos_token_id is None else config.eos_token_id,
+    """The fields of Nanotron's config class that the model decides; all others keep their defaults."""
+    fields: dict[str, Any] = ids_written(config) | {
         "hidden_act": config.hidden_act, "hidden_size": config.hidden_size,
         "initializer_range": config.initializer_range, "intermediate_size": config.intermediate_size,
         MARKERS[format.config_class]: True, "max_position_embeddings": config.max_position_embeddings,
         "num_attention_heads": config.num_attention_heads, "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_key_value_heads, "pad_token_id": config.pad_token_id, "pretraining_tp": 1,
-        "rms_norm_eps": config.rms_norm_eps, "rope_scaling": None,
+        "num_key_value_heads": config.num_key_value_heads, "pretraining_tp": 1, "rms_norm_eps": config.rms_norm_eps,
+        "rope_scaling": None,
         "tie_word_embeddings": config.tie_word_embeddings, "use_cache": True, "vocab_size": vocab_size}
     if format.version != "1.2":
         fields |= {"rope_theta": config.rope_theta, "rope_interleaved": format.rope_interleaved}

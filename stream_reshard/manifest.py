@@ -16,6 +16,8 @@ from typing import Any
 import xxhash
 
 from stream_reshard.errors import SourceError, quoted
+from stream_reshard.header import ITEMSIZE
+from stream_reshard.model import parse_token_id
 from stream_reshard.small_files import read_capped, strict_json
 
 MANIFEST_NAME = "stream_reshard.json"
@@ -98,4 +100,8 @@ def _checked(facts: dict[str, Any]) -> dict[str, Any]:
     if not (type(vocab_size) is int and 0 < vocab_size < 2**48 and isinstance(facts.get("dtype"), str)
             and isinstance(allowed, list) and all(isinstance(name, str) for name in allowed)):
         raise ValueError(f"{quoted(facts)} are not the facts of a conversion")
+    for value in dict(facts.get("token_ids", {})).values():
+        parse_token_id(value)
+    if facts.get("router_dtype") not in (None, *ITEMSIZE):
+        raise ValueError(f"{quoted(facts['router_dtype'])} is not a dtype")
     return facts

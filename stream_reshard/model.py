@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any, Union
 
 from stream_reshard.box import Box
+from stream_reshard.errors import quoted
 from stream_reshard.names import Templates, fields_of, indices_of
 
 
@@ -71,6 +73,30 @@ class Experts:
     router_aux_loss_coef: float
 
 
+TokenId = Union[int, tuple[int, ...], None]
+"""The id of a special token; several, as chat models have for the end of a text; None where there is none."""
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of the special tokens, the same in both formats."""
+
+
+MAX_IDS, MAX_ID = 1000, 2**48
+"""No model has so many tokens of one purpose, or an id so large."""
+
+
+def parse_token_id(value: Any) -> TokenId:
+    """The token id that JSON holds; several as a tuple. Raises ValueError for anything else."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if len(ids) > MAX_IDS or not all(type(id) is int and -1 <= id < MAX_ID for id in ids):
+        raise ValueError(f"{quoted(value)} is not a token id")
+    return tuple(ids) if isinstance(value, list) else value
+
+
+def first_id(ids: TokenId) -> int | None:
+    """The first of several ids, for a config that holds one."""
+    return next(iter(ids), None) if isinstance(ids, tuple) else ids
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What a checkpoint's config says about the model, in one spelling. Sizes in elements."""
@@ -90,13 +116,20 @@ class ModelConfig:
     rope_theta: float
     initializer_range: float
     hidden_act: str
-    bos_token_id: int | None
-    eos_token_id: int | None
-    pad_token_id: int | None
+    bos_token_id: TokenId
+    eos_token_id: TokenId
+    pad_token_id: TokenId
+    unsaid_ids: frozenset[str] = frozenset()
+    """Keys of token ids that the config leaves out; their fields hold the defaults of the family."""
     no_rope_layer: int | None = None
     """Layers n, 2n, 3n ... (counted from 1) go without rotary embedding; None where all have it."""
     experts: Experts | None = None
     """None where every layer has a plain MLP."""
+
+    @property
+    def token_ids(self) -> dict[str, TokenId]:
+        """The token ids that the config says, by key."""
+        return {key: getattr(self, key) for key in TOKEN_IDS if key not in self.unsaid_ids}
 
     @property
     def head_dim(self) -> int:

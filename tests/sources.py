@@ -132,7 +132,7 @@ def make_source(root: Path, *, family: str = "llama", num_shards: int = 1, tied:
 
 
 def bfloat16(root: Path) -> dict[str, np.ndarray]:
-    """The tensors of all safetensors files below a folder, as 16-bit patterns, by "file:key"."""
+    """The tensors of all safetensors files below a folder, as patterns of 16 bits (32 in float32), by "file:key"."""
     found = {}
     for path in sorted(root.rglob("*.safetensors")):
         raw = path.read_bytes()
@@ -140,6 +140,7 @@ def bfloat16(root: Path) -> dict[str, np.ndarray]:
         for key, entry in json.loads(raw[8:begin]).items():
             if key != "__metadata__":
                 first, last = (begin + offset for offset in entry["data_offsets"])
-                array = np.frombuffer(raw[first:last], np.uint16).reshape(entry["shape"])
+                kind = f"u{(last - first) // math.prod(entry['shape'])}"
+                array = np.frombuffer(raw[first:last], kind).reshape(entry["shape"])
                 found[f"{path.relative_to(root).as_posix()}:{key}"] = array
     return found

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conversions import assert_same, convert, tensors, tree
 from sources import INDEX, make_source
-from trees import GOLDEN
+from trees import GOLDEN, MANIFEST
 
 from stream_reshard.cli import main
 from stream_reshard.convert import Options, plan_conversion, run_conversion
@@ -49,6 +50,31 @@ def test_there_and_back(tmp_path, name, flags):
     assert {key: after.get(key) for key in ours} == ours
     for pair in ((source, tmp_path / "back"), (tmp_path / "nt", tmp_path / "back")):
         convert("verify", *pair)
+
+
+ROUTERS = [f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)]
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_a_router_in_float32_loses_no_bit(tmp_path, has_manifest):
+    """Nanotron keeps routers in float32 for a reason: so does the way back, also after a training without a manifest."""
+    random = np.random.default_rng(0)
+    source = make_source(tmp_path / "hf", family="qwen2_moe", extra={
+        key: random.standard_normal((3, 16)).astype(np.float32) for key in ROUTERS})
+    convert(source, tmp_path / "nt", "--tp", 2)
+    if not has_manifest:
+        (tmp_path / "nt" / MANIFEST).unlink()
+    convert(tmp_path / "nt", tmp_path / "back", "--to", "hf", *([] if has_manifest else ["--vocab-size", 11]))
+    assert_same(tensors(tmp_path / "back"), tensors(source))
+    convert(tmp_path / "nt", tmp_path / "cast", "--to", "hf", "--dtype", "bfloat16",
+            *([] if has_manifest else ["--vocab-size", 11]))
+    assert {tensor.dtype.name for tensor in tensors(tmp_path / "cast").values()} == {"uint16"}
+
+
+def test_a_cast_model_comes_back_in_the_dtype_of_the_cast(tmp_path):
+    convert(make_source(tmp_path / "hf", family="qwen2_moe"), tmp_path / "nt", "--dtype", "float32")
+    convert(tmp_path / "nt", tmp_path / "back", "--to", "hf")
+    assert {tensor.dtype.name for tensor in tensors(tmp_path / "back").values()} == {"uint32"}
 
 
 @pytest.mark.parametrize("to", [["--tp", 1], ["--tp", 2, "--pp", 2, "--dp", 2], ["--tp", 2, "--rope", "neox"], OLD],

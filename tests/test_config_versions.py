@@ -90,7 +90,7 @@ def test_what_transformers_itself_writes(tmp_path):
     sizes = {key: value for key, value in CONFIG.items() if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
     for family in ("llama", "qwen2"):
         make_source(tmp_path / family, family=family)
-        make_source(tmp_path / f"{family}_by_hand", family=family)
+        make_source(tmp_path / f"{family}_by_hand", family=family, config={"pad_token_id": None})
     subprocess.run([sys.executable, "-c", SAVE, str(tmp_path), json.dumps(sizes)], check=True)
     for family in ("llama", "qwen2"):
         saved = json.loads((tmp_path / family / "config.json").read_text())

@@ -35,12 +35,14 @@ OLD = ("--checkpoint-version", "1.2")
 RELEASE = {
     "llama": Case("save_llama", OLD, checkpoint_version="1.2"),
     "tied": Case("save_tied_llama", OLD, vocab_size=323, checkpoint_version="1.2"),
+    "pad token": Case("save_padded_llama", OLD, checkpoint_version="1.2"),
     "across": Case("save_tied_llama", OLD, ("--tp", 4, "--vocab-multiple", 3), vocab_size=323,
                    checkpoint_version="1.2"),
 }
 MAIN = {
     "llama": Case("save_llama"),
     "tied": Case("save_tied_llama", vocab_size=323),
+    "pad token": Case("save_padded_llama"),
     "llama as qwen2": Case("save_llama", ("--nanotron-config", "Qwen2Config"), class_name="Qwen2Config"),
     "qwen2": Case("save_qwen2", class_name="Qwen2Config"),
     "interleaved": Case("save_llama", ("--rope", "interleaved"), as_saved=False),
@@ -97,6 +99,7 @@ def assert_judged_right(case, folder, results):
     with_logits, = (load for load in loads if "max_difference" in load)
     assert with_logits["max_difference"] < LOGITS_TOLERANCE
     assert with_logits["same_argmax"] == 1.0
+    assert with_logits["unmoved_rows"] == [], "every row of the embedding learns"
     assert config["class"] == case.class_name
     assert config["vocab_size"] == case.vocab_size, "config.yaml holds the vocabulary without padding"
     assert (config["tp"], config["pp"], config["dp"]) == (2, 2, 1)
@@ -137,7 +140,7 @@ def test_a_forward_pass_is_that_of_main(main, name):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", ["llama", "tied", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "pad token", "tied", "qwen2"])
 def test_main_trains_on_the_folder(main, name):
     """Three steps of its own trainer, from config.yaml, at tp 2 dp 2."""
     folder, _ = main[name]

@@ -23,7 +23,7 @@ class Family:
     """In the order of the forward pass; the rows of one layer stand together."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What config.json says of every model of the family."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
     """What a config.json means that does not mention a key, where the family has its own word."""
     tie_by_default: bool = False
     """What a config.json that does not mention `tie_word_embeddings` means."""

@@ -41,6 +41,7 @@ LLAMA = Family(
     hugging_face_class="LlamaForCausalLM",
     model_type="llama",
     settings={"attention_bias": False, "mlp_bias": False},
+    defaults={"bos_token_id": 1, "eos_token_id": 2},
     nanotron_configs=("LlamaConfig", "Qwen2Config"),
     rows=(EMBEDDING, ATTENTION_NORM, *ATTENTION_IN, ATTENTION_OUT, MLP_NORM, *MLP, *FINAL),
 )

@@ -37,6 +37,10 @@ class Source:
     layout: Layout | None = None
     files: tuple[str, ...] = ()
     """Paths of everything that says what the weights are; if one of them changes, so does the checkpoint."""
+    router_dtype: str | None = None
+    """The safetensors dtype of MoE routers before Nanotron, which keeps them in float32; None where it is not known."""
+    ids_are_known: bool = True
+    """False where the token ids are no more than what Nanotron's config could hold of those of the model."""
     ignored: Mapping[str, str] | None = None
     """Stored tensors that hold no parameter, with the reason."""
 
@@ -89,10 +93,21 @@ class Target(ABC):
         """(word, command) that a user wants to run next."""
 
 
-def with_float32(model: Model, dtypes: Callable[[int], str], own: str) -> Callable[[int], str]:
-    """The same dtypes by number, but that what Nanotron keeps in float32 has the dtype `own`."""
+def routers(model: Model) -> list[range]:
+    """Numbers of the parameters that Nanotron keeps in float32, row by row."""
     rows = [row for row, _ in enumerate(model.rows) if model.rows[row].is_float32]
-    numbers = [range(model.firsts[row], model.firsts[row + 1]) for row in rows]
+    return [range(model.firsts[row], model.firsts[row + 1]) for row in rows]
+
+
+def router_dtype_of(layout: Layout) -> str | None:
+    """The safetensors dtype that all routers have in a layout; None where they differ or there are none."""
+    dtypes = {layout.dtype_at(number) for numbers in routers(layout.model) for number in numbers}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def with_router_dtype(model: Model, dtypes: Callable[[int], str], own: str) -> Callable[[int], str]:
+    """The same dtypes by number, but `own` for what Nanotron keeps in float32."""
+    numbers = routers(model)
     return partial(_with_own, numbers, dtypes, own) if numbers else dtypes
 
 

@@ -53,7 +53,7 @@ def _chosen(options: Options, source: Source, max_nbytes: int) -> Target:
     if options.template is not None:
         return LikeTemplate.of(options, source, max_nbytes)
     if options.to == "hf":
-        return ToHuggingFace.chosen(options)
+        return ToHuggingFace.chosen(options, source)
     if options.to is None and source.config_class is not None:
         raise UsageError("the source is a Nanotron checkpoint: say --to hf for shards, or --to nanotron for another "
                          "topology")

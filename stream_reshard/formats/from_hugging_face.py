@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stream_reshard.errors import Problems, SourceError, StreamReshardError, quoted
-from stream_reshard.formats.base import Source
+from stream_reshard.formats.base import Source, router_dtype_of
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.hf_limits import dropped, limits
 from stream_reshard.layouts.hf_shards import INDEX_NAME
@@ -28,7 +28,8 @@ def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Source
             notes.append(f"files that no index names, ignored: {', '.join(map(quoted, sorted(stray)))}")
     files = (CONFIG_NAME, *(layout.shards if layout else ()), INDEX_NAME)
     return Source(root, CONFIG_NAME, config.family, config.model, tuple(limits(config)), tuple(notes), model=model,
-                  layout=layout, files=files, ignored=layout.ignored if layout else None)
+                  layout=layout, files=files, router_dtype=router_dtype_of(layout) if layout else None,
+                  ignored=layout.ignored if layout else None)
 
 
 def _tie_problems(layout: HuggingFaceLayout) -> Iterator[StreamReshardError]:

@@ -1,13 +1,15 @@
 """A Nanotron checkpoint, opened to be converted."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted
 from stream_reshard.formats.base import Source
 from stream_reshard.layouts.nanotron_config import (
-    METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config)
+    METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config, with_known_ids)
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.layouts.nanotron_source import format_of, layout_of_files, read_weight_files
 from stream_reshard.manifest import read_manifest
@@ -25,24 +27,27 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     files = problems.collect(read_weight_files, root, max_nbytes)
     if config is None:
         return None
-    known = problems.collect(vocab_size_of, root, max_nbytes) if is_exact else None
+    facts = (problems.collect(_facts_of, root, max_nbytes) or {}) if is_exact else {}
+    known = facts.get("vocab_size")
     if None not in (known, vocab_size) and known != vocab_size:
         problems.append(UsageError(f"--vocab-size {vocab_size}: the manifest of {quoted(root)} says {known}"))
     told = vocab_size if vocab_size is not None else known if is_exact else config.model.vocab_size
     size = problems.collect(_true_vocab_size, config, told)
     layout = problems.collect(layout_of_files, root, config, size, files) if files and size else None
-    model_config = replace(config.model, vocab_size=size or config.model.vocab_size)
+    known_ids = with_known_ids(config.model, config.family, facts.get("token_ids"))
+    model_config = replace(known_ids or config.model, vocab_size=size or config.model.vocab_size)
     rules = format_of(config, files) if files else None
     return Source(root, MODEL_CONFIG_NAME, config.family, model_config, tuple(config.extras.values()),
                   tuple(_notes(layout)) if layout else (),
                   rules.rope_interleaved if rules else False, config.config_class, layout.model if layout else None,
-                  layout, (MODEL_CONFIG_NAME, METADATA_NAME, *(files.by_path if files else ())))
+                  layout, (MODEL_CONFIG_NAME, METADATA_NAME, *(files.by_path if files else ())),
+                  router_dtype=facts.get("router_dtype"), ids_are_known=known_ids is not None)
 
 
-def vocab_size_of(root: Path, max_nbytes: int) -> int | None:
-    """Rows of the embedding without padding, as a manifest says it, if there is one. Raises SourceError."""
+def _facts_of(root: Path, max_nbytes: int) -> Mapping[str, Any]:
+    """The facts that a manifest tells, if there is one. Raises SourceError."""
     manifest = read_manifest(root, max_nbytes)
-    return manifest.facts["vocab_size"] if manifest else None
+    return manifest.facts if manifest else {}
 
 
 def _true_vocab_size(config: NanotronModelConfig, told: int | None) -> int:

@@ -16,14 +16,14 @@ from stream_reshard.layouts.base import Layout
 from stream_reshard.layouts.differences import layout_differences
 from stream_reshard.layouts.nanotron import STAGES
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
-from stream_reshard.model import Model, ModelConfig
+from stream_reshard.model import TOKEN_IDS, Model, ModelConfig
 from stream_reshard.options import Options, nanotron_flags
 from stream_reshard.topology import padded_size
 
 MAX_LISTED = 100
 """Differences that a plan tells; of more only how many."""
 
-_MAY_DIFFER = {"family", "vocab_size", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
+_MAY_DIFFER = {"family", "vocab_size", "initializer_range", "unsaid_ids", *TOKEN_IDS}
 """What of a config changes neither the tensors nor the forward pass; of the vocabulary only the rows must fit."""
 
 
@@ -60,6 +60,7 @@ class LikeTemplate(ToNanotron):
     def notes(self, source: Source, layout: Layout) -> Iterator[str]:
         """In what the template differs from what this tool would have chosen, tensor by tensor."""
         assert isinstance(layout, NanotronLayout) and source.layout, "it is made by this"
+        yield from super().notes(source, layout)
         own = NanotronLayout(layout.root, layout.model, replace(self.rules, vocab_rows=None, vocab_multiple=1),
                              source.layout.dtype_at)
         differences = layout_differences(own, layout)

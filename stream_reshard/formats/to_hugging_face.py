@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import Problems, UsageError, shell_word
-from stream_reshard.formats.base import Source, Target, with_float32
+from stream_reshard.formats.base import Source, Target, with_router_dtype
 from stream_reshard.layouts.base import Layout
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.hf_shards import INDEX_NAME
@@ -31,14 +31,16 @@ class ToHuggingFace(Target):
 
     marker = CONFIG_NAME
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
+    router_dtype: str | None = None
+    """The safetensors dtype of MoE routers; None where they keep the one they have."""
 
     @classmethod
-    def chosen(cls, options: Options) -> ToHuggingFace:
-        """What the flags mean. Raises Refused where one asks for what only Nanotron has."""
+    def chosen(cls, options: Options, source: Source) -> ToHuggingFace:
+        """The target that the flags mean for a source. Raises Refused where one asks for what only Nanotron has."""
         problems = Problems(UsageError(f"{flag} with --to hf: only a Nanotron checkpoint is cut like that")
                             for flag in nanotron_flags(options))
         problems.raise_if_any()
-        return cls(options.max_shard_nbytes)
+        return cls(options.max_shard_nbytes, source.router_dtype if options.dtype == "keep" else None)
 
     def limits(self, source: Source) -> Iterator[Limit]:
         """What no config.json that is written here says; nothing of it may be dropped from one that says it."""
@@ -46,14 +48,22 @@ class ToHuggingFace(Target):
             is_said = source.config_name == CONFIG_NAME
             yield replace(limit, name=f"{limit.name} in a new config.json") if is_said else limit
 
+    def notes(self, source: Source, layout: Layout) -> Iterator[str]:
+        """Token ids that the source cannot tell."""
+        if not source.ids_are_known:
+            ids = ", ".join(f"{key} {json.dumps(value)}" for key, value in source.config.token_ids.items())
+            yield (f"{ids} are those of {source.config_name}, which holds one number each and none for padding; compare "
+                   f"them with the config.json that the model came from")
+
     def problems(self, model: Model) -> Problems:
         if self.max_shard_nbytes > 0:
             return Problems()
         return Problems([UsageError(f"--max-shard-size {self.max_shard_nbytes}: it is at least 1")])
 
     def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> HuggingFaceTarget:
-        # What Nanotron alone keeps in float32 has the dtype of the embedding here, as before.
-        return HuggingFaceTarget(root, model, with_float32(model, dtypes, dtypes(0)), self.max_shard_nbytes)
+        if self.router_dtype is not None:
+            dtypes = with_router_dtype(model, dtypes, self.router_dtype)
+        return HuggingFaceTarget(root, model, dtypes, self.max_shard_nbytes)
 
     def documents(self, source: Source, layout: Layout, dtype: str, destination: Path,
                   companions: Iterable[str]) -> dict[str, bytes]:
@@ -103,6 +113,4 @@ def config_of(source: Source, dtype: str) -> dict[str, Any]:
     if (n := config.no_rope_layer) is not None:
         fields |= {"no_rope_layer_interval": n,
                    "no_rope_layers": [int((layer + 1) % n != 0) for layer in range(config.num_hidden_layers)]}
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id,
-           "pad_token_id": config.pad_token_id}
-    return fields | {key: value for key, value in ids.items() if value is not None} | dict(family.settings)
+    return fields | config.token_ids | dict(family.settings)

@@ -1,6 +1,7 @@
 """A Nanotron checkpoint to be written: rank files, and the documents that its trainer reads."""
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,14 +10,14 @@ from typing import Any
 
 from stream_reshard.documents import documents
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted, shell_word
-from stream_reshard.formats.base import Source, Target, with_float32
+from stream_reshard.formats.base import Source, Target, with_router_dtype
 from stream_reshard.layouts.base import Group, Layout
 from stream_reshard.layouts.limits import Limit
 from stream_reshard.layouts.nanotron import NanotronFormat, stages_of, topology_problems
-from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
+from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME, ids_written
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.memory import human
-from stream_reshard.model import Model
+from stream_reshard.model import TOKEN_IDS, Model
 from stream_reshard.options import Options
 
 RELEASE_04_ROPE_THETA = 10000.0
@@ -58,11 +59,23 @@ class ToNanotron(Target):
             yield Limit("rope_theta", f"rope_theta is {theta:g}; release 0.4, which reads format 1.2, only knows "
                                       f"{RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5", theta)
 
+    def notes(self, source: Source, layout: Layout) -> Iterator[str]:
+        """Token ids that Nanotron's configs do not hold as the source says them."""
+        written = ids_written(source.config)
+        for key in TOKEN_IDS:
+            said = getattr(source.config, key)
+            if key == "pad_token_id" and said is not None:
+                yield (f"{key} is {said}: Nanotron would not train that row of any rank's embedding, or not start; "
+                       f"null is written, and the manifest keeps {said} for --to hf")
+            elif said != written[key]:
+                yield (f"{key} is {json.dumps(said)}: Nanotron's config holds one number, {written[key]} is written; "
+                       f"the manifest keeps it for --to hf")
+
     def problems(self, model: Model) -> Problems:
         return topology_problems(model, self.rules)
 
     def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> NanotronLayout:
-        layout = NanotronLayout(root, model, self.rules, with_float32(model, dtypes, "F32"))
+        layout = NanotronLayout(root, model, self.rules, with_router_dtype(model, dtypes, "F32"))
         for group in layout.groups():
             for number in group.numbers[1:]:
                 if (own := layout.dtypes(number)) != (first := layout.dtypes(group.numbers[0])):

@@ -8,7 +8,7 @@ from typing import Any
 
 from stream_reshard.architectures import FAMILIES, UNSUPPORTED, Family
 from stream_reshard.errors import Problems, SourceError, quoted
-from stream_reshard.model import Experts, ModelConfig
+from stream_reshard.model import TOKEN_IDS, Experts, ModelConfig, TokenId, parse_token_id
 from stream_reshard.small_files import MAX_JSON_NBYTES, read_json
 
 CONFIG_NAME = "config.json"
@@ -96,17 +96,13 @@ class ConfigReader:
             self.complain(f"{key} is {quoted(value)}, not true or false")
         return bool(value)
 
-    def token_id(self, key: str) -> int | None:
-        """A token id; of several, the first: Nanotron's configs hold one."""
-        value = self.raw.get(key)
-        if isinstance(value, list) and value:
-            self.notes.append(f"{key} {quoted(value)} is a list; Nanotron's config holds one id, {quoted(value[0])} is "
-                              f"taken")
-            value = value[0]
-        if value is not None and not (type(value) is int and -1 <= value < MAX_NUMBER):
-            self.complain(f"{key} is {quoted(value)}, not a token id")
+    def token_id(self, key: str) -> TokenId:
+        """A token id, several as a tuple, or None for null; the default where the key is absent."""
+        try:
+            return parse_token_id(self.raw.get(key, self.defaults.get(key)))
+        except ValueError as error:
+            self.complain(f"{key}: {error}")
             return None
-        return value
 
     def _rope(self) -> Mapping[str, Any]:
         """Both spellings in one; where both are there, rope_scaling wins, as in transformers 5."""
@@ -149,6 +145,7 @@ class ConfigReader:
             bos_token_id=self.token_id("bos_token_id"),
             eos_token_id=self.token_id("eos_token_id"),
             pad_token_id=self.token_id("pad_token_id"),
+            unsaid_ids=frozenset(TOKEN_IDS) - self.raw.keys(),
             no_rope_layer=self._no_rope_layer(family), experts=self._experts(family))
         if not self.problems:
             self._check_heads(config)

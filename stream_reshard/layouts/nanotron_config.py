@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from stream_reshard.errors import SourceError, quoted
 from stream_reshard.layouts.hf_config import CONFIG_NAME, ConfigReader
 from stream_reshard.layouts.nanotron import MARKERS
 from stream_reshard.layouts.limits import Limit
-from stream_reshard.model import ModelConfig
+from stream_reshard.model import TOKEN_IDS, ModelConfig, first_id, parse_token_id
 from stream_reshard.small_files import MAX_JSON_NBYTES, read_json
 
 MODEL_CONFIG_NAME = "model_config.json"
@@ -24,6 +24,9 @@ _FAMILY_OF = {("LlamaConfig", False, False, False): "LlamaForCausalLM",
               ("Qwen2Config", True, False, True): "Qwen2MoeForCausalLM"}
 """By Nanotron's config class, whether it has attention biases, layers without rotary embedding, and experts."""
 
+DEFAULT_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+"""Token ids of a config that says none, in both classes (nanotron/config/models_config.py)."""
+
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope_scaling": (None,), "rope_seq_len_interpolation_factor": (None, 1, 1.0), "sliding_window_size": (None,),
     "moe_config": (None,), "_use_qkv_packed": (True,)}
@@ -35,6 +38,27 @@ def is_nanotron(root: Path) -> bool:
     if (root / "model" / "model").is_dir():
         return True
     return not (root / CONFIG_NAME).is_file() and ((root / "model").is_dir() or (root / MODEL_CONFIG_NAME).is_file())
+
+
+def ids_written(config: ModelConfig) -> dict[str, int | None]:
+    """The token ids of Nanotron's configs: one of each, for their fields are plain ints, and never one for padding.
+
+    `pad_token_id` becomes `padding_idx` of the embedding of every tensor-parallel rank (nanotron/models/llama.py,
+    qwen.py): the row of that number would never train on any rank, and a rank with fewer rows would not start.
+    """
+    ids = {key: first_id(getattr(config, key)) for key in DEFAULT_IDS}
+    return {key: DEFAULT_IDS[key] if id is None else id for key, id in ids.items()} | {"pad_token_id": None}
+
+
+def with_known_ids(config: ModelConfig, family: Family, said: Mapping[str, Any] | None) -> ModelConfig | None:
+    """The config of a checkpoint with the token ids that were `said` of its model (in JSON), of which its own file
+    holds but the first; None where nothing was said, or its own file says others now."""
+    if said is None:
+        return None
+    bos, eos, pad = (parse_token_id(said.get(key, family.defaults.get(key))) for key in TOKEN_IDS)
+    known = replace(config, bos_token_id=bos, eos_token_id=eos, pad_token_id=pad,
+                    unsaid_ids=frozenset(TOKEN_IDS) - said.keys())
+    return known if ids_written(known) == ids_written(config) else None
 
 
 @dataclass(frozen=True)
@@ -66,9 +90,11 @@ def read_model_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> Nanotron
 
 def parse_model_config(raw: Mapping[str, Any], name: str) -> NanotronModelConfig:
     """The meaning of a model config of Nanotron's, which stands in the file of this name. Raises as the above."""
-    reader = ConfigReader(raw, name, is_nanotron=True)
+    reader = ConfigReader(raw, name, DEFAULT_IDS, is_nanotron=True)
     config_class, family = _family(raw, name)
     config = reader.model_config(family)
+    if config.pad_token_id is None:  # It says nothing of the model: any other value would break the training.
+        config = replace(config, unsaid_ids=config.unsaid_ids | {"pad_token_id"})
     interleaved = reader.flag("rope_interleaved", False) if "rope_interleaved" in raw else None
     reader.problems.raise_if_any()
     extras = {limit.name: limit for limit in _extras(raw, config)}

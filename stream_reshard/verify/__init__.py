@@ -5,6 +5,7 @@
 - nanotron:     a Nanotron folder as such, through the slice metadata in its own headers and Nanotron's own rules
 - compare:      one parameter of both, element by element
 - agreement:    configs, file sets, manifests
+- token_ids:    ids of special tokens
 - side:         one of the two folders, whatever its format
 - tasks:        the parts that read files, and running them
 
@@ -34,6 +35,7 @@ from stream_reshard.verify.compare import Rule, shape_difference
 from stream_reshard.verify.nanotron import topology_of
 from stream_reshard.verify.side import Side, open_side
 from stream_reshard.verify.tasks import Task, digest_tasks, run, shared, weight_tasks
+from stream_reshard.verify.token_ids import id_differences
 
 PADDING = "padding"
 """What `allow` calls padding rows that are not zero: Nanotron itself leaves them to chance."""
@@ -148,6 +150,7 @@ def _structure_problems(original: Side, other: Side, how: How, budget: memory.Me
     if source is None:
         return
     yield from config_differences(source, copy, {*how.allow, *other.allowed})
+    yield from id_differences(source, copy, how.allow)
     yield from parameter_differences(source, copy)
     if how.quick:
         rule = _rule(source, copy, other, how, budget)

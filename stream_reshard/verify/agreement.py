@@ -10,21 +10,19 @@ from typing import Any
 
 from stream_reshard.errors import DifferenceError, SourceError, quoted
 from stream_reshard.layouts.base import TORCH_DTYPES
-from stream_reshard.layouts.nanotron_config import parse_model_config
+from stream_reshard.layouts.nanotron_config import ids_written, parse_model_config
 from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest
-from stream_reshard.model import ModelConfig
+from stream_reshard.model import TOKEN_IDS, ModelConfig
 from stream_reshard.small_files import files_below, read_capped
 from stream_reshard.topology import Topology, padded_size
 from stream_reshard.verify.checkpoint import Checkpoint
 
-_SETTLED_ELSEWHERE = {"vocab_size", "family"}
-"""Fields of ModelConfig that are compared through the weights: padding, and which parameters there are."""
+_SETTLED_ELSEWHERE = {"vocab_size", "family", "unsaid_ids", *TOKEN_IDS}
+"""Fields of ModelConfig that are compared through the weights (padding, and which parameters there are) or as token
+ids."""
 
-WITHOUT_EFFECT = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+WITHOUT_EFFECT = (*TOKEN_IDS, "initializer_range")
 """Settings that change no forward pass, which may be allowed to differ."""
-
-_MAY_BE_UNSAID = {"bos_token_id", "eos_token_id", "pad_token_id"}
-"""Nanotron's configs must hold some token ids, Hugging Face's need not."""
 
 CONFIG_YAML = "config.yaml"
 
@@ -33,8 +31,7 @@ def config_differences(source: Checkpoint, copy: Checkpoint, allowed: Collection
     """Settings in which two checkpoints of one model would compute different things."""
     for field in fields(ModelConfig):
         mine, theirs = getattr(copy.config, field.name), getattr(source.config, field.name)
-        unsaid = field.name in _MAY_BE_UNSAID and None in (mine, theirs)
-        if mine != theirs and not unsaid and field.name not in {*_SETTLED_ELSEWHERE, *allowed}:
+        if mine != theirs and field.name not in {*_SETTLED_ELSEWHERE, *allowed}:
             yield DifferenceError(f"{field.name} is {quoted(mine)} in {quoted(copy.root)}, {quoted(theirs)} in the "
                                   f"source")
     for name in sorted(source.extras.keys() | copy.extras.keys()):
@@ -94,7 +91,8 @@ def training_config_problems(root: Path, checkpoint: Checkpoint, topology: Topol
         return
     told = parse_model_config(_below(text, "model", "model_config"), f"{CONFIG_YAML}: model_config")
     pairs = {field.name: (getattr(told.model, field.name), getattr(checkpoint.config, field.name))
-             for field in fields(ModelConfig) if field.name not in {"vocab_size", *_MAY_BE_UNSAID}}
+             for field in fields(ModelConfig) if field.name not in _SETTLED_ELSEWHERE - {"family"}}
+    pairs |= {key: (getattr(told.model, key), id) for key, id in ids_written(checkpoint.config).items()}
     said = told.rope_interleaved
     pairs["rope_interleaved"] = checkpoint.interleaved_by_default if said is None else said, checkpoint.interleaved
     dtypes = {TORCH_DTYPES.get(weight.dtype) for weight in checkpoint.weights.values()}

@@ -113,6 +113,10 @@ class Checkpoint:
     files: tuple[TensorFile, ...]
     weights: Mapping[str, Weight]
     """By parameter."""
+    knows_ids: bool = True
+    """False where the token ids are no more than what Nanotron's config could hold of those of the model."""
+    padding_id: int | None = None
+    """The token id for padding in a Nanotron config, which stops the training of that row on every rank."""
 
     def num_elements(self, vocab_size: int) -> int:
         """Weights that the files hold, without padding."""

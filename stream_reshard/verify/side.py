@@ -15,6 +15,7 @@ from stream_reshard.small_files import files_below
 from stream_reshard.verify.checkpoint import Checkpoint
 from stream_reshard.verify.hugging_face import open_hugging_face
 from stream_reshard.verify.nanotron import open_nanotron
+from stream_reshard.verify.token_ids import with_ids_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def open_side(root: Path, max_nbytes: int, problems: Problems, allow: Collection
     if is_nanotron(root):
         vocab_size = manifest.facts["vocab_size"] if manifest else None
         is_moved = STAGES in {*allow, *(manifest.facts["allowed"] if manifest else ())}
-        return Side(root, manifest, open_nanotron(root, vocab_size, max_nbytes, problems, is_moved))
+        checkpoint = open_nanotron(root, vocab_size, max_nbytes, problems, is_moved)
+        return Side(root, manifest, checkpoint and with_ids_of(manifest, checkpoint))
     problems.append(SourceError(f"{quoted(root)} holds neither {CONFIG_NAME} nor {MODEL_CONFIG_NAME}: it is not a "
                                 f"committed checkpoint"))
     return Side(root, manifest)

@@ -5,8 +5,9 @@
 
     save    fill the model with the Hugging Face weights, save it with save_weights: what DST must look like
     load    load DST with load_weights; compare its model_config.json, and on all ranks each parameter bit for bit,
-            with the Hugging Face model. --logits also compares float32 logits with those in FILE (pp 1 only), and
-            writes Nanotron's own beside it, as FILE.nanotron
+            with the Hugging Face model. --logits also compares float32 logits with those in FILE (pp 1 only),
+            writes Nanotron's own beside it, as FILE.nanotron, and then makes one step of SGD over every token: rows of
+            the embedding that it leaves as they are do not train
     config  read DST/config.yaml with Nanotron's own parser
 
 dp is what remains of the processes. Rank 0 prints a line `RESULT {json}` per step. Exit code 0: all steps ok; 1 (which
@@ -62,6 +63,8 @@ def load(args):
               "ok": not odd and not any(names for _, names in ranks)}
     if args.logits:
         result |= compare_logits(model, context, load_file(args.logits), f"{args.logits}.nanotron")
+        rows = nanotron_cpu.from_all_ranks(nanotron_cpu.unmoved_rows(model, hf.config["vocab_size"]))
+        result["unmoved_rows"] = sorted({row for rank in rows for row in rank})
     return result
 
 

@@ -13,6 +13,11 @@ def save_llama(folder, **changes):
     return save_random(LlamaForCausalLM(LlamaConfig(**SMALL | changes)), folder)
 
 
+def save_padded_llama(folder, **changes):
+    """Its token for padding is past the rows that one of two tensor-parallel ranks has."""
+    return save_llama(folder, pad_token_id=310, **changes)
+
+
 def save_tied_llama(folder, **changes):
     """Tied embeddings, and a vocabulary that no tensor-parallel size divides."""
     return save_llama(folder, tie_word_embeddings=True, vocab_size=323, num_hidden_layers=4, **changes)

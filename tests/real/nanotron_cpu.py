@@ -84,15 +84,33 @@ def build(config, tp, pp, dp, dtype):
     return model, context
 
 
+def sharded_logits(model, input_ids):
+    """Logits of the training forward, as this rank has them: (batch, sequence, its part of the vocabulary)."""
+    if model_class(model.config) is LlamaForTraining:
+        mask = torch.ones_like(input_ids, dtype=torch.bool)
+        return model.model(input_ids=input_ids, input_mask=mask).transpose(0, 1)
+    batch, length = input_ids.shape
+    return model.model(input_ids=input_ids, position_ids=torch.arange(length).repeat(batch, 1))
+
+
+def unmoved_rows(model, vocab_size):
+    """Rows of this rank's embedding that one step of SGD leaves as they are, after a pass over every token."""
+    embedding = model.model.token_position_embeddings.pp_block.token_embedding
+    weight, before = embedding.weight, embedding.weight.detach().clone()
+    ids = torch.arange(vocab_size).unsqueeze(1)  # Each its own sequence.
+    model.zero_grad()
+    sharded_logits(model, ids).float().square().sum().backward()
+    with torch.no_grad():
+        weight -= weight.grad
+    same = (weight == before).all(dim=1).nonzero().flatten() + embedding.min_id
+    return [row for row in same.tolist() if row < vocab_size]
+
+
 def logits(model, context, input_ids):
     """Float32 logits of the training forward, of all tensor-parallel ranks: (batch, sequence, vocabulary)."""
     batch, length = input_ids.shape
     with torch.no_grad():
-        if model_class(model.config) is LlamaForTraining:
-            mask = torch.ones_like(input_ids, dtype=torch.bool)
-            out = model.model(input_ids=input_ids, input_mask=mask).transpose(0, 1)
-        else:
-            out = model.model(input_ids=input_ids, position_ids=torch.arange(length).repeat(batch, 1))
+        out = sharded_logits(model, input_ids)
     part = out.reshape(batch, length, -1).float().contiguous()
     parts = [torch.empty_like(part) for _ in range(context.tp_pg.size())]
     torch.distributed.all_gather(parts, part, group=context.tp_pg)
