@@ -62,6 +62,16 @@ def test_experts_are_stacked_transposed_gate_before_up(tmp_path):
     assert (told["num_experts"], told["top_k"], told["enable_shared_expert"]) == (3, 2, True)
 
 
+@pytest.mark.parametrize("layers, code", [([0, 1], 0), ([1], 3), ([0, 1, 2], 3)])
+def test_layers_with_experts_as_a_trainer_saves_them(tmp_path, layers, code):
+    """-1 is every layer; Nanotron's config class lists them when it is made, and so does the file that it saves."""
+    convert(make_source(tmp_path / "hf", family="qwen2_moe"), tmp_path / "nt")
+    path = tmp_path / "nt" / "model_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"moe_config": config["moe_config"] | {"layers": layers}}))
+    assert main([str(tmp_path / "nt"), str(tmp_path / "back"), "--to", "hf", "--quiet"]) == code
+
+
 @pytest.mark.parametrize("change", [lambda array: array[[1, 0, 2]], lambda array: np.roll(array, 6, axis=2),
                                     lambda array: array[:, ::-1]], ids=["experts", "gate and up", "columns"])
 def test_exchanged_experts_are_found(tmp_path, capsys, change):

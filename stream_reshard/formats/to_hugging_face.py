@@ -36,7 +36,7 @@ class ToHuggingFace(Target):
 
     @classmethod
     def chosen(cls, options: Options, source: Source) -> ToHuggingFace:
-        """The target that the flags mean for a source. Raises Refused where one asks for what only Nanotron has."""
+        """The target that the flags mean. Raises Refused where one asks for what only Nanotron has."""
         problems = Problems(UsageError(f"{flag} with --to hf: only a Nanotron checkpoint is cut like that")
                             for flag in nanotron_flags(options))
         problems.raise_if_any()

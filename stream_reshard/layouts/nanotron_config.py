@@ -121,8 +121,9 @@ def _extras(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[Limit]:
     neutrals = dict(NEUTRAL)
     if config.experts is not None:
         neutrals.pop("moe_config")
-        said = raw["moe_config"]
-        if said.get("layers", [-1]) != [-1] or said.get("enable_shared_expert") is not True:
+        said, every = raw["moe_config"], list(range(config.num_hidden_layers))
+        # Nanotron itself saves the layers one by one (Qwen2Config.__post_init__, nanotron/config/models_config.py).
+        if said.get("layers", [-1]) not in ([-1], every) or said.get("enable_shared_expert") is not True:
             yield Limit("moe_config", f"moe_config has layers {quoted(said.get('layers'))}, enable_shared_expert "
                                       f"{quoted(said.get('enable_shared_expert'))}; only models whose layers all have "
                                       f"experts and a shared one are converted", said)
