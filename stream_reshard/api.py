@@ -7,6 +7,8 @@
     api.verify("llama-7b", "llama-7b-tp4")                     # raises where any weight differs
     print(result.facts["peak_nbytes"])
 
+Where a folder of Nanotron's steps is given, latest.txt in it is followed, as Nanotron does.
+
 Every function raises what `errors` draws: a StreamReshardError, whose text is meant for people, or Refused, which holds
 all problems found at once. Sizes are in bytes, or words such as "512MiB" and "5GB".
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -23,6 +25,7 @@ from stream_reshard import memory, report
 from stream_reshard.convert import Conversion, plan_conversion, run_conversion
 from stream_reshard.errors import DifferenceError
 from stream_reshard.execute import Done
+from stream_reshard.layouts.nanotron_folder import followed, litter_notes
 from stream_reshard.machine import io_counters
 from stream_reshard.options import Options
 from stream_reshard.plan import Job
@@ -53,11 +56,14 @@ def plan(source: Folder, destination: Folder | None = None, *, tp: int = 1, pp: 
 
     For people `described` tells it, `facts_of` as JSON. Raises Refused.
     """
-    options = Options(Path(source), None if destination is None else Path(destination), Topology(tp, pp, dp),
+    root, notes = followed(Path(source))
+    like, more = (None, []) if template is None else followed(Path(template))
+    options = Options(root, None if destination is None else Path(destination), Topology(tp, pp, dp),
                       max_memory=_nbytes(max_memory), max_shard_nbytes=_nbytes(max_shard_size),
-                      tokenizer=None if tokenizer is None else Path(tokenizer),
-                      template=None if template is None else Path(template), allow=tuple(allow), **choices)
-    return plan_conversion(options, stop)
+                      tokenizer=None if tokenizer is None else Path(tokenizer), template=like, allow=tuple(allow),
+                      **choices)
+    conversion = plan_conversion(options, stop)
+    return replace(conversion, notes=(*notes, *more, *conversion.notes))
 
 
 def described(conversion: Conversion) -> str:
@@ -138,7 +144,9 @@ def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_AL
     """
     from stream_reshard.verify import How
     from stream_reshard.verify import verify as compare
-    return compare(Path(source), Path(copy), How(_nbytes(max_memory), **choices), stop, progress)
+    (root, notes), (other, more) = followed(Path(source)), followed(Path(copy), is_copy=True)
+    facts = compare(root, other, How(_nbytes(max_memory), **choices), stop, progress)
+    return facts | {"notes": [*notes, *more, *litter_notes(root), *litter_notes(other)]}
 
 
 def plan_forward(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_ALLOWED,
@@ -152,7 +160,7 @@ def plan_forward(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFA
     from stream_reshard import forward
     how = forward.How(text=None if text is None else Path(text), plot=None if plot is None else Path(plot),
                       max_memory=_nbytes(max_memory), **choices)
-    return forward.plan_forward(Path(source), Path(copy), how)
+    return forward.plan_forward(followed(Path(source))[0], followed(Path(copy), is_copy=True)[0], how)
 
 
 def described_forward(plan: ForwardPlan) -> str:
@@ -207,11 +215,14 @@ def inspect(folder: Folder, values: bool = False, stop: Stop | None = None) -> d
     """What a checkpoint folder of either format holds: family, sizes, dtypes, topology, stages, versions, faults; with
     `values` every weight is read, and NaN and infinities are counted. Raises SourceError."""
     from stream_reshard.inspect import inspect as look
-    return look(Path(folder), values, stop)
+    root, notes = followed(Path(folder))
+    facts = look(root, values, stop)
+    return facts | {"notes": [*notes, *facts["notes"]]}
 
 
 def diff(one: Folder, other: Folder) -> dict[str, Any]:
     """In what the layouts of two checkpoints of one model differ, tensor by tensor: {"same", "differences",
     "num_more"}. No weight is read. Raises Refused."""
     from stream_reshard.diff import diff as compare
-    return compare(Path(one), Path(other))
+    (left, notes), (right, more) = followed(Path(one)), followed(Path(other))
+    return compare(left, right) | {"notes": [*notes, *more, *litter_notes(left), *litter_notes(right)]}

@@ -24,9 +24,6 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _SWITCH_SECONDS = 0.0005
 """How long a thread may keep others from running Python: one that waits for the next block should not wait long."""
 
-_MAX_LINES = 50
-"""Problems that are printed; the worst come first."""
-
 
 def _planned(arguments: argparse.Namespace, stop: Stop) -> api.Conversion:
     """What the flags mean."""
@@ -53,6 +50,10 @@ def _print(arguments: argparse.Namespace, document: dict[str, Any], lines: Itera
         _say(json.dumps(document, indent=1))
     elif not arguments.quiet:
         _say("\n".join(lines))
+
+
+def _notes(facts: dict[str, Any]) -> list[str]:
+    return [f"note     {note}" for note in facts.get("notes", ())]
 
 
 def _say(text: str) -> None:
@@ -128,7 +129,8 @@ def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
         found.extend(filter(None, [forward and forward.difference]))
     if facts is not None or forward is not None:
         document = (facts or {"equal": False}) | ({"forward": forward.facts} if forward else {})
-        _print(arguments, document, [*(lines(facts) if facts else ()), *(forward.lines if forward else ())])
+        _print(arguments, document, [*(lines(facts) if facts else ()), *_notes(facts or {}),
+                                     *(forward.lines if forward else ())])
     found.raise_if_any()
 
 
@@ -189,7 +191,7 @@ def diff_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`diff A B`."""
     from stream_reshard.diff import lines
     facts = api.diff(arguments.source, arguments.destination)
-    _print(arguments, facts, lines(facts))
+    _print(arguments, facts, [*lines(facts), *_notes(facts)])
     if not facts["same"]:
         raise DifferenceError(f"the layouts of {quoted(arguments.source)} and {quoted(arguments.destination)} differ")
 
@@ -239,11 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _RUN[command](arguments, stop)
         return 0
     except StreamReshardError as error:
-        lines = str(error).splitlines()
-        for line in lines[:_MAX_LINES]:
+        for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        if len(lines) > _MAX_LINES:
-            print(f"error: and {len(lines) - _MAX_LINES} more", file=sys.stderr)
         if error.hint:
             print(error.hint, file=sys.stderr)
         return error.exit_code

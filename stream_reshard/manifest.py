@@ -16,7 +16,8 @@ from typing import Any
 import xxhash
 
 from stream_reshard.errors import SourceError, quoted
-from stream_reshard.small_files import read_capped, strict_json
+from stream_reshard.json_text import strict_json
+from stream_reshard.small_files import read_capped
 
 MANIFEST_NAME = "stream_reshard.json"
 

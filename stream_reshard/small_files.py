@@ -1,15 +1,17 @@
-"""Small files that somebody else made: opened without waiting, read up to a cap, parsed strictly."""
+"""Small files that somebody else made: opened without waiting, read up to a cap, parsed with care."""
 from __future__ import annotations
 
 import errno
-import json
 import os
+import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stream_reshard.errors import ResourceError, SourceError, StreamReshardError, quoted
+from stream_reshard.errors import Cause, Refused, ResourceError, SourceError, StreamReshardError, quoted
+from stream_reshard.json_text import read_json_text
+from stream_reshard.stand_ins import HEAD_NBYTES, stand_in
 
 MAX_JSON_NBYTES = 10 * 2**20
 """Cap on config and index files, as huggingface_hub has for an index."""
@@ -17,6 +19,9 @@ MAX_JSON_NBYTES = 10 * 2**20
 _MAY_PASS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
                        errno.ENOMEM})
 """What says that a file cannot be read now, rather than never."""
+
+_SILLY_NAME = re.compile(r"\.nfs[0-9a-f]{24}", re.ASCII)
+"""Names that NFS gives removed files that are still open (nfs_sillyrename in Linux, fs/nfs/dir.c)."""
 
 
 def read_error(name: str, error: OSError) -> StreamReshardError:
@@ -40,7 +45,7 @@ def files_below(root: Path) -> Iterator[str]:
     for folder, names, files in os.walk(root):
         links = [name for name in names if os.path.islink(os.path.join(folder, name))]
         for name in sorted(files + links):
-            if not name.startswith(".nfs"):
+            if not _SILLY_NAME.fullmatch(name):
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
@@ -50,7 +55,7 @@ def read_capped(root: Path, name: str, max_nbytes: int) -> bytes:
         with open_regular(root / name) as stream:
             content = stream.read(max_nbytes + 1)
     except OSError as error:
-        raise read_error(f"{quoted(name)} in {quoted(root)}", error) from error
+        raise dangling(root, name) or read_error(f"{quoted(name)} in {quoted(root)}", error) from error
     if len(content) > max_nbytes:
         raise too_long(name, max_nbytes)
     return content
@@ -62,36 +67,46 @@ def too_long(name: str, max_nbytes: int) -> SourceError:
                        f"many times its size, so a larger --max-memory may raise it")
 
 
-def read_json(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTES) -> dict[str, Any]:
-    """The JSON object in `root / name`. Raises SourceError when it is absent, too large, or not an object."""
+def read_json(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTES,
+              matters: Container[str] | None = None) -> dict[str, Any]:
+    """The JSON object in `root / name`. Raises SourceError when it is absent, too large, or not an object; where a key
+    occurs twice with different values, or holds NaN or an infinity: below the outermost keys that matter, by default
+    all."""
+    return read_json_with_notes(root, name, max_nbytes, matters)[0]
+
+
+def read_json_with_notes(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTES,
+                         matters: Container[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The same, with what is doubtful in it and does not matter."""
     content = read_capped(root, name, min(max_nbytes, MAX_JSON_NBYTES))
     try:
-        value = strict_json(content)
+        value, doubts = read_json_text(content)
     except ValueError as error:
-        raise SourceError(f"{name} is not valid JSON: {error}") from error
+        raise misplaced(root, name, "JSON") or SourceError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise SourceError(f"{name} holds a {type(value).__name__}, not an object")
-    return value
+    faults = [doubt.text for doubt in doubts if matters is None or doubt.key in matters]
+    if faults:
+        raise Refused(SourceError(f"{name}: {text}", kind=f"keys of {name} are doubtful") for text in faults)
+    return value, [f"{name}: {doubt.text}, and is not read" for doubt in doubts]
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return table
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number that may stand there")
-
-
-STRICT: Mapping[str, Any] = {"object_pairs_hook": _no_twins, "parse_constant": _no_constant}
-"""For Python's reader: without its extensions NaN and Infinity, and no key twice."""
-
-
-def strict_json(text: bytes) -> Any:
-    """JSON without the extensions of Python's reader: no NaN or Infinity, no key twice. Raises ValueError."""
+def misplaced(root: Path, name: str, wanted: str) -> Cause | None:
+    """Why `root / name` is not what is `wanted` ("weights" or "JSON"), where its first bytes or its link tell."""
+    if cause := dangling(root, name):
+        return cause
     try:
-        return json.loads(text.decode("utf-8"), **STRICT)
-    except RecursionError as error:
-        raise ValueError(str(error)) from error
+        with open_regular(root / name) as stream:
+            found = stand_in(stream.read(HEAD_NBYTES), wanted)
+    except OSError:
+        return None
+    return Cause(f"{quoted(name)} in {quoted(root)} {found[1]}", kind=found[0]) if found else None
+
+
+def dangling(root: Path, name: str) -> Cause | None:
+    """Why a link leads to no file, where `root / name` is such a link."""
+    path = root / name
+    if not path.is_symlink() or os.path.exists(path):
+        return None
+    return Cause(f"{quoted(name)} in {quoted(root)} is a link to {quoted(os.readlink(path))}, which does not exist "
+                 f"(the cache was moved or cleaned?); download it again", kind="files are links to nothing")

@@ -13,6 +13,7 @@ from stream_reshard.formats.from_nanotron import open_nanotron
 from stream_reshard.formats.like_template import LikeTemplate
 from stream_reshard.formats.to_hugging_face import ToHuggingFace
 from stream_reshard.formats.to_nanotron import ToNanotron
+from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.nanotron_config import is_nanotron
 from stream_reshard.layouts.limits import limit_problems
 from stream_reshard.options import Options
@@ -43,7 +44,7 @@ def open_any(root: Path, max_nbytes: int, vocab_size: int | None, problems: Prob
     """Open a checkpoint of either format; see `open_nanotron`."""
     if os.path.isdir(root) and is_nanotron(root):
         return open_nanotron(root, max_nbytes, vocab_size, problems, is_exact)
-    if vocab_size is not None:
+    if vocab_size is not None and (root / CONFIG_NAME).is_file():
         problems.append(UsageError("--vocab-size is for a Nanotron checkpoint, which keeps no count of its true rows"))
     return open_hugging_face(root, max_nbytes, problems)
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from stream_reshard.errors import Problems, SourceError, StreamReshardError, quoted
 from stream_reshard.formats.base import Source
-from stream_reshard.layouts.hf_config import CONFIG_NAME
+from stream_reshard.layouts.hf_causes import quantization_of
+from stream_reshard.layouts.hf_config import CONFIG_NAME, INDEX_NAME
+from stream_reshard.layouts.hf_layout import HuggingFaceLayout
 from stream_reshard.layouts.hf_limits import dropped, limits
-from stream_reshard.layouts.hf_shards import INDEX_NAME
-from stream_reshard.layouts.hugging_face import HuggingFaceLayout, open_folder
+from stream_reshard.layouts.hugging_face import open_folder
 from stream_reshard.tensor_file import same_bytes
 
 
@@ -23,8 +24,12 @@ def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Source
     if layout is not None:
         problems.extend(_tie_problems(layout))
         notes += [f"ignored tensor {key}: {reason}" for key, reason in layout.ignored.items()]
+        notes += layout.notes
+        if method := quantization_of(config.raw):
+            notes.append(f"config.json speaks of quantised weights ({quoted(method)}), but every weight is there "
+                         f"unquantised: that is left over from training, and is left out")
         stray = {path.name for path in root.glob("*.safetensors")} - set(layout.shards)
-        if stray:
+        if stray := {name for name in stray if not name.startswith("._")}:
             notes.append(f"files that no index names, ignored: {', '.join(map(quoted, sorted(stray)))}")
     files = (CONFIG_NAME, *(layout.shards if layout else ()), INDEX_NAME)
     return Source(root, CONFIG_NAME, config.family, config.model, tuple(limits(config)), tuple(notes), model=model,
