@@ -7,7 +7,9 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - topology:       sizes of the parallel axes, parts of a dim, pipeline stages
 - stop:           a request to stop, honoured between blocks
 - durable:        files and names that survive a power cut whole, or are not there
-- small_files:    files that somebody else made: read up to a cap, parsed strictly
+- json_text:      JSON that somebody else wrote, its faults named by key and line
+- stand_ins:      what stands in place of a file, by its first bytes
+- small_files:    files that somebody else made: read up to a cap, parsed with care
 - json_stream:    a JSON object too large to be parsed at once
 - header:         a safetensors file as its header tells it
 - names:          names made from templates, and the way back

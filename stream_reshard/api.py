@@ -58,6 +58,7 @@ def plan(source: Folder, destination: Folder | None = None, *, tp: int = 1, pp: 
     """
     root, notes = followed(Path(source))
     like, more = (None, []) if template is None else followed(Path(template))
+    more += litter_notes(like) if like else ()
     options = Options(root, None if destination is None else Path(destination), Topology(tp, pp, dp),
                       max_memory=_nbytes(max_memory), max_shard_nbytes=_nbytes(max_shard_size),
                       tokenizer=None if tokenizer is None else Path(tokenizer), template=like, allow=tuple(allow),

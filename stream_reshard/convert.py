@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -11,7 +11,7 @@ from pathlib import Path
 from stream_reshard import memory
 from stream_reshard.casts import import_torch
 from stream_reshard.destination import disk_free, existing_parent, occupation_problems
-from stream_reshard.errors import Problems, ResourceError, StreamReshardError, UsageError, quoted
+from stream_reshard.errors import Cause, Problems, ResourceError, StreamReshardError, UsageError, quoted
 from stream_reshard.execute import Done, How, Output, run
 from stream_reshard.formats.base import Source, Target
 from stream_reshard.formats.ends import open_ends
@@ -22,7 +22,7 @@ from stream_reshard.machine import NETWORK_FILE_SYSTEMS, file_system_of
 from stream_reshard.options import Options
 from stream_reshard.plan import Job, Plan, make_plan
 from stream_reshard.sharing import can_share_all, shareable_nbytes
-from stream_reshard.small_files import files_below
+from stream_reshard.small_files import dangling, files_below, misplaced
 from stream_reshard.source_digests import expected_sums, sum_problems
 from stream_reshard.stop import Stop
 from stream_reshard.target_file import Transport
@@ -130,10 +130,12 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
         problems.collect(import_torch, "casting weights", ", or --dtype keep")
     budget, budget_notes = _budget(options, plan, casts, target.held_nbytes(plan.target))
     copies = _companions(options, problems)
+    problems.extend(_companion_causes(options, copies))
     copied = {str(path.absolute()): identity_of(path.stat()) for path in copies.values()}
     notes = (*_notes(options, source, target), *target.notes(source, plan.target), *budget_notes)
     conversion = Conversion(options, source, target, plan, budget, notes,
-                            copies, {name: identities[name] for name in source.files if name in identities}, copied)
+                            copies, {name: identities.get(name) or identity_of((source.root / name).stat())
+                                     for name in source.files if (source.root / name).is_file()}, copied)
     if options.destination is not None and (options.overwrite or not conversion.is_done):
         problems.extend(occupation_problems(options.destination, options.overwrite))
         problems.extend(_disk_problems(conversion, options.destination.resolve()))
@@ -221,6 +223,13 @@ def _companions(options: Options, problems: Problems) -> dict[str, Path]:
     if not given:
         problems.append(UsageError(f"--tokenizer {quoted(options.tokenizer)} holds none of {', '.join(COMPANIONS)}"))
     return found | given
+
+
+def _companion_causes(options: Options, copies: Mapping[str, Path]) -> Iterator[Cause]:
+    """Files that would be copied and are not what they seem, and those that are links to nothing."""
+    broken = (dangling(options.source, name) for name in COMPANIONS if name not in copies)
+    wrong = (misplaced(path.parent, path.name, "JSON" if path.suffix == ".json" else None) for path in copies.values())
+    yield from filter(None, (*broken, *wrong))
 
 
 def _notes(options: Options, source: Source, target: Target) -> Iterator[str]:

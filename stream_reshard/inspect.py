@@ -10,7 +10,7 @@ from stream_reshard.errors import Problems, SourceError, explained, quoted
 from stream_reshard.formats.to_nanotron import blocks_text
 from stream_reshard.header import MAX_HEADER_NBYTES, StoredTensor
 from stream_reshard.layouts.base import Layout
-from stream_reshard.layouts.causes import no_checkpoint
+from stream_reshard.layouts.causes import above, no_checkpoint
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.hugging_face import open_folder
 from stream_reshard.layouts.nanotron_config import (
@@ -69,6 +69,8 @@ def _model_facts(config: ModelConfig, layout: Layout | None) -> dict[str, Any]:
 
 def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor]]:
     problems = Problems()
+    if not (root / MODEL_CONFIG_NAME).is_file() and (cause := above(root)):
+        raise cause
     if (root / MODEL_CONFIG_NAME).is_file():
         config = problems.collect(read_model_config, root, _MAX_NBYTES)
     else:

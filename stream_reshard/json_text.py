@@ -80,8 +80,8 @@ def read_json_text(content: bytes) -> tuple[Any, list[Doubt]]:
         value = json.loads(text, object_pairs_hook=_last_of_twins)
     except json.JSONDecodeError as error:
         is_cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
-        raise ValueError(f"{error.msg} in {place(text, error.pos)}{'; it is cut off, download it again' * is_cut}"
-                         ) from error
+        cure = "; it is cut off, download it again" if is_cut else ""
+        raise ValueError(f"{error.msg.removesuffix(' at')} in {place(text, error.pos)}{cure}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     except ValueError as error:
@@ -112,7 +112,7 @@ def _doubtful(value: Any) -> Iterator[tuple[Path, str]]:
             yield (*above, part), f"is {item}, which is not a number that may stand there"
         elif isinstance(item, (dict, list)):
             if isinstance(item, _Twins):
-                yield from (((*above, part, key), "occurs twice with different values, of which readers take the last") for key in item.keys_)
+                yield from (((*above, part, key), "occurs twice with different values") for key in item.keys_)
             waiting.append(((*above, part), iter(item.items() if isinstance(item, dict) else enumerate(item))))
 
 

@@ -91,8 +91,9 @@ def read_json_with_notes(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTE
     return value, [f"{name}: {doubt.text}, and is not read" for doubt in doubts]
 
 
-def misplaced(root: Path, name: str, wanted: str) -> Cause | None:
-    """Why `root / name` is not what is `wanted` ("weights" or "JSON"), where its first bytes or its link tell."""
+def misplaced(root: Path, name: str, wanted: str | None) -> Cause | None:
+    """Why `root / name` is not what is `wanted`, where its first bytes or its link tell: "weights", "JSON", or anything
+    but a pointer of Git LFS."""
     if cause := dangling(root, name):
         return cause
     try:

@@ -27,16 +27,18 @@ _ANSWERS = {"error", "errors", "message", "detail", "error_description"}
 _AGAIN = "the download went wrong, for want of a log-in perhaps; download it again"
 
 
-def stand_in(head: bytes, wanted: str) -> tuple[str, str] | None:
+def stand_in(head: bytes, wanted: str | None) -> tuple[str, str] | None:
     """(what several such files are, what this one is and what to do), by the first bytes of a file that is not what is
-    `wanted`: "weights" in safetensors, or "JSON". None where they do not tell."""
-    if not head:
-        return "files are empty", "is empty (0 bytes); download it again"
+    `wanted`: "weights" in safetensors, "JSON", or any other. None where they do not tell."""
     if head.startswith(_POINTER):
         size = _POINTER_SIZE.search(head)
         nbytes = f" of {int(size[1])} bytes" if size else ""
         return ("files are Git LFS pointers",
                 f"is a Git LFS pointer, not the file{nbytes} that it stands for; run: git lfs pull")
+    if wanted is None:
+        return None
+    if not head:
+        return "files are empty", "is empty (0 bytes); download it again"
     if (wanted == "weights" and head[8:9] == b"{") or (wanted == "JSON" and head.lstrip()[:1] in (b"{", b"[")):
         return None  # It begins as it should.
     for magic, what in _ARCHIVES.items():

@@ -170,5 +170,5 @@ def _headless(config: SourceConfig, model: Model, seen: _Seen) -> str | None:
     absent = [row for row in model.stored_rows if model.firsts[row] not in seen.present]
     if [model.rows[row].parameter for row in absent] != ["lm_head"]:
         return None
-    return (f"config.json names {quoted(name)}, a class without a language-model head, and lm_head.weight is not there; "
-            f"it would have to be invented: take the model as {config.family.hugging_face_class} saved it")
+    return (f"config.json names {quoted(name)}, a class without a language-model head, and lm_head.weight is not "
+            f"there; it would have to be invented: take the model as {config.family.hugging_face_class} saved it")

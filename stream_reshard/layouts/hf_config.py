@@ -52,7 +52,7 @@ def read_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
     sense."""
     raw, doubts = read_json_with_notes(root, CONFIG_NAME, max_nbytes, UNDERSTOOD)
     if said := answer(raw, "hidden_size"):
-        raise Cause(f"{CONFIG_NAME} in {quoted(root)} {said}")
+        raise Cause(f"{quoted(CONFIG_NAME)} in {quoted(root)} {said}")
     family, notes = family_of(raw)
     reader = ConfigReader(raw, CONFIG_NAME, family.defaults)
     config = reader.model_config(family)

@@ -75,6 +75,7 @@ def parse_path(path: str) -> tuple[str, Place | None]:
 
 def read_weight_file(root: Path, path: str, max_nbytes: int) -> WeightFile:
     """Read the header of a weight file, of at most `max_nbytes`. Raises SourceError."""
+    parse_path(path)
     return parse_weight_file(read_header(root, path, max_nbytes))
 
 

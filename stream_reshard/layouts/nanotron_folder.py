@@ -68,11 +68,11 @@ def followed(root: Path, is_copy: bool = False) -> tuple[Path, list[str]]:
 
 def _latest(root: Path) -> str:
     """The name of the folder that latest.txt names. Nanotron takes whatever Python's int() takes."""
-    text = read_capped(root, LATEST_NAME, _MAX_LATEST_NBYTES)
+    text = read_capped(root, LATEST_NAME, _MAX_LATEST_NBYTES).decode("utf-8", "backslashreplace")
     try:
-        return str(int(text.decode()))
+        return str(int(text))
     except ValueError as error:
-        raise misplaced(root, LATEST_NAME, "a number") or Cause(
+        raise misplaced(root, LATEST_NAME, None) or Cause(
             f"{LATEST_NAME} in {quoted(root)} holds {quoted(text[:60])}, which is not the number of a step; give the "
             f"folder of a step") from error
 
