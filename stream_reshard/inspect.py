@@ -1,6 +1,7 @@
 """Inspect: what a checkpoint folder holds, of either format: from its headers alone, its values too where asked."""
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ def inspect(root: Path, values: bool = False, stop: Stop | None = None) -> dict[
     infinities are counted. Raises SourceError where it holds no checkpoint."""
     if is_nanotron(root):
         facts, tensors = _inspect_nanotron(root)
-    elif (root / CONFIG_NAME).is_file():
+    elif os.path.isfile(root / CONFIG_NAME):
         facts, tensors = _inspect_hugging_face(root)
     else:
         raise no_checkpoint(root)
@@ -69,9 +70,9 @@ def _model_facts(config: ModelConfig, layout: Layout | None) -> dict[str, Any]:
 
 def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor]]:
     problems = Problems()
-    if not (root / MODEL_CONFIG_NAME).is_file() and (cause := above(root)):
+    if not os.path.isfile(root / MODEL_CONFIG_NAME) and (cause := above(root)):
         raise cause
-    if (root / MODEL_CONFIG_NAME).is_file():
+    if os.path.isfile(root / MODEL_CONFIG_NAME):
         config = problems.collect(read_model_config, root, _MAX_NBYTES)
     else:
         config = None

@@ -107,7 +107,7 @@ def misplaced(root: Path, name: str, wanted: str | None) -> Cause | None:
 def dangling(root: Path, name: str) -> Cause | None:
     """Why a link leads to no file, where `root / name` is such a link."""
     path = root / name
-    if not path.is_symlink() or os.path.exists(path):
+    if not os.path.islink(path) or os.path.exists(path):
         return None
     return Cause(f"{quoted(name)} in {quoted(root)} is a link to {quoted(os.readlink(path))}, which does not exist "
                  f"(the cache was moved or cleaned?); download it again", kind="files are links to nothing")

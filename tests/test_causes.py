@@ -177,6 +177,7 @@ IN_PLACE = [
     ("TensorFlow", instead(("tf_model.h5", "")), ["TensorFlow", "from_tf"]),
     ("Flax", instead(("flax_model-00001-of-00002.msgpack", "")), ["Flax", "from_flax"]),
     ("PyTorch", instead(("pytorch_model-00001-of-00002.bin", "")), ["pickled weights", "save_pretrained"]),
+    ("not finished by aria2", written(f"{SINGLE}.aria2", "x"), [f"'{SINGLE}' is not downloaded whole", "aria2"]),
     ("not finished", instead(("model.safetensors.incomplete", "")), ["was not finished", "incomplete"])]
 
 
@@ -244,7 +245,7 @@ PATHS = [
     ("original", "{}/hf/original", ["the folder above is the whole: give ", "/hf'"]),
     ("a part of Nanotron's", "{}/steps/10/model", ["the folder above is the whole: give ", "/steps/10'"]),
     ("a link to nothing", "{}/broken", ["is a link to 'gone'"]), ("a link to itself", "{}/loop", ["leads to itself"]),
-    ("an empty folder", "{}/empty", ["holds no config.json"])]
+    ("an empty folder", "{}/empty", ["holds neither config.json nor model_config.json"])]
 
 
 @pytest.fixture(scope="module")

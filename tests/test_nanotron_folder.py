@@ -90,7 +90,7 @@ def test_a_step_that_is_no_checkpoint(steps, capsys):
     shutil.rmtree(steps / "10")
     (steps / "10").mkdir()
     assert call("plan", steps, "--to", "hf") == 3
-    assert "steps/10' holds no config.json" in capsys.readouterr().err
+    assert "steps/10' holds neither config.json nor" in capsys.readouterr().err
 
 
 LITTER = [".DS_Store", "model/.DS_Store", "decoder/0/._pp_block", "lm_head/Thumbs.db", "decoder/desktop.ini",

@@ -70,6 +70,7 @@ CONFIGS = [
     ("a class of nobody", {"architectures": ["Nobody"], "model_type": ...}, ["'Nobody'", "llama (LlamaForCausalLM), qwen2"]),
     ("a type of nobody", {"model_type": "bert"}, ["model_type 'bert'", "llama (LlamaForCausalLM), qwen2"]),
     ("a type in other letters", {"model_type": "Llama"}, ["model_type 'Llama'", "known are llama"]),
+    ("a model of more than text", {"model_type": "llava", "text_config": {}}, ["'llava'", "save that part (text_config)"]),
     ("an empty type", {"model_type": ""}, ["model_type ''"]),
     ("a type that is a list", {"model_type": ["llama"]}, ["model_type", "llama"]),
     ("neither class nor type", {"architectures": ..., "model_type": ...}, ["names no model_type and no class"]),

@@ -44,7 +44,7 @@ def open_any(root: Path, max_nbytes: int, vocab_size: int | None, problems: Prob
     """Open a checkpoint of either format; see `open_nanotron`."""
     if os.path.isdir(root) and is_nanotron(root):
         return open_nanotron(root, max_nbytes, vocab_size, problems, is_exact)
-    if vocab_size is not None and (root / CONFIG_NAME).is_file():
+    if vocab_size is not None and os.path.isfile(root / CONFIG_NAME):
         problems.append(UsageError("--vocab-size is for a Nanotron checkpoint, which keeps no count of its true rows"))
     return open_hugging_face(root, max_nbytes, problems)
 

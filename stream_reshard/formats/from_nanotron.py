@@ -1,6 +1,7 @@
 """A Nanotron checkpoint, opened to be converted."""
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     """Read config and headers, none of more than `max_nbytes`; everything wrong goes to `problems`. None where not even
     the config makes sense. `vocab_size`: rows of the embedding without padding, where a user says it; where it
     need not be exact, padding counts."""
-    if not (root / MODEL_CONFIG_NAME).is_file():
+    if not os.path.isfile(root / MODEL_CONFIG_NAME):
         problems.append(not_committed(root))
         return None
     config = problems.collect(read_model_config, root, max_nbytes)

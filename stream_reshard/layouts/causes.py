@@ -52,8 +52,8 @@ def no_checkpoint(root: Path) -> SourceError:
         return _no_folder(root)
     names = _names(root)
     return (dangling(root, CONFIG_NAME) or _cache_folder(root) or _foreign(root, names) or _elsewhere(root, names) or
-            SourceError(f"{quoted(root)} holds no {CONFIG_NAME}: it is not a Hugging Face checkpoint (nor does it hold "
-                        f"model_config.json, as one of Nanotron would)"))
+            SourceError(f"{quoted(root)} holds neither {' nor '.join(_MARKERS)}: it is not a Hugging Face checkpoint, "
+                        f"and not a committed checkpoint of Nanotron"))
 
 
 def no_weights(root: Path) -> SourceError:
@@ -92,7 +92,7 @@ def unfinished(root: Path) -> str | None:
 def above(root: Path) -> Cause | None:
     """Where the folder above is the checkpoint that was meant, such as of `original`, `model`, `onnx`."""
     parent = Path(os.path.abspath(root)).parent
-    if any((parent / marker).is_file() for marker in _MARKERS):
+    if any(os.path.isfile(parent / marker) for marker in _MARKERS):
         return Cause(f"{quoted(root)} is a part of a checkpoint; the folder above is the whole: give {quoted(parent)}")
     return None
 
@@ -108,7 +108,7 @@ def _names(folder: Path) -> list[str]:
 
 def _no_folder(root: Path) -> SourceError:
     text = str(root)
-    if root.is_symlink():
+    if os.path.islink(root):
         where = "leads to itself" if os.readlink(root) == root.name else "does not lead to a folder"
         return Cause(f"{quoted(root)} is not a folder: it is a link to {quoted(os.readlink(root))}, which {where}")
     if os.path.exists(root):
@@ -172,12 +172,12 @@ def _adapter(root: Path) -> Cause:
 
 
 def _folders(root: Path) -> Iterator[str]:
-    return (name for name in _names(root) if (root / name).is_dir())
+    return (name for name in _names(root) if os.path.isdir(root / name))
 
 
 def _elsewhere(root: Path, names: list[str]) -> Cause | None:
     """Where the checkpoint stands in a folder below, or the folder is a part of one."""
-    found = [name for name in names[:1000] if any((root / name / marker).is_file() for marker in _MARKERS)]
+    found = [name for name in names[:1000] if any(os.path.isfile(root / name / marker) for marker in _MARKERS)]
     if len(found) == 1:
         return Cause(f"{quoted(root)} is not a checkpoint, but its folder {quoted(found[0])} is one: give "
                      f"{quoted(root / found[0])}")

@@ -22,6 +22,9 @@ _MAX_SHARDS = 8
 _MAX_STRANGE = 1000
 _MAX_KEY_LENGTH = 500
 
+_MIN_WRAPPED = 4
+"""Names that must have a part too much before that is held for a wrapper's; the smallest model has eleven tensors."""
+
 _METHODS = (
     ("g_idx", "GPTQ"), ("bitsandbytes__", "bitsandbytes, 4 bit"), ("quant_map", "bitsandbytes, 4 bit"),
     ("absmax", "bitsandbytes, 4 bit"), ("SCB", "bitsandbytes, 8 bit"), ("weight_packed", "compressed-tensors"),
@@ -130,7 +133,7 @@ def _wrapped(model: Model, seen: _Seen) -> str | None:
     if not counts:
         return None
     (part, is_first), number = counts.most_common(1)[0]
-    if 2 * number < min(len(seen.strange), model.num_stored - len(seen.present)):
+    if number < _MIN_WRAPPED or 2 * number < min(len(seen.strange), model.num_stored - len(seen.present)):
         return None
     example = examples[part, is_first]
     where = "begin with" if is_first else "hold"

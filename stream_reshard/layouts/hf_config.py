@@ -79,6 +79,8 @@ def family_of(raw: Mapping[str, Any]) -> tuple[Family, list[str]]:
     if family is None:
         what = f"{quoted(name)}" if model_type is None else f"model_type {quoted(model_type)}"
         reason = UNSUPPORTED.get(str(chosen), f"known are {_known()}")
+        if isinstance(raw.get("text_config"), dict):
+            reason = "it is more than a language model; save that part (text_config) alone, with its own config.json"
         raise SourceError(f"config.json: {what} cannot be converted: {reason}")
     if model_type is None or name is None or model_type_of(name) == model_type:
         return family, []

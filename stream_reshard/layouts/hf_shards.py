@@ -7,6 +7,7 @@ once, so it is read piece by piece, and of a tensor that the model has only the 
 from __future__ import annotations
 
 import json
+import os
 import re
 from array import array
 from collections.abc import Iterator
@@ -78,7 +79,16 @@ def open_shards(root: Path, model: Model | None, max_nbytes: int = MAX_HEADER_NB
     Nothing that is parsed at once may have more than `max_nbytes`. Without a model, of which config.json told, nothing
     is kept of what the index says of tensors.
     """
-    single, index = (root / SINGLE_NAME).is_file(), (root / INDEX_NAME).is_file()
+    shards = _found_shards(root, model, max_nbytes)
+    for name in shards.names:
+        if os.path.lexists(root / f"{name}.aria2"):  # It has its full size from the start, whatever is in it.
+            raise Cause(f"{quoted(name)} is not downloaded whole: {quoted(f'{name}.aria2')} stands beside it, which aria2 "
+                        f"keeps until then; let it finish, or download the shard again")
+    return shards
+
+
+def _found_shards(root: Path, model: Model | None, max_nbytes: int) -> Shards:
+    single, index = os.path.isfile(root / SINGLE_NAME), os.path.isfile(root / INDEX_NAME)
     if single and index:
         return _single_in_index(root, model, max_nbytes)
     if single:
@@ -154,7 +164,7 @@ class _Reading:
         self._problems.raise_if_any()
         self._refuse_twins()
         if not self._index.num_tensors:
-            raise SourceError(f"{INDEX_NAME} has no weight_map")
+            raise SourceError(f"{INDEX_NAME} has no weight_map; download it again, it tells which tensor is where")
         return self._index
 
     def _refuse_twins(self) -> None:

@@ -1,6 +1,7 @@
 """A Hugging Face folder that is there: config.json, and shards whose tensors are matched with the parameters."""
 from __future__ import annotations
 
+import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ def open_folder(root: Path, max_nbytes: int, problems: Problems, check: Callable
     found = Problems()
     config = found.collect(open_config, root, max_nbytes)
     table = build_model(config.family, config.model) if config else None
-    is_there = config is not None or (root / CONFIG_NAME).is_file()
+    is_there = config is not None or os.path.isfile(root / CONFIG_NAME)
     shards = found.collect(open_shards, root, table, max_nbytes) if is_there else None
     model, layout = None, None
     if config is not None and shards is not None:
@@ -48,7 +49,7 @@ def open_folder(root: Path, max_nbytes: int, problems: Problems, check: Callable
 
 def open_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
     """The config of a Hugging Face folder, of at most `max_nbytes`. Raises SourceError or Refused."""
-    if not (root / CONFIG_NAME).is_file():
+    if not os.path.isfile(root / CONFIG_NAME):
         raise no_checkpoint(root)
     return read_config(root, max_nbytes)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from stream_reshard.errors import Cause, SourceError, quoted
-from stream_reshard.layouts.causes import above
+from stream_reshard.layouts.causes import above, no_checkpoint
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME, is_nanotron
 from stream_reshard.small_files import dangling, files_below, misplaced, read_capped
@@ -48,8 +48,10 @@ def followed(root: Path, is_copy: bool = False) -> tuple[Path, list[str]]:
     folder stands beside it. Nanotron does so even where the folder is a checkpoint itself; that is refused here, as
     there are two then, but for a copy, whose extra files are for `verify` to find. Raises SourceError.
     """
-    is_own = (root / CONFIG_NAME).is_file() or is_nanotron(root)
-    if not os.path.isdir(root) or (is_own and (is_copy or not is_nanotron(root))):
+    if not os.path.isdir(root):
+        return root, []
+    is_own = is_nanotron(root) or os.path.isfile(root / CONFIG_NAME)
+    if is_own and (is_copy or not is_nanotron(root)):
         return root, []
     if not os.path.exists(root / LATEST_NAME):
         if (cause := dangling(root, LATEST_NAME)) and not is_own:
@@ -78,6 +80,8 @@ def _latest(root: Path) -> str:
 
 
 def not_committed(root: Path) -> SourceError:
-    """Why a folder that looks like Nanotron's is no checkpoint."""
+    """Why a folder is no checkpoint of Nanotron's."""
+    if not os.path.isdir(root):
+        return no_checkpoint(root)
     return dangling(root, MODEL_CONFIG_NAME) or above(root) or SourceError(
         f"{quoted(root)} holds no {MODEL_CONFIG_NAME}: it is not a committed checkpoint")

@@ -60,7 +60,7 @@ def _opened(root: Path, max_nbytes: int, problems: Problems, allow: Collection[s
         problems.append(no_checkpoint(root))
         return Side(root)
     manifest = problems.collect(read_manifest, root, max_nbytes)
-    if (root / CONFIG_NAME).is_file() and not is_nanotron(root):
+    if os.path.isfile(root / CONFIG_NAME) and not is_nanotron(root):
         return Side(root, manifest, open_hugging_face(root, max_nbytes, problems))
     if is_nanotron(root):
         vocab_size = manifest.facts["vocab_size"] if manifest else None
