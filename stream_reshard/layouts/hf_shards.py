@@ -82,8 +82,8 @@ def open_shards(root: Path, model: Model | None, max_nbytes: int = MAX_HEADER_NB
     shards = _found_shards(root, model, max_nbytes)
     for name in shards.names:
         if os.path.lexists(root / f"{name}.aria2"):  # It has its full size from the start, whatever is in it.
-            raise Cause(f"{quoted(name)} is not downloaded whole: {quoted(f'{name}.aria2')} stands beside it, which aria2 "
-                        f"keeps until then; let it finish, or download the shard again")
+            raise Cause(f"{quoted(name)} is not downloaded whole: {quoted(f'{name}.aria2')} stands beside it, which "
+                        f"aria2 keeps until then; let it finish, or download the shard again")
     return shards
 
 
