@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from stream_reshard.json_text import place
+from stream_reshard.json_text import place, syntax_fault
 
 _CHUNK_NBYTES = 2**16
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -53,7 +53,7 @@ class JsonReader:
                 raise ValueError(str(error)) from error
             except json.JSONDecodeError as error:
                 if not self._read_on():
-                    raise ValueError(f"{error.msg} in {self._place(error.pos)}") from error
+                    raise ValueError(syntax_fault(error, self._place(error.pos))) from error
                 continue
             except ValueError as error:
                 raise ValueError(f"{error} in {self._place(self._at)}") from error
@@ -92,7 +92,8 @@ class JsonReader:
         """Move behind one of these characters, and return it."""
         found = self.next()
         if not found or found not in characters:
-            raise ValueError(f"{' or '.join(characters)} is expected in {self._place(self._at)}")
+            cure = "" if found else "; it is cut off, download it again"
+            raise ValueError(f"{' or '.join(characters)} is expected in {self._place(self._at)}{cure}")
         self._at += 1
         return found
 

@@ -79,15 +79,19 @@ def read_json_text(content: bytes) -> tuple[Any, list[Doubt]]:
     try:
         value = json.loads(text, object_pairs_hook=_last_of_twins)
     except json.JSONDecodeError as error:
-        is_cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
-        cure = "; it is cut off, download it again" if is_cut else ""
-        raise ValueError(f"{error.msg.removesuffix(' at')} in {place(text, error.pos)}{cure}") from error
+        raise ValueError(syntax_fault(error, place(text, error.pos))) from error
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     except ValueError as error:
         found = _LONG_NUMBER.search(text)
         raise ValueError(f"a number has too many digits in {place(text, found.start() if found else 0)}") from error
     return value, [_doubt(text, path, what) for path, what in _doubtful(value)]
+
+
+def syntax_fault(error: json.JSONDecodeError, where: str) -> str:
+    """What is wrong with a text that ends with what was parsed."""
+    is_cut = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+    return f"{error.msg.removesuffix(' at')} in {where}{'; it is cut off, download it again' if is_cut else ''}"
 
 
 def place(text: str, at: int, line: int = 1, column: int = 1) -> str:

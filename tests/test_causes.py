@@ -188,6 +188,25 @@ def test_what_stands_in_place_of_a_file(tmp_path, capsys, change, words):
     assert all(word in line for word in words), line
 
 
+INDEXES = [
+    ("page", lambda root: written(INDEX, HTML)(root), "is a page of HTML, not JSON"),
+    ("answer", written(INDEX, '{"error": "Entry not found"}'), "is the answer of a server, not the file ('Entry not found')"),
+    ("nothing", written(INDEX, ""), "is empty (0 bytes)"), ("zip", written(INDEX, b"PK\x03\x04"), "a zip file"),
+    ("cut off", lambda root: os.truncate(root / INDEX, 500), "in line 11, column 45, after the key 'model.layers.0.self_attn.o_proj.weight'; it is cut off, download it again"),
+    ("link to nothing", linked(INDEX, "../b"), "is a link to '../b'"),
+    ("a shard is a link to nothing", linked(TWO, "../b"), f"'{TWO}' in "),
+    ("shards not finished", lambda root: ((root / ONE).unlink(), (root / TWO).rename(root / f"{TWO}.incomplete")),
+     "was not finished; run the download again (and 1 more shards are missing)"),
+    ("shards not finished in a cache", lambda root: ((root / ONE).unlink(), (root / ".cache/huggingface/download").mkdir(
+        parents=True), (root / ".cache/huggingface/download/xyz.incomplete").touch()), "was not finished")]
+
+
+@pytest.mark.parametrize("change, word", [pytest.param(*row[1:], id=row[0]) for row in INDEXES])
+def test_what_stands_in_place_of_an_index(tmp_path, capsys, change, word):
+    change(make_source(tmp_path / "hf", num_shards=2))
+    assert word in told(capsys, "plan", tmp_path / "hf")
+
+
 def test_a_cause_in_several_files_is_one_line(tmp_path, capsys):
     root = make_source(tmp_path / "hf", num_shards=2)
     for name in (ONE, TWO):

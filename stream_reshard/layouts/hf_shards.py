@@ -23,7 +23,9 @@ from stream_reshard.json_stream import JsonReader, TooLong
 from stream_reshard.layouts.causes import no_weights, unfinished
 from stream_reshard.layouts.hf_config import INDEX_NAME, SINGLE_NAME
 from stream_reshard.model import Model
-from stream_reshard.small_files import MAX_JSON_NBYTES, dangling, misplaced, open_regular, read_error, too_long
+from stream_reshard.small_files import (
+    MAX_JSON_NBYTES, dangling, misplaced, open_regular, read_error, read_json, too_long)
+from stream_reshard.stand_ins import answer
 
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.\-+=@,() ]*"
 SHARD_NAME = re.compile(rf"(?:{_WORD}/)*{_WORD}\.safetensors")
@@ -133,6 +135,16 @@ def _from_index(root: Path, model: Model | None, max_nbytes: int) -> Shards:
     return Shards(tuple(index.shards), index.num_tensors, None, index)
 
 
+def _without_map(root: Path) -> SourceError:
+    try:
+        said = answer(read_json(root, INDEX_NAME, 2**16, ()), "weight_map")
+    except StreamReshardError:
+        said = None
+    if said:
+        return Cause(f"{quoted(INDEX_NAME)} in {quoted(root)} {said}")
+    return SourceError(f"{INDEX_NAME} has no weight_map; download it again, it tells which tensor is where")
+
+
 class _Reading:
     """Reads an index."""
 
@@ -164,7 +176,7 @@ class _Reading:
         self._problems.raise_if_any()
         self._refuse_twins()
         if not self._index.num_tensors:
-            raise SourceError(f"{INDEX_NAME} has no weight_map; download it again, it tells which tensor is where")
+            raise _without_map(self._root)
         return self._index
 
     def _refuse_twins(self) -> None:
@@ -209,9 +221,11 @@ class _Reading:
             return self._known.setdefault(name, len(self._index.shards) - 1)
         text = f"a {type(name).__name__}" if isinstance(name, (list, dict)) else name
         cause = dangling(self._root, name) if fault == _MISSING and len(name) <= 255 else None
-        hint = f"; {self._unfinished}" if fault == _MISSING and self._unfinished else ""
-        self._problems.append(cause or SourceError(f"{INDEX_NAME} names {quoted(text)}, which is {fault}{hint}",
-                                                   kind="shards are missing" if fault == _MISSING else ""))
+        hint = self._unfinished if fault == _MISSING else None
+        problem = (Cause if hint else SourceError)(
+            f"{INDEX_NAME} names {quoted(text)}, which is {fault}{f'; {hint}' if hint else ''}",
+            kind="shards are missing" if fault == _MISSING else "")
+        self._problems.append(cause or problem)
         if not isinstance(name, str):
             raise Refused(self._problems)
         if len(name) <= MAX_KEY_NBYTES:
