@@ -35,6 +35,8 @@ MIN_SHARED_NBYTES = 2 * BLOCK_NBYTES
 MAX_DIMS = 8
 """No weight has more."""
 
+NO_HEADER = "files have no header that can be read"
+
 _MAX_INTEGER = 1 << 48
 
 
@@ -139,6 +141,7 @@ def read_header(root: Path, path: str, max_nbytes: int = MAX_HEADER_NBYTES) -> T
         fault = error.told(path)
     except SourceError as error:
         fault = error
+    fault.kind = fault.kind or NO_HEADER
     raise misplaced(root, path, "weights") or fault
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Union
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from stream_reshard.errors import quoted
 
@@ -14,18 +14,21 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]', re.DOTALL)
 _LONG_NUMBER = re.compile(r"\d{4301}")
 """What Python refuses to make an int of (sys.set_int_max_str_digits)."""
 
-Path = tuple[Union[str, int], ...]
-"""The keys and positions that lead to a value."""
+Path = tuple[str, ...]
+"""The keys that lead to a value, the outermost first; positions in lists are left out."""
 
 
-@dataclass(frozen=True)
-class Doubt:
-    """A value on which readers of JSON disagree: a key that occurs twice, a number that is none."""
+MAX_DOUBTS = 10
+"""Doubtful values that are described; of more only how many."""
 
-    key: str
-    """The outermost key above it."""
-    text: str
-    """What it is, with its own key and line."""
+
+@dataclass
+class Doubts:
+    """Values on which readers of JSON disagree: keys that occur twice with different values, numbers that are none."""
+
+    texts: list[str] = field(default_factory=list)
+    """What they are, with key and line; so many at most."""
+    num_more: int = 0
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -60,7 +63,11 @@ def _last_of_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) == len(pairs):
         return table
     first: dict[str, Any] = {}
-    differing = {key: None for key, value in pairs if repr(first.setdefault(key, value)) != repr(value)}
+    differing: dict[str, None] = {}
+    for key, value in pairs:
+        other = first.setdefault(key, value)
+        if type(other) is not type(value) or other != value:
+            differing[key] = None
     if not differing:
         return table
     twins = _Twins(table)
@@ -68,9 +75,10 @@ def _last_of_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return twins
 
 
-def read_json_text(content: bytes) -> tuple[Any, list[Doubt]]:
-    """The value of a text as Python's reader reads it, after a byte order mark if there is one; and what is doubtful
-    in it. Raises ValueError with key, line and column where the text is no JSON."""
+def read_json_text(content: bytes, matters: Container[str] | None) -> tuple[Any, Doubts, Doubts]:
+    """The value of a text as Python's reader reads it, after a byte order mark if there is one; what is doubtful in it
+    below the outermost keys that matter (None: all do), and what is so below others. Raises ValueError with key, line
+    and column where the text is no JSON."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -85,7 +93,20 @@ def read_json_text(content: bytes) -> tuple[Any, list[Doubt]]:
     except ValueError as error:
         found = _LONG_NUMBER.search(text)
         raise ValueError(f"a number has too many digits in {place(text, found.start() if found else 0)}") from error
-    return value, [_doubt(text, path, what) for path, what in _doubtful(value)]
+    wrong: list[tuple[Path, str]] = []
+    others: list[tuple[Path, str]] = []
+    faults, notes = Doubts(), Doubts()
+    for path, what in _doubtful(value):
+        does_matter = matters is None or path[:1] == () or path[0] in matters
+        kept, doubts = (wrong, faults) if does_matter else (others, notes)
+        if len(kept) < MAX_DOUBTS and (path, what) not in kept:
+            kept.append((path, what))
+        elif (path, what) != kept[-1]:
+            doubts.num_more += 1
+    lines = _lines(text, {path for path, _ in wrong + others}) if wrong or others else {}
+    faults.texts = [_described(path, what, lines) for path, what in wrong]
+    notes.texts = [_described(path, what, lines) for path, what in others]
+    return value, faults, notes
 
 
 def syntax_fault(error: json.JSONDecodeError, where: str) -> str:
@@ -105,44 +126,45 @@ def place(text: str, at: int, line: int = 1, column: int = 1) -> str:
 
 
 def _doubtful(value: Any) -> Iterator[tuple[Path, str]]:
-    """(path, what it is) of everything in a value on which readers disagree."""
-    waiting: list[tuple[Path, Iterator[tuple[str | int, Any]]]] = [((), iter([("", value)]))]
+    """(keys that lead there, what it is) of everything in a value on which readers disagree."""
+    waiting: list[tuple[Path, Iterator[tuple[str | int, Any]]]] = [((), iter([(0, value)]))]
     while waiting:
         above, entries = waiting[-1]
         part, item = next(entries, (None, None))
+        path = (*above, part) if isinstance(part, str) else above
         if part is None:
             waiting.pop()
         elif isinstance(item, float) and (item != item or item in (float("inf"), float("-inf"))):
-            yield (*above, part), f"is {item}, which is not a number that may stand there"
+            yield path, f"is {item}, which is not a number that may stand there"
         elif isinstance(item, (dict, list)):
             if isinstance(item, _Twins):
-                yield from (((*above, part, key), "occurs twice with different values") for key in item.keys_)
-            waiting.append(((*above, part), iter(item.items() if isinstance(item, dict) else enumerate(item))))
+                yield from (((*path, key), "occurs twice with different values") for key in item.keys_)
+            waiting.append((path, iter(item.items() if isinstance(item, dict) else enumerate(item))))
 
 
-def _doubt(text: str, path: Path, what: str) -> Doubt:
-    keys = path[1:1 + max((i for i, part in enumerate(path) if isinstance(part, str)), default=0)]
-    lines = [str(text.count("\n", 0, at) + 1) for at in _offsets(text, keys)][:5]
-    return Doubt(str((*keys, "")[0]),
-                 f"{quoted('.'.join(map(str, keys)))} in line{'s' * (len(lines) > 1)} {' and '.join(lines)} {what}")
+def _described(path: Path, what: str, lines: Mapping[Path, list[int]]) -> str:
+    numbers = " and ".join(map(str, lines.get(path, ())))
+    where = f" in line{'s' * (' ' in numbers)} {numbers}" if numbers else ""
+    return f"{quoted('.'.join(path))}{where} {what}"
 
 
-def _offsets(text: str, path: Path) -> Iterator[int]:
-    """Where in a text that is JSON the key at a path stands; several times where it occurs so."""
-    stack: list[str | int | None] = []
-    last = None
+def _lines(text: str, paths: set[Path]) -> dict[Path, list[int]]:
+    """The lines in which keys stand, by what leads to them; of each the first few. Keys in lists count as those of what
+    the list belongs to."""
+    found: dict[Path, list[int]] = {}
+    stack: list[str | None] = []
+    last, lengths = None, set(map(len, paths))
     for token in _TOKEN.finditer(text):
         sign = token[0]
         if sign in "{[":
-            stack.append(0 if sign == "[" else None)
+            stack.append(None)
         elif sign in "}]":
             stack.pop()
-        elif sign == "," and isinstance(stack[-1], int):
-            stack[-1] += 1
-        elif sign == ":":
-            assert last is not None, "a name stands before it"
+        elif sign == ":" and last is not None:
             stack[-1] = json.loads(last[0])
-            if len(stack) == len(path) and tuple(stack) == path:
-                yield last.start()
-        else:
+            path = tuple(key for key in stack if key is not None) if len(stack) - stack.count(None) in lengths else ()
+            if path in paths and len(found.setdefault(path, [])) < 5:
+                found[path].append(text.count("\n", 0, last.start()) + 1)
+        elif sign != ",":
             last = token
+    return found

@@ -80,15 +80,18 @@ def read_json_with_notes(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTE
     """The same, with what is doubtful in it and does not matter."""
     content = read_capped(root, name, min(max_nbytes, MAX_JSON_NBYTES))
     try:
-        value, doubts = read_json_text(content)
+        value, faults, doubts = read_json_text(content, matters)
     except ValueError as error:
         raise misplaced(root, name, "JSON") or SourceError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise SourceError(f"{name} holds a {type(value).__name__}, not an object")
-    faults = [doubt.text for doubt in doubts if matters is None or doubt.key in matters]
-    if faults:
-        raise Refused(SourceError(f"{name}: {text}", kind=f"keys of {name} are doubtful") for text in faults)
-    return value, [f"{name}: {doubt.text}, and is not read" for doubt in doubts]
+    if faults.texts:
+        kind = f"values in {name} are doubtful"
+        problems = [SourceError(f"{name}: {text}", kind=kind) for text in faults.texts]
+        problems[-1].num_more = faults.num_more
+        raise Refused(problems)
+    notes = [f"{name}: {text}; it is not read" for text in doubts.texts]
+    return value, notes + [f"{name}: {doubts.num_more} more such values are not read"] * bool(doubts.num_more)
 
 
 def misplaced(root: Path, name: str, wanted: str | None) -> Cause | None:

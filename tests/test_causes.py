@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conversions import convert
 from running import call
-from sources import INDEX, ONE, TWO, edit_config, make_source, tensor_bytes
+from sources import INDEX, ONE, TWO, edit_config, make_source, raw_file, tensor_bytes
 
 from stream_reshard.stand_ins import stand_in
 
@@ -241,6 +241,16 @@ def test_faults_of_a_kind_are_ten_lines_and_their_number(tmp_path, capsys):
     assert sum(" is missing" in line for line in lines) == 10 and "error: and 8 more tensors are missing" in lines
     assert sum("unexpected tensor" in line for line in lines) == 10 and "error: and 3 more tensors are unexpected" in lines
     assert sum("mlp_bias" in line for line in lines) == 1 and "--tp 4" in lines[-1]
+
+
+def test_headers_that_cannot_be_read_are_counted(tmp_path, capsys):
+    """Nothing is said of tensors then: nobody knows which are missing."""
+    root = make_source(tmp_path / "hf", num_shards=14)
+    for path in root.glob("*.safetensors"):
+        path.write_bytes(raw_file('{"a":1}'))
+    assert call("plan", root) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11 and lines[-1] == "error: and 4 more files have no header that can be read"
 
 
 def test_thousands_of_faults_are_counted(tmp_path, capsys):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stream_reshard.architectures import build_model
 from stream_reshard.errors import Problems, SourceError, explained, quoted
-from stream_reshard.header import MAX_HEADER_NBYTES, StoredTensor, TensorFile, read_header
+from stream_reshard.header import MAX_HEADER_NBYTES, NO_HEADER, StoredTensor, TensorFile, read_header
 from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.layouts.causes import no_checkpoint
 from stream_reshard.layouts.hf_causes import cause_of
@@ -19,6 +19,9 @@ from stream_reshard.layouts.hf_layout import CODES, SPELLING, HuggingFaceLayout
 from stream_reshard.layouts.hf_shards import MAX_PROBLEMS, Index, Shards, open_shards
 from stream_reshard.model import Model
 from stream_reshard.small_files import MAX_JSON_NBYTES
+
+_MAX_COMPLAINTS = 10_000
+"""Tensors that are not the model's; after more, no further shard is opened."""
 
 _BUFFER = "rotary_emb.inv_freq"
 """In the names of tensors that old versions of transformers saved and new ones ignore (modeling_utils.py): they follow
@@ -41,7 +44,7 @@ def open_folder(root: Path, max_nbytes: int, problems: Problems, check: Callable
         if len(found) == num_before:
             model = found.collect(model_of, config, shards)
             layout = found.collect(layout_of, root, model, shards, max_nbytes) if model else None
-            if layout is None:
+            if layout is None and not any(problem.kind == NO_HEADER for problem in found):
                 found.extend(filter(None, [cause_of(root, config, model, shards.names, max_nbytes)]))
     problems.extend(explained(found))
     return config, model, layout
@@ -73,14 +76,16 @@ def layout_of(root: Path, model: Model, shards: Shards, max_nbytes: int = MAX_HE
         file = shards.single or problems.collect(read_header, root, name, max_nbytes)
         if file is not None:
             found.add(place, file)
-        if len(problems) > MAX_PROBLEMS:
+        if len(problems) > MAX_PROBLEMS or found.num_complaints > _MAX_COMPLAINTS:
             break
     problems.raise_if_any()
-    problems.extend(found.twins)
-    if not shards.single:
-        problems.extend(found.differences(told, shards.index))
-    problems.raise_if_any()
-    problems.extend([*found.missing(), *found.problems])
+    if found.num_complaints <= _MAX_COMPLAINTS:  # All were opened.
+        problems.extend(found.twins)
+        if not shards.single:
+            problems.extend(found.differences(told, shards.index))
+        problems.raise_if_any()
+        problems.extend(found.missing())
+    problems.extend(found.problems)
     problems.raise_if_any()
     return found.layout(root, told, shards.index)
 
@@ -92,7 +97,8 @@ class _Found:
         self.model, self.names = model, names
         self.twins = Problems()
         self.problems = Problems()
-        """Of tensors that are not what the model asks for."""
+        """Of tensors that are not what the model asks for; some of them."""
+        self.num_complaints = 0
         self._places, self._begins, self._codes = (array(kind, [0]) * model.firsts[-1] for kind in "IQB")
         self._sizes = array("Q")
         self._others: dict[str, int] = {}
@@ -131,6 +137,7 @@ class _Found:
             self.twins.append(SourceError(f"{quoted(tensor.key)} is in {where}", kind="tensors are there twice"))
 
     def _complain(self, text: str, kind: str) -> None:
+        self.num_complaints += 1
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(SourceError(text, kind=kind))
         else:
