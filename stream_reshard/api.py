@@ -12,8 +12,10 @@ all problems found at once. Sizes are in bytes, or words such as "512MiB" and "5
 """
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -36,10 +38,14 @@ if TYPE_CHECKING:
 __all__ = ["Conversion", "ForwardResult", "Result", "Stop", "described", "described_forward", "diff", "facts_of",
            "inspect", "plan", "plan_forward", "run", "run_forward", "verify"]
 
+_SWITCH_SECONDS = 0.0005
+"""How long a thread may keep others from running Python while bytes are moved."""
+
 Folder = Union[str, PathLike]
 Size = Union[int, str]
 
 
+@memory.granted()
 def plan(source: Folder, destination: Folder | None = None, *, tp: int = 1, pp: int = 1, dp: int = 1,
          max_memory: Size = memory.DEFAULT_ALLOWED, max_shard_size: Size = Options.max_shard_nbytes,
          tokenizer: Folder | None = None, template: Folder | None = None, allow: Collection[str] = (),
@@ -106,6 +112,7 @@ class Result:
         return report.summary_lines(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done)
 
 
+@memory.granted()
 def run(conversion: Conversion, progress: Callable[[int, int], None] | None = None,
         stop: Stop | None = None) -> Result:
     """Write the destination: whole, or not at all.
@@ -124,10 +131,23 @@ def run(conversion: Conversion, progress: Callable[[int, int], None] | None = No
         if progress is not None:
             progress(num_done, conversion.plan.nbytes)
 
-    done = run_conversion(conversion, advance, stop)
+    with _switching_soon():
+        done = run_conversion(conversion, advance, stop)
     return Result(conversion, time.monotonic() - begin, memory.peak_resident(), io_counters(io_before), done)
 
 
+@contextmanager
+def _switching_soon() -> Iterator[None]:
+    """A thread that waits for the next block does not wait long: others let it run Python after `_SWITCH_SECONDS`."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+@memory.granted()
 def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_ALLOWED, stop: Stop | None = None,
            progress: Callable[[int, int], None] = lambda done, total: None, **choices: Any) -> dict[str, Any]:
     """Compare every weight of two checkpoints, of whatever formats, through the headers of their files; returns counts.
@@ -141,6 +161,7 @@ def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_AL
     return compare(Path(source), Path(copy), How(_nbytes(max_memory), **choices), stop, progress)
 
 
+@memory.granted()
 def plan_forward(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_ALLOWED,
                  text: Folder | None = None, plot: Folder | None = None, **choices: Any) -> ForwardPlan:
     """What running two checkpoints over the same tokens will need; reads headers and configs only.
@@ -190,6 +211,7 @@ class ForwardResult:
         return report.finding(self.plan, self.comparison)
 
 
+@memory.granted()
 def run_forward(plan: ForwardPlan, progress: Callable[[int, int], None] = lambda done, total: None,
                 stop: Stop | None = None) -> ForwardResult:
     """Run both checkpoints, layer by layer, in float32 on the CPU; needs torch.
@@ -203,6 +225,7 @@ def run_forward(plan: ForwardPlan, progress: Callable[[int, int], None] = lambda
     return ForwardResult(plan, comparison, time.monotonic() - begin, memory.peak_resident())
 
 
+@memory.granted()
 def inspect(folder: Folder, values: bool = False, stop: Stop | None = None) -> dict[str, Any]:
     """What a checkpoint folder of either format holds: family, sizes, dtypes, topology, stages, versions, faults; with
     `values` every weight is read, and NaN and infinities are counted. Raises SourceError."""
@@ -210,6 +233,7 @@ def inspect(folder: Folder, values: bool = False, stop: Stop | None = None) -> d
     return look(Path(folder), values, stop)
 
 
+@memory.granted()
 def diff(one: Folder, other: Folder) -> dict[str, Any]:
     """In what the layouts of two checkpoints of one model differ, tensor by tensor: {"same", "differences",
     "num_more"}. No weight is read. Raises Refused."""

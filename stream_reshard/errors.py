@@ -16,6 +16,7 @@ An error's text is one line: what, where, the two numbers, what to do.
 """
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable
 from pathlib import PurePath
@@ -130,4 +131,7 @@ def shown(path: object) -> str:
 
 def shell_word(text: object) -> str:
     """A word for a command line that a person copies; one that cannot be printed is spelled as bash reads it."""
-    return shlex.quote(str(text)) if str(text).isprintable() else "$" + ascii(str(text))
+    if str(text).isprintable():
+        return shlex.quote(str(text))
+    return "$'" + "".join(chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}"
+                          for byte in os.fsencode(str(text))) + "'"

@@ -76,6 +76,16 @@ def with_files(manifest: Manifest, files: Iterable[FileDone]) -> Manifest:
     return Manifest(manifest.run, manifest.facts, {file.path: file for file in files})
 
 
+def same_run(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Two records of runs tell of the same run: their paths are for people only, as a remount changes them."""
+    return _without_paths(one) == _without_paths(other)
+
+
+def _without_paths(run: Mapping[str, Any]) -> dict[str, Any]:
+    copied = run.get("copied")
+    return {**run, "source": None, "copied": sorted(copied.values(), key=repr) if isinstance(copied, dict) else None}
+
+
 def read_manifest(root: Path, max_nbytes: int = MAX_MANIFEST_NBYTES) -> Manifest | None:
     """The manifest of a folder; None where it has none. Raises SourceError where it is not what was written."""
     if not os.path.lexists(root / MANIFEST_NAME):

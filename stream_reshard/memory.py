@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stream_reshard.errors import UsageError, quoted
+from stream_reshard.errors import ResourceError, UsageError, quoted
 from stream_reshard.machine import group_limit, num_cores
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -54,6 +56,22 @@ def human(nbytes: float) -> str:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:.1f} TiB"
+
+
+@contextmanager
+def granted() -> Iterator[None]:
+    """Meanwhile memory or a thread that the system refuses is a ResourceError: limits of the shell or of a control
+    group may be smaller than what was planned with."""
+    try:
+        yield
+    except MemoryError as error:
+        raise ResourceError("the system refuses more memory; raise the limit of this process (ulimit -v), or lower "
+                            "--workers or --max-memory") from error
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":
+            raise
+        raise ResourceError("the system refuses another thread; raise the limit on processes (ulimit -u) or on memory "
+                            "(ulimit -v), or lower --workers") from error
 
 
 def resident() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,10 +20,24 @@ _MAY_PASS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, e
 """What says that a file cannot be read now, rather than never."""
 
 
-def read_error(name: str, error: OSError) -> StreamReshardError:
-    """The error a user sees when a file cannot be read: ResourceError where it may be readable later."""
-    kind = ResourceError if error.errno in _MAY_PASS else SourceError
-    return kind(f"{name}: {error.strerror}")
+_MAX_DEPTH = 64
+"""Folders within folders, at most: a checkpoint of Nanotron has some ten."""
+
+_SILLY_RENAME = re.compile(r"\.nfs[0-9a-f]{24}")
+"""The name that NFS gives to a file which was removed while open (fs/nfs/unlink.c: 16 digits of the file, 8 of a
+counter)."""
+
+
+def read_error(name: str, error: OSError, kind: type[StreamReshardError] = SourceError) -> StreamReshardError:
+    """The error a user sees when a file or folder cannot be read: ResourceError where it may be readable later, else
+    `kind`."""
+    return (ResourceError if error.errno in _MAY_PASS else kind)(f"{name}: {error.strerror}")
+
+
+def real_path(path: Path) -> Path:
+    """A path without links, absolute, as far as it is there. Unlike Path.resolve it raises nothing for a link that
+    leads back to itself: whoever opens it does."""
+    return Path(os.path.realpath(path))
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -34,14 +49,45 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def files_below(root: Path) -> Iterator[str]:
-    """Paths, relative and with forward slashes, of everything below a folder that is not a folder itself. What NFS
-    keeps of removed files that are still open (`.nfs...`) is not there."""
-    for folder, names, files in os.walk(root):
-        links = [name for name in names if os.path.islink(os.path.join(folder, name))]
-        for name in sorted(files + links):
-            if not name.startswith(".nfs"):
-                yield os.path.relpath(os.path.join(folder, name), root)
+def files_below(root: Path, kind: type[StreamReshardError] = SourceError) -> Iterator[str]:
+    """Paths, relative and with forward slashes, of everything below a folder that is not a folder itself; links are not
+    followed. Nothing where there is no folder. What NFS keeps of removed files that are still open is not there.
+
+    Raises `kind` for a folder that may not be read, or that is nested deeper than any of a checkpoint.
+    """
+    waiting = [""]
+    while waiting:
+        below = waiting.pop()
+        files, folders = _listed(root, below, kind)
+        yield from (f"{below}{name}" for name in sorted(files))
+        waiting += [f"{below}{name}/" for name in sorted(folders, reverse=True)]
+
+
+def _listed(root: Path, below: str, kind: type[StreamReshardError]) -> tuple[list[str], list[str]]:
+    """(names of files and links, names of folders) in `root / below`."""
+    if below.count("/") > _MAX_DEPTH:
+        raise kind(f"{quoted(root / below)} is nested {_MAX_DEPTH + 1} folders deep in {quoted(root)}, where a "
+                   f"checkpoint has at most {_MAX_DEPTH}; move it away")
+    names: tuple[list[str], list[str]] = [], []
+    try:
+        with os.scandir(root / below) as entries:
+            for entry in entries:
+                if not _SILLY_RENAME.fullmatch(entry.name):
+                    names[entry.is_dir(follow_symlinks=False)].append(entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return [], []  # It is not there, or not any more.
+    except OSError as error:
+        raise read_error(quoted(root / below), error, kind) from error
+    return names
+
+
+def names_in(root: Path) -> Iterator[str]:
+    """The names in a folder, as they come and none of them kept. Raises SourceError where it may not be read."""
+    try:
+        with os.scandir(root) as entries:
+            yield from (entry.name for entry in entries)
+    except OSError as error:
+        raise read_error(quoted(root), error) from error
 
 
 def read_capped(root: Path, name: str, max_nbytes: int) -> bytes:

@@ -17,7 +17,7 @@ from stream_reshard.durable import (
     TEMP_NAME, NewFile, WriteFault, exchange, make_folder, sync_folder, sync_folders, target_error)
 from stream_reshard.errors import DestinationError, SourceError, quoted
 from stream_reshard.journal import JOURNAL_NAME, Journal, is_journal
-from stream_reshard.manifest import MANIFEST_NAME, MAX_FILE_NBYTES, FileDone, Manifest, read_manifest
+from stream_reshard.manifest import MANIFEST_NAME, MAX_FILE_NBYTES, FileDone, Manifest, read_manifest, same_run
 from stream_reshard.small_files import files_below
 
 SUFFIX_NBYTES = len("..0123456789ab.replaced")
@@ -55,7 +55,7 @@ def _manifest_of(folder: Path, run: Mapping[str, Any], max_files: int) -> Manife
         manifest = read_manifest(folder, max_files * MAX_FILE_NBYTES)
     except SourceError:
         return None
-    return manifest if manifest is not None and manifest.run == _as_json(run) else None
+    return manifest if manifest is not None and same_run(manifest.run, run) else None
 
 
 def finished(folder: Path, run: Mapping[str, Any], max_files: int) -> Manifest | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted
 from stream_reshard.formats.base import Source
+from stream_reshard.identity import identities_of
 from stream_reshard.layouts.nanotron_config import (
     METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config)
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
@@ -21,6 +22,7 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     if not (root / MODEL_CONFIG_NAME).is_file():
         problems.append(SourceError(f"{quoted(root)} holds no {MODEL_CONFIG_NAME}: it is not a committed checkpoint"))
         return None
+    seen = identities_of(root, (MODEL_CONFIG_NAME, METADATA_NAME))
     config = problems.collect(read_model_config, root, max_nbytes)
     files = problems.collect(read_weight_files, root, max_nbytes)
     if config is None:
@@ -36,7 +38,9 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     return Source(root, MODEL_CONFIG_NAME, config.family, model_config, tuple(config.extras.values()),
                   tuple(_notes(layout)) if layout else (),
                   rules.rope_interleaved if rules else False, config.config_class, layout.model if layout else None,
-                  layout, (MODEL_CONFIG_NAME, METADATA_NAME, *(files.by_path if files else ())))
+                  layout,
+                  seen | {path: file.identity for path, file in (files.by_path if files else {}).items()
+                          if file.identity})
 
 
 def vocab_size_of(root: Path, max_nbytes: int) -> int | None:

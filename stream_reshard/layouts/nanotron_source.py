@@ -13,6 +13,7 @@ from pathlib import Path
 
 from stream_reshard.architectures import build_model
 from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.identity import identities_of
 from stream_reshard.layouts.base import TORCH_DTYPES, Group
 from stream_reshard.layouts.nanotron import NanotronFormat, stages_of, uneven_dims
 from stream_reshard.layouts.nanotron_config import NanotronModelConfig, interleaves_by_default
@@ -53,8 +54,9 @@ def scan(root: Path, max_nbytes: int, problems: Problems) -> dict[str, WeightFil
     """The weight files by path, as far as their headers make sense; what is wrong with others goes to `problems`."""
     by_path = {}
     for path in files_below(root / "model"):
+        before = identities_of(root, [f"model/{path}"])
         if file := problems.collect(read_weight_file, root, f"model/{path}", max_nbytes):
-            by_path[file.file.path] = file
+            by_path[file.file.path] = replace(file, identity=before.get(file.file.path))
         if len(problems) > MAX_PROBLEMS:
             break
     return by_path
