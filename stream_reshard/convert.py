@@ -144,15 +144,20 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
 def _settled(options: Options) -> Options:
     """The same options, with paths that name one place whatever becomes of the working folder and of links on the way
     to a source. Raises UsageError where a relative path begins in a folder that is gone."""
-    sources: dict[str, Any] = {name: real_path(path) for name in ("source", "tokenizer", "template")
-                               if (path := getattr(options, name)) is not None and os.path.isdir(path)}
-    if options.destination is None:
-        return replace(options, **sources)
-    try:
-        return replace(options, destination=options.destination.absolute(), **sources)
-    except FileNotFoundError as error:
-        raise UsageError(f"{quoted(options.destination)} begins in the working folder, which is gone; give the whole "
-                         f"path") from error
+    paths = {name: path for name in ("source", "destination", "tokenizer", "template")
+             if (path := getattr(options, name)) is not None}
+    settled: dict[str, Any] = {}
+    for name, path in paths.items():
+        try:
+            whole = path.absolute()
+        except FileNotFoundError as error:
+            raise UsageError(f"{quoted(path)} begins in the working folder, which is gone; give the whole path"
+                             ) from error
+        if name == "destination":
+            settled[name] = whole
+        elif os.path.isdir(path):
+            settled[name] = real_path(path)
+    return replace(options, **settled)
 
 
 def _check_destination(conversion: Conversion, problems: Problems) -> None:

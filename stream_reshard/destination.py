@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from stream_reshard.errors import DestinationError, Problems, SourceError, StreamReshardError, quoted
 from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
 from stream_reshard.manifest import MANIFEST_NAME, Manifest, read_manifest
-from stream_reshard.small_files import files_below
+from stream_reshard.small_files import files_below, names_in, real_path
 from stream_reshard.staging import SUFFIX_NBYTES, replaced_beside, staging_of
 
 _MAX_NAME_NBYTES, _MAX_PATH_NBYTES = 255, 4095
@@ -29,22 +30,25 @@ def destination_problems(source: Path, destination: Path, overwrite: bool) -> It
         yield DestinationError(f"{quoted(destination)}: File name too long: {own} bytes, and {SUFFIX_NBYTES} more for "
                                f"what is put beside it while the run lasts, where {_MAX_NAME_NBYTES} are possible")
         return
-    real = destination.resolve()
+    if fault := _path_fault(destination):
+        yield fault
+        return
+    real, origin = real_path(destination), real_path(source)
     if (nbytes := len(os.fsencode(real))) + _BELOW_NBYTES > _MAX_PATH_NBYTES:
         yield DestinationError(f"{quoted(destination)}: File name too long: {nbytes} bytes, and {_BELOW_NBYTES} more "
                                f"for what stands in it, where {_MAX_PATH_NBYTES} are possible")
         return
-    if _is_same_or_inside(real, source.resolve()) or _is_same_or_inside(source.resolve(), real):
+    if _is_same_or_inside(real, origin) or _is_same_or_inside(origin, real):
         yield DestinationError(f"{quoted(destination)} and the source {quoted(source)} are the same folder or one is "
                                f"inside the other; choose another DST")
         return
-    if _is_same_or_inside(Path.cwd(), real):
+    if (here := _working_folder()) and _is_same_or_inside(here, real):
         yield DestinationError(f"{quoted(real)} is the working folder or around it, and a rename would take it away; "
                                f"choose another DST, or go elsewhere first")
         return
     staging, parent = staging_of(real), existing_parent(real)
     for folder in (real, staging, *replaced_beside(real)):
-        if _is_same_or_inside(source.resolve(), folder) or any(folder in path.parents for path in _files_of(source)):
+        if _is_same_or_inside(origin, folder) or any(folder in path.parents for path in _links_of(source)):
             yield DestinationError(f"the source {quoted(source)} or files it links to are in {quoted(folder)}, which "
                                    f"a run for {quoted(destination)} may remove; choose another DST")
             return
@@ -92,7 +96,7 @@ def _strangers(destination: Path, manifest: Manifest | None) -> list[str]:
     name that Nanotron does not give."""
     if manifest is None:
         return sorted({path.name for path in destination.iterdir()} - _OF_A_CHECKPOINT)
-    added = set(files_below(destination)) - manifest.files.keys() - {MANIFEST_NAME}
+    added = set(files_below(destination, DestinationError)) - manifest.files.keys() - {MANIFEST_NAME}
     return sorted(path for path in added if path.partition("/")[0] not in _OF_TRAINING)
 
 
@@ -103,12 +107,31 @@ def refuse_occupied(destination: Path, overwrite: bool) -> None:
     problems.raise_if_any()
 
 
-def _files_of(source: Path) -> Iterator[Path]:
-    """Where the files of a source really are."""
-    for path in source.iterdir() if os.path.isdir(source) else ():
-        yield path.resolve()
-    for below in files_below(source / "model"):
-        yield (source / "model" / below).resolve()
+def _path_fault(destination: Path) -> DestinationError | None:
+    """A destination of which nobody can say what stands there: a link that leads back to itself, a folder above it that
+    may not be entered."""
+    try:
+        os.stat(destination)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return DestinationError(f"{quoted(destination)}: {error.strerror}")
+    return None
+
+
+def _working_folder() -> Path | None:
+    """The working folder; None where it is gone."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
+
+
+def _links_of(source: Path) -> Iterator[Path]:
+    """Where the links in a source lead; its other files are in it."""
+    if os.path.isdir(source):
+        names = chain(names_in(source), (f"model/{path}" for path in files_below(source / "model")))
+        yield from (real_path(source / name) for name in names if os.path.islink(source / name))
 
 
 def _is_same_or_inside(path: Path, folder: Path) -> bool:
@@ -133,7 +156,7 @@ def disk_free(destination: Path) -> tuple[int, int | None]:
     status = os.statvfs(existing_parent(destination))
     num_files = nbytes = 0
     staging = staging_of(destination)
-    for path in files_below(staging):
+    for path in files_below(staging, DestinationError):
         try:
             nbytes += (staging / path).lstat().st_blocks * 512
             num_files += 1

@@ -19,6 +19,7 @@ from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.layouts.nanotron_source import agreeing, layout_of_files, scan
 from stream_reshard.manifest import MANIFEST_NAME, Manifest, read_manifest
 from stream_reshard.model import ModelConfig
+from stream_reshard.small_files import check_readable
 from stream_reshard.stop import Stop
 from stream_reshard.tensor_file import SourceFile
 
@@ -37,6 +38,7 @@ _EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0 << 
 def inspect(root: Path, values: bool = False, stop: Stop | None = None) -> dict[str, Any]:
     """Facts about a folder, for people and for JSON; with `values` every weight is read, in bounded memory, and NaN and
     infinities are counted. Raises SourceError where it holds no checkpoint."""
+    check_readable(root)
     if is_nanotron(root):
         facts, tensors = _inspect_nanotron(root)
     elif (root / CONFIG_NAME).is_file():

@@ -74,11 +74,17 @@ def _listed(root: Path, below: str, kind: type[StreamReshardError]) -> tuple[lis
             for entry in entries:
                 if not _SILLY_RENAME.fullmatch(entry.name):
                     names[entry.is_dir(follow_symlinks=False)].append(entry.name)
-    except (FileNotFoundError, NotADirectoryError):
-        return [], []  # It is not there, or not any more.
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return [], []  # It is no folder, or not there any more.
         raise read_error(quoted(root / below), error, kind) from error
     return names
+
+
+def check_readable(root: Path) -> None:
+    """Raises SourceError for a folder that may not be read or not be entered."""
+    if os.path.isdir(root) and not os.access(root, os.R_OK | os.X_OK):
+        raise SourceError(f"{quoted(root)}: {os.strerror(errno.EACCES)}")
 
 
 def names_in(root: Path) -> Iterator[str]:

@@ -16,6 +16,7 @@ from stream_reshard.formats.to_nanotron import ToNanotron
 from stream_reshard.layouts.nanotron_config import is_nanotron
 from stream_reshard.layouts.limits import limit_problems
 from stream_reshard.options import Options
+from stream_reshard.small_files import check_readable
 
 
 def open_ends(options: Options, problems: Problems) -> tuple[Source, Target]:
@@ -40,7 +41,8 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target]:
 
 def open_any(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
              is_exact: bool = True) -> Source | None:
-    """Open a checkpoint of either format; see `open_nanotron`."""
+    """Open a checkpoint of either format; see `open_nanotron`. Raises SourceError for a folder that is closed to us."""
+    check_readable(root)
     if os.path.isdir(root) and is_nanotron(root):
         return open_nanotron(root, max_nbytes, vocab_size, problems, is_exact)
     if vocab_size is not None:
