@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from stream_reshard.formats.base import Source, Target
 from stream_reshard.formats.ends import open_ends
 from stream_reshard.identity import Identity
 from stream_reshard.journal import JOURNAL_NAME
-from stream_reshard.lanes import NUM_BUFFERS
+from stream_reshard.lanes import MAX_UNUSED, NUM_BUFFERS
 from stream_reshard.layouts.base import TORCH_DTYPES
-from stream_reshard.machine import NETWORK_FILE_SYSTEMS, file_system_of
+from stream_reshard.machine import NETWORK_FILE_SYSTEMS, file_system_of, free_descriptors
 from stream_reshard.notes import main_dtype, notes_of
 from stream_reshard.options import Options
 from stream_reshard.plan import Job, Plan, make_plan
@@ -39,6 +40,9 @@ VERIFY_BUFFERS = 2
 
 NUM_WAITING = 8
 """Jobs that wait for the disk while others move bytes."""
+
+_NUM_OPEN = 8
+"""Files open beside those of jobs: lock, journal, folders that are listed, modules being imported."""
 
 MAPPED: frozenset[str] = frozenset()
 """File systems on which a mapping is faster than reading."""
@@ -60,6 +64,8 @@ class Conversion:
     memory: memory.MemoryPlan
     notes: tuple[str, ...]
     """What the user should know and the target will not honour."""
+    num_threads: int
+    """Jobs under way at once: some of them move bytes, others wait for the disk."""
     copies: dict[str, Companion] = field(default_factory=dict)
     """Files to copy, by name."""
 
@@ -133,12 +139,27 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
         problems.collect(import_torch, "casting weights", ", or --dtype keep")
     budget, budget_notes = _budget(options, plan, casts, target.held_nbytes(plan.target))
     notes = (*notes_of(options, source, target, plan, found.files), *found.notes, *budget_notes)
-    conversion = Conversion(options, source, target, plan, budget, notes, found.files)
+    num_threads = problems.collect(_num_threads, options, plan) if options.destination is not None else 0
+    conversion = Conversion(options, source, target, plan, budget, notes, num_threads, found.files)
     if options.destination is not None:
         _check_destination(conversion, problems)
     problems.extend(_memory_problems(budget))
     problems.raise_if_any()
     return conversion
+
+
+def _num_threads(options: Options, plan: Plan) -> int:
+    """Jobs that may be under way at once with the files that can be open. Raises ResourceError where those are too few
+    for the workers alone."""
+    largest = max(last - first for first, last in pairwise([*plan.starts, len(plan.order)]))
+    per_job = largest * plan.target.most_files + 1  # And a folder that is synced.
+    per_worker = plan.source.most_files + MAX_UNUSED
+    room = free_descriptors() - _NUM_OPEN - options.workers * per_worker
+    if room < options.workers * per_job:
+        needed = _NUM_OPEN + options.workers * (per_job + per_worker)
+        raise ResourceError(f"the run would have up to {needed} files open at once with {options.workers} workers, and "
+                            f"{free_descriptors()} more can be; raise the limit (ulimit -n), or lower --workers")
+    return min(room // per_job, options.workers + NUM_WAITING)
 
 
 def _settled(options: Options) -> Options:
@@ -187,7 +208,7 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
     `progress` is called with every finished job. A request to `stop` ends the run with Interrupted; it can be resumed.
     """
     options, stop = conversion.options, stop or Stop()
-    executor = ThreadPoolExecutor(options.workers + NUM_WAITING)
+    executor = ThreadPoolExecutor(conversion.num_threads)
     how = How(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
               conversion.transport, options.workers, partial(_check, conversion, stop) if options.verify else None,
               progress, stop)

@@ -42,7 +42,7 @@ def destination_problems(source: Path, destination: Path, overwrite: bool) -> It
         yield DestinationError(f"{quoted(destination)} and the source {quoted(source)} are the same folder or one is "
                                f"inside the other; choose another DST")
         return
-    if (here := _working_folder()) and _is_same_or_inside(here, real):
+    if _holds_working_folder(real):
         yield DestinationError(f"{quoted(real)} is the working folder or around it, and a rename would take it away; "
                                f"choose another DST, or go elsewhere first")
         return
@@ -119,12 +119,11 @@ def _path_fault(destination: Path) -> DestinationError | None:
     return None
 
 
-def _working_folder() -> Path | None:
-    """The working folder; None where it is gone."""
+def _holds_working_folder(path: Path) -> bool:
     try:
-        return Path.cwd()
+        return _is_same_or_inside(Path.cwd(), path)
     except FileNotFoundError:
-        return None
+        return False  # It is gone.
 
 
 def _links_of(source: Path) -> Iterator[Path]:

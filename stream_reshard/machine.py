@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import resource
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -96,6 +97,15 @@ def _quotas() -> Iterator[float]:
                 continue  # Not of this version; "max", or no line at all.
             if quota > 0 and period > 0:
                 yield quota / period
+
+
+def free_descriptors() -> int:
+    """How many files this process can open beside those that are open now (RLIMIT_NOFILE)."""
+    try:
+        num_open = len(os.listdir("/proc/self/fd")) - 1
+    except OSError:
+        num_open = 3
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - num_open
 
 
 def io_counters(since: Mapping[str, int] = {}) -> dict[str, int]:
