@@ -25,19 +25,10 @@ _BELOW_NBYTES = 256
 
 def destination_problems(source: Path, destination: Path, overwrite: bool) -> Iterator[StreamReshardError]:
     """Everything that speaks against a destination, but for what stands in it (`occupation_problems`)."""
-    *above, own = [len(os.fsencode(part)) for part in destination.absolute().parts]
-    if max([own + SUFFIX_NBYTES, *above]) > _MAX_NAME_NBYTES:
-        yield DestinationError(f"{quoted(destination)}: File name too long: {own} bytes, and {SUFFIX_NBYTES} more for "
-                               f"what is put beside it while the run lasts, where {_MAX_NAME_NBYTES} are possible")
-        return
     if fault := _path_fault(destination):
-        yield fault
+        yield DestinationError(f"{quoted(destination)}: {fault}")
         return
     real, origin = real_path(destination), real_path(source)
-    if (nbytes := len(os.fsencode(real))) + _BELOW_NBYTES > _MAX_PATH_NBYTES:
-        yield DestinationError(f"{quoted(destination)}: File name too long: {nbytes} bytes, and {_BELOW_NBYTES} more "
-                               f"for what stands in it, where {_MAX_PATH_NBYTES} are possible")
-        return
     if _is_same_or_inside(real, origin) or _is_same_or_inside(origin, real):
         yield DestinationError(f"{quoted(destination)} and the source {quoted(source)} are the same folder or one is "
                                f"inside the other; choose another DST")
@@ -107,15 +98,22 @@ def refuse_occupied(destination: Path, overwrite: bool) -> None:
     problems.raise_if_any()
 
 
-def _path_fault(destination: Path) -> DestinationError | None:
-    """A destination of which nobody can say what stands there: a link that leads back to itself, a folder above it that
-    may not be entered."""
+def _path_fault(destination: Path) -> str | None:
+    """Why a path cannot be that of a destination: it is too long, a link leads back to itself, a folder above may not
+    be entered."""
+    *above, own = [len(os.fsencode(part)) for part in destination.absolute().parts]
+    if max([own + SUFFIX_NBYTES, *above]) > _MAX_NAME_NBYTES:
+        return (f"File name too long: {own} bytes, and {SUFFIX_NBYTES} more for what is put beside it while the run "
+                f"lasts, where {_MAX_NAME_NBYTES} are possible")
+    if (nbytes := len(os.fsencode(real_path(destination)))) + _BELOW_NBYTES > _MAX_PATH_NBYTES:
+        return (f"File name too long: {nbytes} bytes, and {_BELOW_NBYTES} more for what stands in it, where "
+                f"{_MAX_PATH_NBYTES} are possible")
     try:
         os.stat(destination)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        return DestinationError(f"{quoted(destination)}: {error.strerror}")
+        return error.strerror
     return None
 
 
