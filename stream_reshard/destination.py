@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain
 from pathlib import Path
 
 from stream_reshard.errors import DestinationError, Problems, SourceError, StreamReshardError, quoted
 from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
 from stream_reshard.manifest import MANIFEST_NAME, Manifest, read_manifest
-from stream_reshard.small_files import files_below, names_in, real_path
+from stream_reshard.small_files import files_below, links_in, real_path
 from stream_reshard.staging import SUFFIX_NBYTES, replaced_beside, staging_of
 
 _MAX_NAME_NBYTES, _MAX_PATH_NBYTES = 255, 4095
@@ -38,11 +38,10 @@ def destination_problems(source: Path, destination: Path, overwrite: bool) -> It
                                f"choose another DST, or go elsewhere first")
         return
     staging, parent = staging_of(real), existing_parent(real)
-    for folder in (real, staging, *replaced_beside(real)):
-        if _is_same_or_inside(origin, folder) or any(folder in path.parents for path in _links_of(source)):
-            yield DestinationError(f"the source {quoted(source)} or files it links to are in {quoted(folder)}, which "
-                                   f"a run for {quoted(destination)} may remove; choose another DST")
-            return
+    if folder := _removable_source(origin, (real, staging, *replaced_beside(real))):
+        yield DestinationError(f"the source {quoted(source)} or files it links to are in {quoted(folder)}, which a run "
+                               f"for {quoted(destination)} may remove; choose another DST")
+        return
     if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
         kind = "is a link" if staging.is_symlink() else "exists and is not a folder"
         yield DestinationError(f"{quoted(staging)} {kind}; the output grows there, remove it")
@@ -127,8 +126,16 @@ def _holds_working_folder(path: Path) -> bool:
 def _links_of(source: Path) -> Iterator[Path]:
     """Where the links in a source lead; its other files are in it."""
     if os.path.isdir(source):
-        names = chain(names_in(source), (f"model/{path}" for path in files_below(source / "model")))
-        yield from (real_path(source / name) for name in names if os.path.islink(source / name))
+        below = (f"model/{path}" for path in files_below(source / "model"))
+        names = chain(links_in(source), (path for path in below if os.path.islink(source / path)))
+        yield from (real_path(source / name) for name in names)
+
+
+def _removable_source(source: Path, folders: Collection[Path]) -> Path | None:
+    """The first of these folders that holds a source, or a file that it links to."""
+    holding = (folder for folder in folders if _is_same_or_inside(source, folder))
+    linked = (folder for path in _links_of(source) for folder in folders if folder in path.parents)
+    return next(chain(holding, linked), None)
 
 
 def _is_same_or_inside(path: Path, folder: Path) -> bool:

@@ -79,7 +79,16 @@ def yaml_string(text: str) -> str:
     """A string as a YAML 1.1 scalar in double quotes (section 5.7, escape sequences), in ASCII: a reader need not know
     the encoding. JSON is no help, as YAML reads its pairs of surrogates as two characters. Bytes of a path that are not
     UTF-8 are lone surrogates in Python, which PyYAML reads back as such, and they name the same file."""
-    return '"' + "".join(map(_escaped, text)) + '"'
+    return '"' + "".join(map(_escaped, _joined(text))) + '"'
+
+
+def _joined(text: str) -> str:
+    """The same text, with lone surrogates that are bytes of UTF-8 as the characters that those spell: in an ASCII
+    locale Python keeps every other character of a path like that."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text
 
 
 def _escaped(character: str) -> str:

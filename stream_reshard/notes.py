@@ -19,7 +19,7 @@ _ADAPTER = "adapter_config.json"
 _TABLES = ("tokenizer.json", "added_tokens.json", "vocab.json")
 """Files in which ids stand behind tokens."""
 
-_NOT_IDS = rb"(?<!max_length)(?<!per_word)(?<!stride)(?<!multiple_of)"
+_NOT_IDS = rb'(?<!max_length":)(?<!per_word":)(?<!stride":)(?<!multiple_of":)'
 """Keys of a tokenizer.json with numbers that are no ids (Truncation, Padding, WordPiece of the tokenizers library)."""
 
 _PIECE = re.compile(rb'\[\s{0,64}"(?:[^"\\]|\\.)*"\s{0,64},\s{0,64}-?[\d.]')
@@ -89,11 +89,14 @@ def too_many_ids(copies: Mapping[str, Companion], num_rows: int) -> Iterator[str
 def _num_ids(path: Path, name: str, num_rows: int) -> int:
     """One more than the highest id that a file of a tokenizer gives, where that is beyond the rows; else 0 or less than
     that. Text is searched, not parsed: it may be large, and need not make sense."""
-    digits = rb"(\d{%d,18})" % len(str(num_rows))
+    fewest = len(str(num_rows))
+    digits = rb"(\d{%d,18})" % fewest
     if name == CONFIG_NAME:  # added_tokens_decoder
         pattern = re.compile(rb'"' + digits + rb'"\s{0,64}:\s{0,64}\{')
     else:
-        pattern = re.compile(_NOT_IDS + rb'"\s{0,64}:\s{0,64}' + digits + rb"\s{0,64}[,}]")
+        # A character that is rare comes first, and then what seldom follows it: it is a search of some MB.
+        begin = rb':(?=\s{0,64}\d{%d})(?<=":)' % fewest
+        pattern = re.compile(begin + _NOT_IDS + rb"\s{0,64}" + digits + rb"\s{0,64}[,}]")
     highest, num_pieces, is_unigram, tail = -1, 0, False, b""
     with open_regular(path) as stream:
         for _ in range(_MAX_READ_NBYTES // _CHUNK_NBYTES):

@@ -89,9 +89,18 @@ def check_readable(root: Path) -> None:
 
 def names_in(root: Path) -> Iterator[str]:
     """The names in a folder, as they come and none of them kept. Raises SourceError where it may not be read."""
+    return (entry.name for entry in _entries(root))
+
+
+def links_in(root: Path) -> Iterator[str]:
+    """The names of the links in a folder; see `names_in`."""
+    return (entry.name for entry in _entries(root) if entry.is_symlink())
+
+
+def _entries(root: Path) -> Iterator[os.DirEntry[str]]:
     try:
         with os.scandir(root) as entries:
-            yield from (entry.name for entry in entries)
+            yield from entries
     except OSError as error:
         raise read_error(quoted(root), error) from error
 
