@@ -35,7 +35,7 @@ class Mount(NamedTuple):
 
 def mounts(text: bytes) -> Iterator[Mount]:
     """The mounts that /proc/self/mountinfo tells of, in their order (proc_pid_mountinfo(5))."""
-    for line in text.splitlines():
+    for line in text.split(b"\n"):
         fields, _, rest = line.partition(b" - ")
         if len(words := fields.split(b" ")) > 4 and rest:
             yield Mount(words[2].decode(), _unescaped(words[4]), rest.split(b" ")[0].decode(errors="replace"))

@@ -193,8 +193,8 @@ def ids_note(source, **choices):
 
 ROWS = CONFIG["vocab_size"]
 TABLES = {
-    "a vocabulary": ("tokenizer.json", lambda last: {"model": {"type": "BPE", "vocab": {f"t{i}": i for i in range(last + 1)},
-                                                             "merges": ["a b"] * 10}}),
+    "a vocabulary": ("tokenizer.json", lambda last: {
+        "model": {"type": "BPE", "vocab": {f"t{i}": i for i in range(last + 1)}, "merges": ["a b"] * 10}}),
     "added tokens": ("tokenizer.json", lambda last: {"added_tokens": [{"id": last, "content": "<x>"}],
                                                      "truncation": {"max_length": 4096, "stride": 100}}),
     "pieces": ("tokenizer.json", lambda last: {"model": {"type": "Unigram", "vocab": [[f'"{i}', -1.5] for i in range(last + 1)]}}),
