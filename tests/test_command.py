@@ -136,6 +136,13 @@ def test_streams_that_are_closed_or_full(tmp_path, behind, code):
         assert main(["verify", str(tmp_path / "hf"), str(tmp_path / "nt"), "--quiet"]) == 0
 
 
+def test_no_file_gets_the_number_of_a_stream_that_was_closed(tmp_path):
+    """What C libraries and dying interpreters say goes to that number."""
+    code = ("import os, sys; [os.close(n) for n in (0, 1, 2)]; from stream_reshard import cli; cli._mend_streams(); "
+            "sys.exit(40 + os.open(os.devnull, os.O_RDONLY))")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 43
+
+
 def test_a_reader_that_goes_away_is_a_stdout_that_takes_nothing(tmp_path):
     make_source(tmp_path / "hf")
     reading, writing = os.pipe()

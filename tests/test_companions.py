@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sources import CONFIG, make_source, make_tensors, shapes_of
 
-from stream_reshard import api, companions
+from stream_reshard import api, companions, notes
 from stream_reshard.cli import main
 from stream_reshard.errors import Refused, SourceError
 
@@ -223,6 +223,14 @@ def test_a_large_tokenizer_is_looked_through_at_once(source):
     begin = time.process_time()
     (note, ), seconds = ids_note(source), time.process_time() - begin
     assert "up to 127999" in note and seconds < 1
+
+
+def test_an_id_that_lies_across_two_reads_counts(source):
+    for shift in range(1, 40):
+        begin = '{"a": 1, ' + " " * (notes._CHUNK_NBYTES - 9 - shift)
+        (source / "vocab.json").write_text(begin + '"some token": 123456789 }')
+        copies = {"vocab.json": companions.Companion(source / "vocab.json", [])}
+        assert "up to 123456789" in "".join(notes.too_many_ids(copies, 5 * 10**7)), shift
 
 
 def mixed(tmp_path, words, family="llama", dtype=np.float32):

@@ -365,8 +365,9 @@ def test_a_working_folder_that_changes_after_the_plan_changes_nothing(tmp_path, 
     monkeypatch.chdir(tmp_path / "a")
     plan = api.plan("hf", "nt", max_memory="4GiB")
     monkeypatch.chdir(tmp_path / "b")
-    api.run(plan)
+    lines = "\n".join(api.run(plan).lines)
     assert (tmp_path / "a" / "nt" / "config.yaml").exists() and not os.listdir(tmp_path / "b")
+    assert lines.count(f"{tmp_path}/a/nt") == 2
 
 
 def mounted(kind, root, image):
