@@ -7,7 +7,10 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - topology:       sizes of the parallel axes, parts of a dim, pipeline stages
 - stop:           a request to stop, honoured between blocks
 - durable:        files and names that survive a power cut whole, or are not there
-- small_files:    files that somebody else made: read up to a cap, parsed strictly
+- json_text:      JSON that somebody else wrote, its faults named by key and line
+- stand_ins:      what stands in place of a file, by its first bytes
+- small_files:    files that somebody else made: read up to a cap, parsed with care
+- identity:       what tells a file from another one, and from itself after a change
 - json_stream:    a JSON object too large to be parsed at once
 - header:         a safetensors file as its header tells it
 - names:          names made from templates, and the way back
@@ -26,6 +29,7 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - target_file:    writing tensor files: shared, copied by the file system, from a mapping, or through buffers
 - lanes:          one block is written while the next is read
 - moving:         bringing one parameter to where it is wanted
+- companions:     files that go along as they are: tokenizer, generation settings, texts of licences
 - manifest:       what a finished conversion says of itself, with a digest of every file
 - lock:           one run at a time writes to a destination
 - journal:        which files an unfinished run has written
@@ -40,6 +44,7 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - documents:      the files beside the weights that Nanotron's trainer reads
 - options:        everything a user can choose
 - formats:        a checkpoint opened to be converted, and one to be written; a module knows one end only
+- notes:          what will not be as it seems
 - convert:        a conversion from options to plan to checkpoint
 - report:         what a person reads
 - inspect, diff:  what a folder holds; in what two layouts differ

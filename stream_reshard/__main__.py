@@ -4,7 +4,11 @@ import sys
 
 # Python looks for modules in the working folder first. Where that is a folder of weights, a file in it called numpy.py
 # would be run; the package itself needs nothing from there, unless it is run from its own checkout.
-_here, _package = os.getcwd(), os.path.dirname(os.path.abspath(__file__))
+_package = os.path.dirname(os.path.abspath(__file__))
+try:
+    _here = os.getcwd()
+except FileNotFoundError:  # It was removed; nothing can be found there.
+    _here = ""
 if os.path.dirname(_package) != _here:
     sys.path[:] = [path for path in sys.path if path not in ("", _here)]
 

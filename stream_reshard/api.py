@@ -7,14 +7,18 @@
     api.verify("llama-7b", "llama-7b-tp4")                     # raises where any weight differs
     print(result.facts["peak_nbytes"])
 
+Where a folder of Nanotron's steps is given, latest.txt in it is followed, as Nanotron does.
+
 Every function raises what `errors` draws: a StreamReshardError, whose text is meant for people, or Refused, which holds
 all problems found at once. Sizes are in bytes, or words such as "512MiB" and "5GB".
 """
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
@@ -23,6 +27,7 @@ from stream_reshard import memory, report
 from stream_reshard.convert import Conversion, plan_conversion, run_conversion
 from stream_reshard.errors import DifferenceError
 from stream_reshard.execute import Done
+from stream_reshard.layouts.nanotron_folder import followed, litter_notes
 from stream_reshard.machine import io_counters
 from stream_reshard.options import Options
 from stream_reshard.plan import Job
@@ -36,10 +41,14 @@ if TYPE_CHECKING:
 __all__ = ["Conversion", "ForwardResult", "Result", "Stop", "described", "described_forward", "diff", "facts_of",
            "inspect", "plan", "plan_forward", "run", "run_forward", "verify"]
 
+_SWITCH_SECONDS = 0.0005
+"""How long a thread may keep others from running Python while bytes are moved."""
+
 Folder = Union[str, PathLike]
 Size = Union[int, str]
 
 
+@memory.granted()
 def plan(source: Folder, destination: Folder | None = None, *, tp: int = 1, pp: int = 1, dp: int = 1,
          max_memory: Size = memory.DEFAULT_ALLOWED, max_shard_size: Size = Options.max_shard_nbytes,
          tokenizer: Folder | None = None, template: Folder | None = None, allow: Collection[str] = (),
@@ -53,11 +62,15 @@ def plan(source: Folder, destination: Folder | None = None, *, tp: int = 1, pp: 
 
     For people `described` tells it, `facts_of` as JSON. Raises Refused.
     """
-    options = Options(Path(source), None if destination is None else Path(destination), Topology(tp, pp, dp),
+    root, notes = followed(Path(source))
+    like, more = (None, []) if template is None else followed(Path(template))
+    more += litter_notes(like) if like else ()
+    options = Options(root, None if destination is None else Path(destination), Topology(tp, pp, dp),
                       max_memory=_nbytes(max_memory), max_shard_nbytes=_nbytes(max_shard_size),
-                      tokenizer=None if tokenizer is None else Path(tokenizer),
-                      template=None if template is None else Path(template), allow=tuple(allow), **choices)
-    return plan_conversion(options, stop)
+                      tokenizer=None if tokenizer is None else Path(tokenizer), template=like, allow=tuple(allow),
+                      **choices)
+    conversion = plan_conversion(options, stop)
+    return replace(conversion, notes=(*notes, *more, *conversion.notes))
 
 
 def described(conversion: Conversion) -> str:
@@ -106,6 +119,7 @@ class Result:
         return report.summary_lines(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done)
 
 
+@memory.granted()
 def run(conversion: Conversion, progress: Callable[[int, int], None] | None = None,
         stop: Stop | None = None) -> Result:
     """Write the destination: whole, or not at all.
@@ -124,10 +138,23 @@ def run(conversion: Conversion, progress: Callable[[int, int], None] | None = No
         if progress is not None:
             progress(num_done, conversion.plan.nbytes)
 
-    done = run_conversion(conversion, advance, stop)
+    with _switching_soon():
+        done = run_conversion(conversion, advance, stop)
     return Result(conversion, time.monotonic() - begin, memory.peak_resident(), io_counters(io_before), done)
 
 
+@contextmanager
+def _switching_soon() -> Iterator[None]:
+    """A thread that waits for the next block does not wait long: others let it run Python after `_SWITCH_SECONDS`."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+@memory.granted()
 def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_ALLOWED, stop: Stop | None = None,
            progress: Callable[[int, int], None] = lambda done, total: None, **choices: Any) -> dict[str, Any]:
     """Compare every weight of two checkpoints, of whatever formats, through the headers of their files; returns counts.
@@ -138,9 +165,12 @@ def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_AL
     """
     from stream_reshard.verify import How
     from stream_reshard.verify import verify as compare
-    return compare(Path(source), Path(copy), How(_nbytes(max_memory), **choices), stop, progress)
+    (root, notes), (other, more) = followed(Path(source)), followed(Path(copy), is_copy=True)
+    facts = compare(root, other, How(_nbytes(max_memory), **choices), stop, progress)
+    return facts | {"notes": [*notes, *more, *litter_notes(root), *litter_notes(other)]}
 
 
+@memory.granted()
 def plan_forward(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_ALLOWED,
                  text: Folder | None = None, plot: Folder | None = None, **choices: Any) -> ForwardPlan:
     """What running two checkpoints over the same tokens will need; reads headers and configs only.
@@ -152,7 +182,7 @@ def plan_forward(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFA
     from stream_reshard import forward
     how = forward.How(text=None if text is None else Path(text), plot=None if plot is None else Path(plot),
                       max_memory=_nbytes(max_memory), **choices)
-    return forward.plan_forward(Path(source), Path(copy), how)
+    return forward.plan_forward(followed(Path(source))[0], followed(Path(copy), is_copy=True)[0], how)
 
 
 def described_forward(plan: ForwardPlan) -> str:
@@ -190,6 +220,7 @@ class ForwardResult:
         return report.finding(self.plan, self.comparison)
 
 
+@memory.granted()
 def run_forward(plan: ForwardPlan, progress: Callable[[int, int], None] = lambda done, total: None,
                 stop: Stop | None = None) -> ForwardResult:
     """Run both checkpoints, layer by layer, in float32 on the CPU; needs torch.
@@ -203,15 +234,20 @@ def run_forward(plan: ForwardPlan, progress: Callable[[int, int], None] = lambda
     return ForwardResult(plan, comparison, time.monotonic() - begin, memory.peak_resident())
 
 
+@memory.granted()
 def inspect(folder: Folder, values: bool = False, stop: Stop | None = None) -> dict[str, Any]:
     """What a checkpoint folder of either format holds: family, sizes, dtypes, topology, stages, versions, faults; with
     `values` every weight is read, and NaN and infinities are counted. Raises SourceError."""
     from stream_reshard.inspect import inspect as look
-    return look(Path(folder), values, stop)
+    root, notes = followed(Path(folder))
+    facts = look(root, values, stop)
+    return facts | {"notes": [*notes, *facts["notes"]]}
 
 
+@memory.granted()
 def diff(one: Folder, other: Folder) -> dict[str, Any]:
     """In what the layouts of two checkpoints of one model differ, tensor by tensor: {"same", "differences",
     "num_more"}. No weight is read. Raises Refused."""
     from stream_reshard.diff import diff as compare
-    return compare(Path(one), Path(other))
+    (left, notes), (right, more) = followed(Path(one)), followed(Path(other))
+    return compare(left, right) | {"notes": [*notes, *more, *litter_notes(left), *litter_notes(right)]}

@@ -21,12 +21,6 @@ from stream_reshard.stop import Stop
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What asks a run to stop; batch systems send the last one some time before the limit."""
 
-_SWITCH_SECONDS = 0.0005
-"""How long a thread may keep others from running Python: one that waits for the next block should not wait long."""
-
-_MAX_LINES = 50
-"""Problems that are printed; the worst come first."""
-
 
 def _planned(arguments: argparse.Namespace, stop: Stop) -> api.Conversion:
     """What the flags mean."""
@@ -55,20 +49,30 @@ def _print(arguments: argparse.Namespace, document: dict[str, Any], lines: Itera
         _say("\n".join(lines))
 
 
+def _notes(facts: dict[str, Any]) -> list[str]:
+    return [f"note     {note}" for note in facts.get("notes", ())]
+
+
 def _say(text: str) -> None:
     """Print to stdout. Raises ResourceError where it takes nothing more."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        raise
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # What is left in the buffer goes there.
         raise ResourceError(f"standard output: {error.strerror}") from error
 
 
+def _tell(text: str) -> None:
+    """Print to stderr. Where nobody listens the exit code has to do."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def _bar(total: int, quiet: bool, **look: Any) -> Any:
     """A progress bar; None when stderr is no terminal."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         return None
     from tqdm import tqdm
     return tqdm(total=total, file=sys.stderr, **look)
@@ -90,7 +94,7 @@ def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
         result = api.run(conversion, advance, stop)
     except StreamReshardError as error:
         if error.exit_code == ResourceError.exit_code or error.exit_code > 128:
-            kept = staging_of(arguments.destination.resolve())
+            kept = staging_of(conversion.output.destination)
             error.hint = (f"{quoted(kept)} keeps what is done; " if kept.exists() else "") + (
                 f"to go on: {_resume_command(arguments)}")
         raise
@@ -128,7 +132,8 @@ def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
         found.extend(filter(None, [forward and forward.difference]))
     if facts is not None or forward is not None:
         document = (facts or {"equal": False}) | ({"forward": forward.facts} if forward else {})
-        _print(arguments, document, [*(lines(facts) if facts else ()), *(forward.lines if forward else ())])
+        _print(arguments, document, [*(lines(facts) if facts else ()), *_notes(facts or {}),
+                                     *(forward.lines if forward else ())])
     found.raise_if_any()
 
 
@@ -189,7 +194,7 @@ def diff_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`diff A B`."""
     from stream_reshard.diff import lines
     facts = api.diff(arguments.source, arguments.destination)
-    _print(arguments, facts, lines(facts))
+    _print(arguments, facts, [*lines(facts), *_notes(facts)])
     if not facts["same"]:
         raise DifferenceError(f"the layouts of {quoted(arguments.source)} and {quoted(arguments.destination)} differ")
 
@@ -233,28 +238,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser_of(command).parse_args(rest)
     arguments.argv = argv
     stop = Stop()
-    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
-        with _listening(stop):
+        with _listening(stop), memory.granted():
             _RUN[command](arguments, stop)
         return 0
     except StreamReshardError as error:
-        lines = str(error).splitlines()
-        for line in lines[:_MAX_LINES]:
-            print(f"error: {line}", file=sys.stderr)
-        if len(lines) > _MAX_LINES:
-            print(f"error: and {len(lines) - _MAX_LINES} more", file=sys.stderr)
+        for line in str(error).splitlines():
+            _tell(f"error: {line}")
         if error.hint:
-            print(error.hint, file=sys.stderr)
+            _tell(error.hint)
         return error.exit_code
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 1
     except OSError as error:
-        print(f"error: {quoted(error.filename or 'a file')}: {error.strerror}", file=sys.stderr)
+        _tell("error: " + (f"{quoted(error.filename)}: " if error.filename else "") + (error.strerror or str(error)))
         return ResourceError.exit_code
+
+
+def _mend_streams() -> None:
+    """Have three streams that take every text. One that was closed leads nowhere: the next file that is opened would
+    have its number, and messages would be written into that. Characters that an encoding lacks are escaped."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def script() -> None:
     """The installed command `stream-reshard`."""
+    _mend_streams()
     sys.exit(main())

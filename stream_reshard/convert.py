@@ -1,42 +1,47 @@
 """A conversion: from options to a plan that is proved and fits, and from there to a checkpoint."""
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from stream_reshard import memory
 from stream_reshard.casts import import_torch
+from stream_reshard.companions import Companion, find_companions
 from stream_reshard.destination import disk_free, existing_parent, occupation_problems
-from stream_reshard.errors import Problems, ResourceError, StreamReshardError, UsageError, quoted
+from stream_reshard.documents import yaml_string
+from stream_reshard.errors import DestinationError, Problems, ResourceError, StreamReshardError, UsageError, quoted
 from stream_reshard.execute import Done, How, Output, run
 from stream_reshard.formats.base import Source, Target
 from stream_reshard.formats.ends import open_ends
+from stream_reshard.identity import Identity
 from stream_reshard.journal import JOURNAL_NAME
-from stream_reshard.lanes import NUM_BUFFERS
+from stream_reshard.lanes import MAX_UNUSED, NUM_BUFFERS
 from stream_reshard.layouts.base import TORCH_DTYPES
-from stream_reshard.machine import NETWORK_FILE_SYSTEMS, file_system_of
+from stream_reshard.machine import NETWORK_FILE_SYSTEMS, file_system_of, free_descriptors
+from stream_reshard.notes import main_dtype, notes_of
 from stream_reshard.options import Options
 from stream_reshard.plan import Job, Plan, make_plan
 from stream_reshard.sharing import can_share_all, shareable_nbytes
-from stream_reshard.small_files import files_below
+from stream_reshard.small_files import real_path
 from stream_reshard.source_digests import expected_sums, sum_problems
 from stream_reshard.stop import Stop
 from stream_reshard.target_file import Transport
-from stream_reshard.tensor_file import Identity, identity_of
-
-COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-              "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
-"""Files that are copied from the source where it has them."""
 
 VERIFY_BUFFERS = 2
 """Buffers that a worker of a comparison has."""
 
 NUM_WAITING = 8
 """Jobs that wait for the disk while others move bytes."""
+
+_NUM_OPEN = 8
+"""Files open beside those of jobs: lock, journal, folders that are listed, modules being imported."""
 
 MAPPED: frozenset[str] = frozenset()
 """File systems on which a mapping is faster than reading."""
@@ -58,23 +63,25 @@ class Conversion:
     memory: memory.MemoryPlan
     notes: tuple[str, ...]
     """What the user should know and the target will not honour."""
-    copies: dict[str, Path] = field(default_factory=dict)
+    num_threads: int
+    """Jobs under way at once: some of them move bytes, others wait for the disk."""
+    copies: dict[str, Companion] = field(default_factory=dict)
     """Files to copy, by name."""
-    identities: dict[str, Identity] = field(default_factory=dict)
-    """The source files as the plan saw them."""
-    copied: dict[str, Identity] = field(default_factory=dict)
-    """The files to copy as the plan saw them, by absolute path."""
+
+    @property
+    def identities(self) -> Mapping[str, Identity]:
+        """The source files as they were before they were read, by path."""
+        return self.source.identities
 
     @property
     def disk_nbytes(self) -> int:
         """Bytes the destination needs."""
-        copied = sum(path.stat().st_size for path in self.copies.values())
-        return self.plan.nbytes + copied + _SMALL_FILES_NBYTES
+        return self.plan.nbytes + sum(own.nbytes for own in self.copies.values()) + _SMALL_FILES_NBYTES
 
     @property
     def disk_free(self) -> int | None:
         """Bytes that the destination's disk has free; None where no destination is given."""
-        return disk_free(self.options.destination.resolve())[0] if self.options.destination else None
+        return disk_free(real_path(self.options.destination))[0] if self.options.destination else None
 
     @property
     def transport(self) -> Transport:
@@ -91,14 +98,14 @@ class Conversion:
     @property
     def dtype(self) -> str:
         """The dtype most weights have in the target, under torch's name."""
-        return TORCH_DTYPES[max(self.plan.dtypes.items(), key=lambda item: item[1])[0]]
+        return main_dtype(self.plan)
 
     @cached_property
     def output(self) -> Output:
         """What will stand in the destination, which must be given."""
         options = self.options
         assert options.destination is not None, "an output needs a destination"
-        destination = options.destination.resolve()
+        destination = real_path(options.destination)
         texts = self.target.documents(self.source, self.plan.target, self.dtype, destination, self.copies)
         accepted = {*options.allow, *self.target.accepted(self.plan.target)}
         dtype = self.dtype if options.template and self.plan.casts else options.dtype
@@ -106,8 +113,8 @@ class Conversion:
         facts = {"vocab_size": config.vocab_size, "dtype": dtype, "allowed": sorted(accepted),
                  "ignored_tensors": dict(self.source.ignored or {}), "token_ids": config.token_ids,
                  "router_dtype": self.source.router_dtype if dtype == "keep" else None}
-        return Output(self.plan, destination, texts, self.target.marker, self.copies, self.identities, facts,
-                      self.copied)
+        return Output(self.plan, destination, texts, self.target.marker, _digest(texts, destination), self.copies,
+                      self.identities, facts)
 
     @property
     def is_done(self) -> bool:
@@ -117,12 +124,13 @@ class Conversion:
 
 def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     """Read the source's headers and make the plan. Raises Refused with every problem found; writes nothing."""
-    problems = Problems()
-    identities = _identities(options.source) if os.path.isdir(options.source) else {}
+    options, problems = _settled(options), Problems()
     source, target = open_ends(options, problems)
     assert source.layout and source.model, "without them there are problems"
+    found = find_companions(options.source, options.tokenizer, problems)
     if options.source_sha256 is not None:
-        sums = expected_sums(options.source, identities, options.source_sha256)
+        names = {*source.identities, *(name for name, own in found.files.items() if own.path.parent == options.source)}
+        sums = expected_sums(options.source, names, options.source_sha256)
         problems.extend(sum_problems(options.source, list(source.layout.paths), sums, stop or Stop()))
     dtypes = source.layout.dtype_at if options.dtype == "keep" else partial(_always, _SAFETENSORS_DTYPES[options.dtype])
     wanted = target.layout(options.destination or Path(), source.model, dtypes)
@@ -131,24 +139,67 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     if casts:
         problems.collect(import_torch, "casting weights", ", or --dtype keep")
     budget, budget_notes = _budget(options, plan, casts, target.held_nbytes(plan.target))
-    copies = _companions(options, problems)
-    copied = {str(path.absolute()): identity_of(path.stat()) for path in copies.values()}
-    notes = (*_notes(options, source, target), *target.notes(source, plan.target), *budget_notes)
-    conversion = Conversion(options, source, target, plan, budget, notes,
-                            copies, {name: identities[name] for name in source.files if name in identities}, copied)
-    if options.destination is not None and (options.overwrite or not conversion.is_done):
-        problems.extend(occupation_problems(options.destination, options.overwrite))
-        problems.extend(_disk_problems(conversion, options.destination.resolve()))
+    notes = (*notes_of(options, source, target, plan, found.files), *found.notes, *budget_notes)
+    num_threads = problems.collect(_num_threads, options, plan) if options.destination is not None else 0
+    conversion = Conversion(options, source, target, plan, budget, notes, num_threads, found.files)
+    if options.destination is not None:
+        _check_destination(conversion, problems)
     problems.extend(_memory_problems(budget))
     problems.raise_if_any()
     return conversion
 
 
-def _identities(root: Path) -> dict[str, Identity]:
-    """What the files of a folder, and those below `model`, are before any of them is read."""
-    paths = [path.name for path in root.iterdir() if path.is_file()]
-    paths += [f"model/{path}" for path in files_below(root / "model")]
-    return {path: identity_of((root / path).stat()) for path in sorted(paths) if (root / path).is_file()}
+def _num_threads(options: Options, plan: Plan) -> int:
+    """Jobs that may be under way at once with the files that can be open. Raises ResourceError where those are too few
+    for the workers alone."""
+    largest = max(last - first for first, last in pairwise([*plan.starts, len(plan.order)]))
+    per_job = largest * plan.target.most_files + 1  # And a folder that is synced.
+    per_worker = plan.source.most_files + MAX_UNUSED
+    room = free_descriptors() - _NUM_OPEN - options.workers * per_worker
+    if room < options.workers * per_job:
+        needed = _NUM_OPEN + options.workers * (per_job + per_worker)
+        raise ResourceError(f"the run would have up to {needed} files open at once with {options.workers} workers, and "
+                            f"{free_descriptors()} more can be; raise the limit (ulimit -n), or lower --workers")
+    return min(room // per_job, options.workers + NUM_WAITING)
+
+
+def _settled(options: Options) -> Options:
+    """The same options, with paths that name one place whatever becomes of the working folder and of links on the way
+    to a source. Raises UsageError where a relative path begins in a folder that is gone."""
+    paths = {name: path for name in ("source", "destination", "tokenizer", "template")
+             if (path := getattr(options, name)) is not None}
+    settled: dict[str, Any] = {}
+    for name, path in paths.items():
+        try:
+            whole = path.absolute()
+        except FileNotFoundError as error:
+            raise UsageError(f"{quoted(path)} begins in the working folder, which is gone; give the whole path"
+                             ) from error
+        if name == "destination":
+            settled[name] = whole
+        elif os.path.isdir(path):
+            settled[name] = real_path(path)
+    return replace(options, **settled)
+
+
+def _check_destination(conversion: Conversion, problems: Problems) -> None:
+    """Collects in `problems` what stands in the destination and what its disk has no room for."""
+    options, output = conversion.options, conversion.output
+    manifest = None if options.overwrite else output.finished()
+    if manifest is not None and (names := output.moved(manifest)):
+        problems.append(DestinationError(
+            f"{quoted(output.destination)} holds this conversion, complete, but was made at another place, which "
+            f"{', '.join(names)} names; change it there, or --overwrite makes the folder anew"))
+    elif manifest is None:
+        problems.extend(occupation_problems(output.destination, options.overwrite))
+        problems.extend(_disk_problems(conversion, output.destination))
+
+
+def _digest(documents: Mapping[str, bytes], destination: Path) -> str:
+    """A digest of documents that is the same wherever the destination is."""
+    begin = yaml_string(str(destination))[:-1].encode()
+    texts = sorted((name, text.replace(begin, b'"')) for name, text in documents.items())
+    return hashlib.sha256(repr(texts).encode()).hexdigest()
 
 
 def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lambda job: None,
@@ -158,7 +209,7 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
     `progress` is called with every finished job. A request to `stop` ends the run with Interrupted; it can be resumed.
     """
     options, stop = conversion.options, stop or Stop()
-    executor = ThreadPoolExecutor(options.workers + NUM_WAITING)
+    executor = ThreadPoolExecutor(conversion.num_threads)
     how = How(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
               conversion.transport, options.workers, partial(_check, conversion, stop) if options.verify else None,
               progress, stop)
@@ -212,21 +263,3 @@ def _disk_problems(conversion: Conversion, destination: Path) -> Iterator[Stream
     num_files = conversion.plan.target.num_files
     if num_free is not None and num_files > num_free:
         yield ResourceError(f"the destination needs {num_files} files, its disk has room for {num_free}")
-
-
-def _companions(options: Options, problems: Problems) -> dict[str, Path]:
-    """Files to copy, by name: the source's own, or where a folder is given, the tokenizer's from there."""
-    found = {name: options.source / name for name in COMPANIONS if (options.source / name).is_file()}
-    if options.tokenizer is None:
-        return found
-    given = {name: options.tokenizer / name for name in COMPANIONS if (options.tokenizer / name).is_file()}
-    if not given:
-        problems.append(UsageError(f"--tokenizer {quoted(options.tokenizer)} holds none of {', '.join(COMPANIONS)}"))
-    return found | given
-
-
-def _notes(options: Options, source: Source, target: Target) -> Iterator[str]:
-    if options.destination is not None and options.destination.is_symlink():
-        yield f"{quoted(options.destination)} is a link; {quoted(options.destination.resolve())} is written"
-    yield from (f"accepted: {limit.text}" for limit in target.limits(source))
-    yield from source.notes

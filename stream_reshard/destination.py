@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import chain
 from pathlib import Path
 
 from stream_reshard.errors import DestinationError, Problems, SourceError, StreamReshardError, quoted
 from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
 from stream_reshard.manifest import MANIFEST_NAME, Manifest, read_manifest
-from stream_reshard.small_files import files_below
+from stream_reshard.small_files import files_below, links_in, real_path
 from stream_reshard.staging import SUFFIX_NBYTES, replaced_beside, staging_of
 
 _MAX_NAME_NBYTES, _MAX_PATH_NBYTES = 255, 4095
@@ -24,30 +25,23 @@ _BELOW_NBYTES = 256
 
 def destination_problems(source: Path, destination: Path, overwrite: bool) -> Iterator[StreamReshardError]:
     """Everything that speaks against a destination, but for what stands in it (`occupation_problems`)."""
-    *above, own = [len(os.fsencode(part)) for part in destination.absolute().parts]
-    if max([own + SUFFIX_NBYTES, *above]) > _MAX_NAME_NBYTES:
-        yield DestinationError(f"{quoted(destination)}: File name too long: {own} bytes, and {SUFFIX_NBYTES} more for "
-                               f"what is put beside it while the run lasts, where {_MAX_NAME_NBYTES} are possible")
+    if fault := _path_fault(destination):
+        yield DestinationError(f"{quoted(destination)}: {fault}")
         return
-    real = destination.resolve()
-    if (nbytes := len(os.fsencode(real))) + _BELOW_NBYTES > _MAX_PATH_NBYTES:
-        yield DestinationError(f"{quoted(destination)}: File name too long: {nbytes} bytes, and {_BELOW_NBYTES} more "
-                               f"for what stands in it, where {_MAX_PATH_NBYTES} are possible")
-        return
-    if _is_same_or_inside(real, source.resolve()) or _is_same_or_inside(source.resolve(), real):
+    real, origin = real_path(destination), real_path(source)
+    if _is_same_or_inside(real, origin) or _is_same_or_inside(origin, real):
         yield DestinationError(f"{quoted(destination)} and the source {quoted(source)} are the same folder or one is "
                                f"inside the other; choose another DST")
         return
-    if _is_same_or_inside(Path.cwd(), real):
+    if _holds_working_folder(real):
         yield DestinationError(f"{quoted(real)} is the working folder or around it, and a rename would take it away; "
                                f"choose another DST, or go elsewhere first")
         return
     staging, parent = staging_of(real), existing_parent(real)
-    for folder in (real, staging, *replaced_beside(real)):
-        if _is_same_or_inside(source.resolve(), folder) or any(folder in path.parents for path in _files_of(source)):
-            yield DestinationError(f"the source {quoted(source)} or files it links to are in {quoted(folder)}, which "
-                                   f"a run for {quoted(destination)} may remove; choose another DST")
-            return
+    if folder := _removable_source(origin, (real, staging, *replaced_beside(real))):
+        yield DestinationError(f"the source {quoted(source)} or files it links to are in {quoted(folder)}, which a run "
+                               f"for {quoted(destination)} may remove; choose another DST")
+        return
     if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
         kind = "is a link" if staging.is_symlink() else "exists and is not a folder"
         yield DestinationError(f"{quoted(staging)} {kind}; the output grows there, remove it")
@@ -92,7 +86,7 @@ def _strangers(destination: Path, manifest: Manifest | None) -> list[str]:
     name that Nanotron does not give."""
     if manifest is None:
         return sorted({path.name for path in destination.iterdir()} - _OF_A_CHECKPOINT)
-    added = set(files_below(destination)) - manifest.files.keys() - {MANIFEST_NAME}
+    added = set(files_below(destination, DestinationError)) - manifest.files.keys() - {MANIFEST_NAME}
     return sorted(path for path in added if path.partition("/")[0] not in _OF_TRAINING)
 
 
@@ -103,12 +97,45 @@ def refuse_occupied(destination: Path, overwrite: bool) -> None:
     problems.raise_if_any()
 
 
-def _files_of(source: Path) -> Iterator[Path]:
-    """Where the files of a source really are."""
-    for path in source.iterdir() if os.path.isdir(source) else ():
-        yield path.resolve()
-    for below in files_below(source / "model"):
-        yield (source / "model" / below).resolve()
+def _path_fault(destination: Path) -> str | None:
+    """Why a path cannot be that of a destination: it is too long, a link leads back to itself, a folder above may not
+    be entered."""
+    *above, own = [len(os.fsencode(part)) for part in destination.absolute().parts]
+    if max([own + SUFFIX_NBYTES, *above]) > _MAX_NAME_NBYTES:
+        return (f"File name too long: {own} bytes, and {SUFFIX_NBYTES} more for what is put beside it while the run "
+                f"lasts, where {_MAX_NAME_NBYTES} are possible")
+    if (nbytes := len(os.fsencode(real_path(destination)))) + _BELOW_NBYTES > _MAX_PATH_NBYTES:
+        return (f"File name too long: {nbytes} bytes, and {_BELOW_NBYTES} more for what stands in it, where "
+                f"{_MAX_PATH_NBYTES} are possible")
+    try:
+        os.stat(destination)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _holds_working_folder(path: Path) -> bool:
+    try:
+        return _is_same_or_inside(Path.cwd(), path)
+    except FileNotFoundError:
+        return False  # It is gone.
+
+
+def _links_of(source: Path) -> Iterator[Path]:
+    """Where the links in a source lead; its other files are in it."""
+    if os.path.isdir(source):
+        below = (f"model/{path}" for path in files_below(source / "model"))
+        names = chain(links_in(source), (path for path in below if os.path.islink(source / path)))
+        yield from (real_path(source / name) for name in names)
+
+
+def _removable_source(source: Path, folders: Collection[Path]) -> Path | None:
+    """The first of these folders that holds a source, or a file that it links to."""
+    holding = (folder for folder in folders if _is_same_or_inside(source, folder))
+    linked = (folder for path in _links_of(source) for folder in folders if folder in path.parents)
+    return next(chain(holding, linked), None)
 
 
 def _is_same_or_inside(path: Path, folder: Path) -> bool:
@@ -133,7 +160,7 @@ def disk_free(destination: Path) -> tuple[int, int | None]:
     status = os.statvfs(existing_parent(destination))
     num_files = nbytes = 0
     staging = staging_of(destination)
-    for path in files_below(staging):
+    for path in files_below(staging, DestinationError):
         try:
             nbytes += (staging / path).lstat().st_blocks * 512
             num_files += 1

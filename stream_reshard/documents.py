@@ -68,7 +68,30 @@ def _scalar(value: Any) -> str:
         return mantissa + (".0" if e and "." not in mantissa else "") + e + exponent
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_scalar(item)}" for key, item in value.items()) + "}"
-    return json.dumps(value)
+    return yaml_string(value) if isinstance(value, str) else json.dumps(value)
+
+
+def yaml_string(text: str) -> str:
+    """A string as a YAML 1.1 scalar in double quotes (section 5.7, escape sequences), in ASCII: a reader need not know
+    the encoding. JSON is no help, as YAML reads its pairs of surrogates as two characters. Bytes of a path that are not
+    UTF-8 are lone surrogates in Python, which PyYAML reads back as such, and they name the same file."""
+    return '"' + "".join(map(_escaped, _joined(text))) + '"'
+
+
+def _joined(text: str) -> str:
+    """The same text, with lone surrogates that are bytes of UTF-8 as the characters that those spell: in an ASCII
+    locale Python keeps every other character of a path like that."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text
+
+
+def _escaped(character: str) -> str:
+    if " " <= character <= "~":
+        return "\\" + character if character in '"\\' else character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def config_yaml(config: ModelConfig, format: NanotronFormat, attention_bias: bool, dtype: str, destination: Path,
@@ -76,7 +99,7 @@ def config_yaml(config: ModelConfig, format: NanotronFormat, attention_bias: boo
     """A config.yaml that starts training from the weights alone, with the vocabulary as it is without padding."""
     fields = nanotron_config(config, format, attention_bias, config.vocab_size)
     model_config = "\n".join(f"    {key}: {_scalar(value)}" for key, value in sorted(fields.items()))
-    topology, path = format.topology, json.dumps(str(destination))
+    topology, path = format.topology, yaml_string(str(destination))
     if format.version == "1.2":
         stages = "data:\n" + indent(_DATA, "  ")
         optimizer = indent(_ADAM, "  ")
@@ -84,7 +107,7 @@ def config_yaml(config: ModelConfig, format: NanotronFormat, attention_bias: boo
         stages = "data_stages:\n- name: stable\n  start_training_step: 1\n  data:\n" + indent(_DATA, "    ")
         optimizer = "  optimizer_factory:\n    name: adamW\n" + indent(_ADAM, "    ")
     return _CONFIG.format(
-        destination=path, checkpoints=json.dumps(str(destination.with_name(destination.name + "-training"))),
+        destination=path, checkpoints=yaml_string(str(destination.with_name(destination.name + "-training"))),
         stages=stages, optimizer=optimizer, model_config=model_config, dtype=dtype, multiple=format.vocab_multiple,
         dp=topology.dp, tp=topology.tp, pp=topology.pp, tokenizer=path if has_tokenizer else "null",
         sequence_length=min(config.max_position_embeddings, 2048), bf16_grads=_scalar(dtype != "float32"))

@@ -5,6 +5,7 @@
     StreamReshardError                1   anything that is none of the below
     ├── UsageError                    2   flags that contradict each other, the model or the machine
     ├── SourceError                   3   the source is refused, unreadable, or changed under the run
+    │   └── Cause                     3   the one fault that explains the others
     ├── DestinationError              4   the destination is refused
     ├── DifferenceError               5   two checkpoints do not hold the same model
     ├── ResourceError                 6   disk, memory or I/O gave out; the run can be resumed
@@ -16,6 +17,7 @@ An error's text is one line: what, where, the two numbers, what to do.
 """
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterable
 from pathlib import PurePath
@@ -30,6 +32,13 @@ class StreamReshardError(Exception):
     hint = ""
     """What to do next, on a line of its own."""
 
+    def __init__(self, *words: str, kind: str = "", num_more: int = 0):
+        super().__init__(*words)
+        self.kind = kind
+        """What several such faults are, as in "and 7 more tensors are missing"; "" where they are not counted so."""
+        self.num_more = num_more
+        """How many more of the kind were found, and not kept."""
+
 
 class UsageError(StreamReshardError):
     """Flags that contradict each other, the model or the machine."""
@@ -43,6 +52,12 @@ class SourceError(StreamReshardError):
 
     exit_code = 3
     severity = 0
+
+
+class Cause(SourceError):
+    """The one fault of a source that explains the others: it is told alone, with its cure."""
+
+    severity = -1
 
 
 class DestinationError(StreamReshardError):
@@ -87,8 +102,8 @@ class Refused(StreamReshardError):
     """All problems found before the first byte was written, worst first; ends with the exit code of the worst."""
 
     def __init__(self, problems: Iterable[StreamReshardError]):
-        self.problems = tuple(sorted(problems, key=lambda problem: problem.severity))
-        super().__init__("\n".join(map(str, self.problems)))
+        self.problems = tuple(sorted(explained(problems), key=lambda problem: problem.severity))
+        super().__init__("\n".join(told(self.problems)))
         self.exit_code = self.problems[0].exit_code
 
 
@@ -115,6 +130,40 @@ class Problems(list[StreamReshardError]):
             raise Refused(self)
 
 
+_MAX_OF_A_KIND = 10
+"""Faults of one kind that are told; of more only how many."""
+
+_MAX_OTHERS = 50
+"""The same for faults that are not counted by kind."""
+
+
+def explained(problems: Iterable[StreamReshardError]) -> list[StreamReshardError]:
+    """The same problems; where a cause is among them, without the faults of the source that follow from it."""
+    listed = list(problems)
+    if not any(isinstance(problem, Cause) for problem in listed):
+        return listed
+    return [problem for problem in listed if isinstance(problem, Cause) or not isinstance(problem, SourceError)]
+
+
+def told(problems: Iterable[StreamReshardError]) -> list[str]:
+    """The lines that a person reads of problems: of each kind at most ten, and how many more there are. Causes of one
+    kind are one line."""
+    groups: dict[tuple[int, str], list[StreamReshardError]] = {}
+    for problem in problems:
+        groups.setdefault((problem.severity, problem.kind), []).append(problem)
+    lines: list[str] = []
+    for (severity, kind), group in groups.items():
+        limit = 1 if severity < 0 and kind else _MAX_OF_A_KIND if kind else _MAX_OTHERS
+        num_more = max(0, len(group) - limit) + sum(problem.num_more for problem in group)
+        more = f"and {num_more} more {kind}".rstrip()
+        lines += map(str, group[:limit])
+        if num_more and severity < 0:
+            lines[-1] += f" ({more})"
+        elif num_more:
+            lines.append(more)
+    return lines
+
+
 def quoted(name: object) -> str:
     """A name from a file, safe to print: no control characters, no surprises from other scripts, not endless. Of a long
     path the end is kept."""
@@ -130,4 +179,7 @@ def shown(path: object) -> str:
 
 def shell_word(text: object) -> str:
     """A word for a command line that a person copies; one that cannot be printed is spelled as bash reads it."""
-    return shlex.quote(str(text)) if str(text).isprintable() else "$" + ascii(str(text))
+    if str(text).isprintable():
+        return shlex.quote(str(text))
+    return "$'" + "".join(chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}"
+                          for byte in os.fsencode(str(text))) + "'"

@@ -5,7 +5,6 @@ checkpoint to its readers), a check if one is asked for, the journal away, one r
 """
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
@@ -18,9 +17,11 @@ from typing import Any, BinaryIO
 import xxhash
 
 from stream_reshard import engines
+from stream_reshard.companions import Companion
 from stream_reshard.destination import refuse_occupied
 from stream_reshard.durable import make_folder, target_error
 from stream_reshard.errors import DestinationError, DifferenceError, SourceError, StreamReshardError, quoted
+from stream_reshard.identity import Identity, changed, identity_of, lasting
 from stream_reshard.jobs import JobDone, Work, run_job
 from stream_reshard.lanes import Lanes
 from stream_reshard.lock import Lock
@@ -32,7 +33,7 @@ from stream_reshard.small_files import open_regular
 from stream_reshard.staging import Staging, clear_old, finished, lock_of, was_swapped
 from stream_reshard.stop import Stop
 from stream_reshard.target_file import Transport
-from stream_reshard.tensor_file import Identity, changed, digest_of, identity_of
+from stream_reshard.tensor_file import digest_of
 
 
 @dataclass(frozen=True)
@@ -46,26 +47,38 @@ class Output:
     """Small files by name; one of them is the marker."""
     marker: str
     """The file whose presence makes a folder a checkpoint; written last."""
-    copies: Mapping[str, Path]
+    documents_sha256: str
+    """Digest of the documents, wherever the destination is: some of them name it."""
+    copies: Mapping[str, Companion]
     """Files to copy, by name."""
     identities: Mapping[str, Identity]
     """The source files as the plan saw them, by path below the source's root."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """For the manifest: what the output itself cannot say."""
-    copied: Mapping[str, Identity] = field(default_factory=dict)
-    """The files to copy as the plan saw them, by the path where they stand."""
-
     @property
     def run(self) -> dict[str, Any]:
-        """Which run this is. Equal for two attempts at the same output, and for nothing else."""
-        documents = hashlib.sha256(repr(sorted(self.documents.items())).encode()).hexdigest()
-        source = str(self.plan.source.root.resolve())
-        return {"plan_sha256": self.plan.digest, "documents_sha256": documents, "source": source,
-                "identities": dict(self.identities), "copied": dict(self.copied)}
+        """Which run this is: `same_run` for two attempts at the same output, and for nothing else. Of files only what
+        lasts is in it, so that it can be taken up after a reboot, a remount, and on another machine."""
+        copied = {str(own.path): [name, *lasting(own.identity)] for name, own in self.copies.items()}
+        return {"plan_sha256": self.plan.digest, "documents_sha256": self.documents_sha256,
+                "source": str(self.plan.source.root),
+                "identities": {path: lasting(identity) for path, identity in self.identities.items()},
+                "copied": copied}
+
+    def finished(self) -> Manifest | None:
+        """The manifest of a destination that holds this output, finished; None for anything else."""
+        return finished(self.destination, self.run, self.max_files)
 
     def is_done(self) -> bool:
         """Whether the destination holds this very output already."""
-        return finished(self.destination, self.run, self.max_files) is not None
+        manifest = self.finished()
+        return manifest is not None and not self.moved(manifest)
+
+    def moved(self, manifest: Manifest) -> list[str]:
+        """Documents of a finished destination that name another place than the one where it stands."""
+        return [name for name, text in self.documents.items()
+                if name not in manifest.files
+                or manifest.files[name].xxh3_128 != xxhash.xxh3_128(text).hexdigest()]
 
     @property
     def max_files(self) -> int:
@@ -124,8 +137,8 @@ def run(output: Output, how: How) -> Done:
             if is_swapped := was_swapped(destination, lock.note):
                 clear_old(destination, is_swapped)
                 lock.write_note(None)
-            manifest = finished(destination, output.run, output.max_files)
-            if manifest and (is_swapped or not how.overwrite):
+            manifest = output.finished()
+            if manifest and not output.moved(manifest) and (is_swapped or not how.overwrite):
                 _confirm(output, how, manifest)
                 done = Done(output.plan.target.num_files, was_finished=True)
             else:
@@ -153,7 +166,7 @@ def _write(output: Output, how: How, lock: Lock) -> Done:
         done = _run_jobs(output, how, staging)
         manifest = _add_small_files(output, how, staging)
         check_identities(output.plan.source.root, output.identities)
-        check_identities(Path("/"), output.copied)
+        check_identities(Path("/"), {str(own.path): own.identity for own in output.copies.values()})
         staging.sync()
         staging.write(output.marker, io.BytesIO(output.documents[output.marker]), how.stop.check)
         staging.refuse_strangers(manifest.files)
@@ -195,8 +208,8 @@ def _add_small_files(output: Output, how: How, staging: Staging) -> Manifest:
     """The companions, the documents but for the marker, and the manifest of all of them."""
     marker = output.documents[output.marker]
     written = [FileDone(output.marker, len(marker), xxhash.xxh3_128(marker).hexdigest())]
-    for name, path in output.copies.items():
-        with _opened(path) as stream:
+    for name, companion in output.copies.items():
+        with _opened(companion.path) as stream:
             written.append(staging.write(name, stream, how.stop.check))
     for name, text in output.documents.items():
         if name != output.marker:

@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 
 from stream_reshard import __version__
+from stream_reshard.errors import quoted
 from stream_reshard.layouts.nanotron import VERSIONS
 from stream_reshard.layouts.limits import ALLOWABLE
 
@@ -18,6 +19,18 @@ def _folder(text: str) -> Path:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)
 
+
+def _number(text: str) -> int:
+    """An int that every system call and file format can hold."""
+    if len(text) > _MAX_DIGITS:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} has more than {_MAX_DIGITS} digits")
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a whole number") from error
+
+
+_MAX_DIGITS = 15
 
 _EPILOG = """\
 exit codes: 0 ok, 1 unexpected, 2 usage, 3 source refused or changed, 4 destination refused, 5 verify found differences,
@@ -73,16 +86,16 @@ def _add_conversion_flags(parser: argparse.ArgumentParser) -> None:
         help="what DST is to be (default nanotron; must be said where SRC is a Nanotron checkpoint)")
     add("--max-shard-size", default="5GB", metavar="SIZE",
         help="bytes of tensors in a Hugging Face shard, at most (default 5GB)")
-    add("--vocab-size", type=int, default=None, metavar="N",
+    add("--vocab-size", type=_number, default=None, metavar="N",
         help="rows of the embedding without padding, of a Nanotron SRC that was not made by this tool")
     add("--template", type=_folder, default=None, metavar="DIR",
         help="a Nanotron checkpoint, such as one saved from a random model: fill exactly its files, slices and dtypes")
     add("--tokenizer", type=_folder, default=None, metavar="DIR",
         help="take tokenizer and generation files from there (default: SRC)")
-    add("--tp", type=int, default=1, metavar="T", help="tensor-parallel ranks (default 1)")
-    add("--pp", type=int, default=1, metavar="P", help="pipeline stages, balanced as Nanotron does (default 1)")
-    add("--dp", type=int, default=1, metavar="D", help="data-parallel replicas; changes no weight file (default 1)")
-    add("--vocab-multiple", type=int, default=1, metavar="N",
+    add("--tp", type=_number, default=1, metavar="T", help="tensor-parallel ranks (default 1)")
+    add("--pp", type=_number, default=1, metavar="P", help="pipeline stages, balanced as Nanotron does (default 1)")
+    add("--dp", type=_number, default=1, metavar="D", help="data-parallel replicas; changes no weight file (default 1)")
+    add("--vocab-multiple", type=_number, default=1, metavar="N",
         help="Nanotron's make_vocab_size_divisible_by (default 1)")
     add("--rope", default="auto", choices=("auto", "neox", "interleaved"),
         help="order of q and k rows in a head: neox as in Hugging Face; auto: interleaved for format 1.2 only")
@@ -96,7 +109,7 @@ def _add_resource_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max-memory", default="512MiB", metavar="SIZE",
         help="limit on the peak resident set of the whole process tree (default 512MiB)")
-    add("--workers", type=int, default=None, metavar="N",
+    add("--workers", type=_number, default=None, metavar="N",
         help="jobs that move bytes at the same time, within the one limit (default: an eighth of the cores, 1 to 8)")
     add("--dtype", default="keep", choices=("keep", "bfloat16", "float16", "float32"),
         help="cast the weights of the source, needs torch (default keep)")
@@ -127,13 +140,13 @@ def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
         help="also run both over the same tokens, layer by layer in float32, and compare the outcome; needs torch")
     add("--text", type=_folder, default=None, metavar="FILE",
         help="the text to run, by the model's own tokenizer (default: random tokens)")
-    add("--tokens", type=int, default=None, metavar="N", help="tokens to run, at most (default 128)")
+    add("--tokens", type=_number, default=None, metavar="N", help="tokens to run, at most (default 128)")
     add("--tolerance", type=float, default=None, metavar="X",
         help="largest difference of a forward pass, relative to the largest value of a token (default 1e-4)")
     add("--plot", type=_folder, default=None, metavar="FILE.png",
         help="draw the differences by layer; needs matplotlib")
     add("--quick", action="store_true", help="structure, configs and digests only; reads no weight of SRC")
     add("--sample", default="100%", metavar="PERCENT", help="compare a seeded part of the weights (default 100%%)")
-    add("--seed", type=int, default=0, metavar="N", help="chooses the sample (default 0)")
+    add("--seed", type=_number, default=0, metavar="N", help="chooses the sample (default 0)")
     add("--edited", action="append", default=[], metavar="PATH",
         help="a file of DST that was edited on purpose, such as config.yaml: its digest is not compared")

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stream_reshard.errors import SourceError, quoted
-from stream_reshard.small_files import open_regular, read_error, strict_json
+from stream_reshard.errors import Cause, SourceError, StreamReshardError, quoted
+from stream_reshard.json_text import strict_json
+from stream_reshard.small_files import misplaced, open_regular, read_error
 
 ITEMSIZE: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -33,6 +34,8 @@ MIN_SHARED_NBYTES = 2 * BLOCK_NBYTES
 
 MAX_DIMS = 8
 """No weight has more."""
+
+NO_HEADER = "files have no header that can be read"
 
 _MAX_INTEGER = 1 << 48
 
@@ -125,16 +128,21 @@ def header_of(file: TensorFile) -> bytes:
 def read_header(root: Path, path: str, max_nbytes: int = MAX_HEADER_NBYTES) -> TensorFile:
     """Read and check the header of `root / path`, of at most `max_nbytes`; see `parse_header`.
 
-    Raises SourceError, with the file's name, also where the file is shorter or longer than the header says.
+    Raises SourceError, with the file's name, also where the file is shorter or longer than the header says; Cause where
+    something else stands in its place, or it is cut off.
     """
     try:
         with open_regular(root / path) as stream:
             size = os.fstat(stream.fileno()).st_size
             return parse_header(path, _header_text(stream.read(8), size, max_nbytes, stream.read), size, root / path)
     except OSError as error:
-        raise read_error(quoted(path), error) from error
+        fault: StreamReshardError = read_error(quoted(path), error)
     except _Malformed as error:
-        raise SourceError(f"{quoted(path)}: {error}") from error
+        fault = error.told(path)
+    except SourceError as error:
+        fault = error
+    fault.kind = fault.kind or NO_HEADER
+    raise misplaced(root, path, "weights") or fault
 
 
 def parse_header(path: str, text: bytes, size: int, full: Path | None = None) -> TensorFile:
@@ -147,6 +155,8 @@ def parse_header(path: str, text: bytes, size: int, full: Path | None = None) ->
     """
     try:
         file = _parsed(path, text, size)
+    except _CutOff as error:
+        raise error.told(path) from error
     except (_Malformed, ValueError, RecursionError) as error:
         raise SourceError(f"{quoted(path)}: not a valid safetensors header: {error}") from error
     _check_with_library(path, text, size, full)
@@ -155,6 +165,21 @@ def parse_header(path: str, text: bytes, size: int, full: Path | None = None) ->
 
 class _Malformed(Exception):
     """What is wrong with a header, in words."""
+
+    def told(self, path: str) -> SourceError:
+        """The error a user sees."""
+        return SourceError(f"{quoted(path)}: {self}")
+
+
+class _CutOff(_Malformed):
+    """A file that ends too early."""
+
+    def __init__(self, what: str, wanted: int, size: int):
+        super().__init__(f"cut off: {what} {wanted} bytes, the file has {size}; {wanted - size} bytes are missing, "
+                         f"download it again")
+
+    def told(self, path: str) -> SourceError:
+        return Cause(f"{quoted(path)}: {self}", kind="files are cut off")
 
 
 def _header_text(prefix: bytes, size: int, max_nbytes: int, read: Callable[[int], bytes]) -> bytes:
@@ -165,7 +190,7 @@ def _header_text(prefix: bytes, size: int, max_nbytes: int, read: Callable[[int]
         cure = "; parsing it takes many times that, raise --max-memory" if length <= MAX_HEADER_NBYTES else ""
         raise _Malformed(f"its header claims {length} bytes, the limit is {min(max_nbytes, MAX_HEADER_NBYTES)}{cure}")
     if 8 + length > size:
-        raise _Malformed(f"cut off: the header needs {8 + length} bytes, the file has {size}")
+        raise _CutOff("the header alone needs", 8 + length, size)
     return read(length)
 
 
@@ -186,7 +211,9 @@ def _parsed(path: str, text: bytes, size: int) -> TensorFile:
             raise _Malformed(f"{quoted(key)} begins at byte {first} of the data, the one before it ends at {end}")
         tensors.append(StoredTensor(path, key, dtype, shape, begin + first))
         end = last
-    if begin + end != size:
+    if begin + end > size:
+        raise _CutOff("the header describes", begin + end, size)
+    if begin + end < size:
         raise _Malformed(f"the header describes {begin + end} bytes, the file has {size}")
     return TensorFile(path, tuple(tensors), tuple(metadata.items()))
 

@@ -1,24 +1,28 @@
 """Inspect: what a checkpoint folder holds, of either format: from its headers alone, its values too where asked."""
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.errors import Problems, SourceError, explained, quoted
 from stream_reshard.formats.to_nanotron import blocks_text
 from stream_reshard.header import MAX_HEADER_NBYTES, StoredTensor
 from stream_reshard.layouts.base import Layout
+from stream_reshard.layouts.causes import above, no_checkpoint
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.hugging_face import open_folder
 from stream_reshard.layouts.nanotron_config import (
     MODEL_CONFIG_NAME, NanotronModelConfig, is_nanotron, read_model_config)
 from stream_reshard.layouts.nanotron_files import WeightFile
+from stream_reshard.layouts.nanotron_folder import litter_notes
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.layouts.nanotron_source import agreeing, layout_of_files, scan
 from stream_reshard.manifest import MANIFEST_NAME, Manifest, read_manifest
 from stream_reshard.model import ModelConfig
+from stream_reshard.small_files import check_readable
 from stream_reshard.stop import Stop
 from stream_reshard.tensor_file import SourceFile
 
@@ -37,12 +41,13 @@ _EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0 << 
 def inspect(root: Path, values: bool = False, stop: Stop | None = None) -> dict[str, Any]:
     """Facts about a folder, for people and for JSON; with `values` every weight is read, in bounded memory, and NaN and
     infinities are counted. Raises SourceError where it holds no checkpoint."""
+    check_readable(root)
     if is_nanotron(root):
         facts, tensors = _inspect_nanotron(root)
-    elif (root / CONFIG_NAME).is_file():
+    elif os.path.isfile(root / CONFIG_NAME):
         facts, tensors = _inspect_hugging_face(root)
     else:
-        raise SourceError(f"{quoted(root)} holds neither {CONFIG_NAME} nor model/model: it is no checkpoint known here")
+        raise no_checkpoint(root)
     return facts | (_value_facts(root, tensors, stop or Stop()) if values else {})
 
 
@@ -53,7 +58,8 @@ def _inspect_hugging_face(root: Path) -> tuple[dict[str, Any], Iterator[StoredTe
     assert config and layout, "without them there are problems"
     facts = {"format": "Hugging Face", **_model_facts(config.model, layout), "vocab_size": config.model.vocab_size,
              "dtypes": layout.count_dtypes(), "num_files": layout.num_files, "nbytes": layout.nbytes,
-             "ignored": dict(layout.ignored), "has_manifest": (root / MANIFEST_NAME).is_file(), "faults": []}
+             "ignored": dict(layout.ignored), "has_manifest": (root / MANIFEST_NAME).is_file(), "faults": [],
+             "notes": [*config.notes, *layout.notes]}
     return facts, layout.tensors()
 
 
@@ -66,7 +72,9 @@ def _model_facts(config: ModelConfig, layout: Layout | None) -> dict[str, Any]:
 
 def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor]]:
     problems = Problems()
-    if (root / MODEL_CONFIG_NAME).is_file():
+    if not os.path.isfile(root / MODEL_CONFIG_NAME) and (cause := above(root)):
+        raise cause
+    if os.path.isfile(root / MODEL_CONFIG_NAME):
         config = problems.collect(read_model_config, root, _MAX_NBYTES)
     else:
         config = None
@@ -77,11 +85,11 @@ def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor
     layout = problems.collect(_layout, root, config, manifest, files) if config else None
     if config is None:
         problems.extend(_holes(files.values()))
-    faults = list(map(str, problems))
+    faults = list(map(str, explained(problems)))
     return {"format": "Nanotron", **_nanotron_facts(config, manifest, layout), **_file_facts(files),
             "has_manifest": manifest is not None,
-            "faults": faults[:MAX_LISTED] + [f"and {len(faults) - MAX_LISTED} more"] * (len(faults) > MAX_LISTED)
-            }, (file.tensor for file in files.values())
+            "faults": faults[:MAX_LISTED] + [f"and {len(faults) - MAX_LISTED} more"] * (len(faults) > MAX_LISTED),
+            "notes": list(litter_notes(root))}, (file.tensor for file in files.values())
 
 
 def _layout(root: Path, config: NanotronModelConfig, manifest: Manifest | None,

@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from stream_reshard.durable import WriteFault, sync_folders
+from stream_reshard.identity import Identity
 from stream_reshard.lanes import Lanes, Writing
 from stream_reshard.manifest import FileDone
 from stream_reshard.moving import Moved, OpenFiles, move, write_zeros
 from stream_reshard.plan import Job, Plan
 from stream_reshard.stop import Stop
 from stream_reshard.target_file import NewTensorFile, Transport
-from stream_reshard.tensor_file import Identity, SourceFile, digest_of
+from stream_reshard.tensor_file import SourceFile, digest_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from stream_reshard.durable import sync_folder, target_error, write_all
 from stream_reshard.errors import DestinationError, quoted
-from stream_reshard.manifest import MAX_FILE_NBYTES, FileDone
+from stream_reshard.manifest import MAX_FILE_NBYTES, FileDone, same_run
 from stream_reshard.small_files import open_regular
 
 JOURNAL_NAME = "stream_reshard.journal"
@@ -39,7 +39,7 @@ class Journal:
         self._end, records = _whole_lines(self.path, (max_files + 8) * MAX_FILE_NBYTES)
         if records and records[0] == _FAILED:
             raise DestinationError(f"{quoted(staging)} failed its comparison with the source; --restart writes it anew")
-        if records and records[0] != run:
+        if records and not same_run(records[0], run):
             raise DestinationError(f"{quoted(staging)} was left by a run with another plan or source; finish that one, "
                                    f"or --restart to throw it away")
         self.done: dict[str, FileDone] = {}

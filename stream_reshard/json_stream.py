@@ -1,4 +1,4 @@
-"""A JSON object too large to be parsed at once, read piece by piece: as strict as `strict_json`, in bounded memory."""
+"""A JSON object too large to be parsed at once, read piece by piece in bounded memory, as Python's reader reads it."""
 from __future__ import annotations
 
 import codecs
@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from stream_reshard.small_files import STRICT
+from stream_reshard.json_text import place, syntax_fault
 
 _CHUNK_NBYTES = 2**16
 _SPACE = re.compile(r"[ \t\n\r]*")
 _ENTRY = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*([,}])')
 """A key and its value, both plain strings, up to the comma or bracket behind it."""
 
-_DECODER = json.JSONDecoder(**STRICT)
+_DECODER = json.JSONDecoder()
 
 
 class TooLong(Exception):
@@ -31,8 +31,10 @@ class JsonReader:
     def __init__(self, stream: BinaryIO, max_nbytes: int, max_value_nbytes: int):
         """`max_value_nbytes` is for what is parsed at once."""
         self._stream, self._left, self._limits = stream, max_nbytes, (max_nbytes, max_value_nbytes)
-        self._decode = codecs.getincrementaldecoder("utf-8")().decode
-        self._text, self._at, self._num_dropped = "", 0, 0
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._text, self._at = "", 0
+        self._line, self._column = 1, 1
+        """Where the text that is held begins."""
 
     def next(self) -> str:
         """The character at the cursor, spaces skipped; "" at the end."""
@@ -51,8 +53,10 @@ class JsonReader:
                 raise ValueError(str(error)) from error
             except json.JSONDecodeError as error:
                 if not self._read_on():
-                    raise ValueError(f"{error.msg}: char {self._num_dropped + error.pos}") from error
+                    raise ValueError(syntax_fault(error, self._place(error.pos))) from error
                 continue
+            except ValueError as error:
+                raise ValueError(f"{error} in {self._place(self._at)}") from error
             # A number that ends with the buffer may go on behind it.
             if self._text[end:end + 1] in (*"]},: \t\n\r",) or not self._read_on():
                 self._at = end
@@ -79,7 +83,7 @@ class JsonReader:
 
     def _key(self) -> str:
         if self.next() != '"':
-            raise ValueError(f"a name in quotes is expected: char {self._num_dropped + self._at}")
+            raise ValueError(f"a name in quotes is expected in {self._place(self._at)}")
         key = self.value()
         self._pass(":")
         return key
@@ -88,7 +92,8 @@ class JsonReader:
         """Move behind one of these characters, and return it."""
         found = self.next()
         if not found or found not in characters:
-            raise ValueError(f"{' or '.join(characters)} is expected: char {self._num_dropped + self._at}")
+            cure = "" if found else "; it is cut off, download it again"
+            raise ValueError(f"{' or '.join(characters)} is expected in {self._place(self._at)}{cure}")
         self._at += 1
         return found
 
@@ -104,5 +109,11 @@ class JsonReader:
             raise TooLong(self._limits[0])
         more = self._decode(content, final=not content)
         if content:
-            self._text, self._num_dropped, self._at = self._text[self._at:] + more, self._num_dropped + self._at, 0
+            newline = self._text.rfind("\n", 0, self._at)
+            self._line += self._text.count("\n", 0, self._at)
+            self._column = self._at - newline if newline >= 0 else self._column + self._at
+            self._text, self._at = self._text[self._at:] + more, 0
         return bool(content)
+
+    def _place(self, at: int) -> str:
+        return place(self._text, at, self._line, self._column)

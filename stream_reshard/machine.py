@@ -1,9 +1,13 @@
 """What the machine says of itself: file systems, cores, and what the kernel has counted for this process."""
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+import re
+import resource
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 NETWORK_FILE_SYSTEMS = frozenset("""
     nfs nfs4 cifs smb3 smbfs ceph lustre gpfs beegfs afs 9p virtiofs glusterfs ocfs2 gfs2 pvfs2 orangefs davfs
@@ -12,27 +16,56 @@ NETWORK_FILE_SYSTEMS = frozenset("""
 """Types whose bytes come over a network: each page that a mapping misses would cost a journey of its own there."""
 
 
+VIRTUAL_FILE_SYSTEMS = frozenset("""
+    proc sysfs devtmpfs devpts securityfs debugfs tracefs cgroup cgroup2 cpuset pstore efivarfs bpf configfs fusectl
+    mqueue hugetlbfs binfmt_misc selinuxfs smackfs rpc_pipefs nsfs nfsd resctrl sockfs pipefs anon_inodefs""".split())
+"""Types whose files the kernel makes up: they show it and its processes, and are on no disk."""
+
+
+class Mount(NamedTuple):
+    """A mounted file system."""
+
+    device: str
+    """As `major:minor`."""
+    point: bytes
+    """Where it is mounted."""
+    kind: str
+    """Its type, such as ext4."""
+
+
+def mounts(text: bytes) -> Iterator[Mount]:
+    """The mounts that /proc/self/mountinfo tells of, in their order (proc_pid_mountinfo(5))."""
+    for line in text.split(b"\n"):
+        fields, _, rest = line.partition(b" - ")
+        if len(words := fields.split(b" ")) > 4 and rest:
+            yield Mount(words[2].decode(), _unescaped(words[4]), rest.split(b" ")[0].decode(errors="replace"))
+
+
+def _unescaped(point: bytes) -> bytes:
+    """Spaces, tabs, newlines and backslashes stand there as three octal digits; all other bytes as they are."""
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 0xFF]), point)
+
+
 def file_system_of(path: Path) -> str:
     """The type of the file system that a path is on, such as ext4; "unknown" where the kernel does not tell."""
     try:
         device = os.stat(path).st_dev
-        wanted = f"{os.major(device)}:{os.minor(device)}"
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        found = list(mounts(Path("/proc/self/mountinfo").read_bytes()))
     except OSError:
         return "unknown"
-    types = {fields[2]: rest.split()[0] for fields, rest in (
-        (line.split(), line.partition(" - ")[2]) for line in lines) if rest}
-    return types.get(wanted) or _by_mount_point(path, lines)
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    kinds = [mount.kind for mount in found if mount.device == wanted]
+    return kinds[-1] if kinds else _by_mount_point(os.fsencode(os.path.realpath(path)), found)
 
 
-def _by_mount_point(path: Path, lines: list[str]) -> str:
-    """The type by the longest mount point above a path: the devices of btrfs are other ones than mountinfo's."""
-    real, found = path.resolve(), ("", "unknown")
-    for line in lines:
-        point = line.split()[4].encode().decode("unicode_escape")
-        if real.is_relative_to(point) and len(point) >= len(found[0]):
-            found = point, line.partition(" - ")[2].split()[0]
-    return found[1]
+def _by_mount_point(path: bytes, found: Iterable[Mount]) -> str:
+    """The type by the longest mount point above a path: the devices of btrfs are other ones than mountinfo's. Of two
+    mounts at one point the later one covers the other."""
+    above = [mount for mount in found if path == mount.point or path.startswith(mount.point.rstrip(b"/") + b"/")]
+    return max(enumerate(above), key=lambda item: (len(item[1].point), item[0]), default=(0, _NOWHERE))[1].kind
+
+
+_NOWHERE = Mount("", b"", "unknown")
 
 
 def read_ahead_nbytes(device: int) -> int:
@@ -50,8 +83,29 @@ def read_ahead_nbytes(device: int) -> int:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may use: by its affinity, and by the time that its control groups grant, rounded up."""
+    return max(1, min([len(os.sched_getaffinity(0)), *map(math.ceil, _quotas())]))
+
+
+def _quotas() -> Iterator[float]:
+    """Cores' worth of time that the control groups around this process grant (cgroup v2: cpu.max; v1: cpu.cfs_*)."""
+    for folder in _groups("cpu"):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            try:
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+            except (OSError, ValueError):
+                continue  # Not of this version; "max", or no line at all.
+            if quota > 0 and period > 0:
+                yield quota / period
+
+
+def free_descriptors() -> int:
+    """How many files this process can open beside those that are open now (RLIMIT_NOFILE)."""
+    try:
+        num_open = len(os.listdir("/proc/self/fd")) - 1
+    except OSError:
+        num_open = 3
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - num_open
 
 
 def io_counters(since: Mapping[str, int] = {}) -> dict[str, int]:
@@ -69,7 +123,7 @@ def io_counters(since: Mapping[str, int] = {}) -> dict[str, int]:
 def group_limit() -> int | None:
     """Bytes that the memory control groups around this process allow, page cache included; None where none does."""
     limits = []
-    for folder in _memory_groups():
+    for folder in _groups("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             try:
                 limits.append(int((folder / name).read_text()))
@@ -78,17 +132,21 @@ def group_limit() -> int | None:
     return min(limits, default=None)
 
 
-def _memory_groups() -> list[Path]:
-    """Folders of the memory control group of this process and of those around it (cgroups(7))."""
-    root, found = Path("/sys/fs/cgroup"), []
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where control groups are mounted, and where the kernel tells those of this process."""
+
+
+def _groups(controller: str) -> list[Path]:
+    """Folders of the control group of this process for a controller, and of those around it (cgroups(7))."""
+    found = []
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN_GROUPS.read_text().splitlines()
     except OSError:
         return []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "" or "memory" in controllers.split(","):
-            base = root / "memory" if controllers else root
+        if controllers == "" or controller in controllers.split(","):
+            base = _GROUPS / controller if controllers else _GROUPS
             own = base / path.lstrip("/")
             # Inside a container the path is that of the host, and the group is mounted at the root.
             found += [folder for folder in (own, *own.parents) if folder.is_relative_to(base)]

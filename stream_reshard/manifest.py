@@ -17,8 +17,9 @@ import xxhash
 
 from stream_reshard.errors import SourceError, quoted
 from stream_reshard.header import ITEMSIZE
+from stream_reshard.json_text import strict_json
 from stream_reshard.model import parse_token_id
-from stream_reshard.small_files import read_capped, strict_json
+from stream_reshard.small_files import read_capped
 
 MANIFEST_NAME = "stream_reshard.json"
 
@@ -76,6 +77,16 @@ class Manifest:
 def with_files(manifest: Manifest, files: Iterable[FileDone]) -> Manifest:
     """The same manifest of these files."""
     return Manifest(manifest.run, manifest.facts, {file.path: file for file in files})
+
+
+def same_run(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Two records of runs tell of the same run: their paths are for people only, as a remount changes them."""
+    return _without_paths(one) == _without_paths(other)
+
+
+def _without_paths(run: Mapping[str, Any]) -> dict[str, Any]:
+    copied = run.get("copied")
+    return {**run, "source": None, "copied": sorted(copied.values(), key=repr) if isinstance(copied, dict) else None}
 
 
 def read_manifest(root: Path, max_nbytes: int = MAX_MANIFEST_NBYTES) -> Manifest | None:

@@ -5,13 +5,17 @@ starts (measured), *projected* is what the work will bring it to. Words and idea
 """
 from __future__ import annotations
 
+import mmap
 import re
+import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stream_reshard.errors import UsageError, quoted
-from stream_reshard.machine import group_limit, num_cores
+from stream_reshard.errors import ResourceError, UsageError, quoted
+from stream_reshard.machine import free_descriptors, group_limit, num_cores
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
           "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -31,6 +35,10 @@ TORCH_NBYTES = 230 * 2**20
 """What importing torch adds."""
 _NUMPY_NBYTES = 16 * 2**20
 """What importing numpy adds."""
+_NUMPY_SPACE_NBYTES, _BLAS_THREAD_NBYTES = 2**26, 2**25
+"""Address space that importing numpy takes, and for each core; hardly any of it is touched."""
+_NUM_DESCRIPTORS = 8
+"""Files that are open at once whatever is done: configs, a header, folders that are listed, modules being imported."""
 _PER_FILE = 2048
 """What a target file costs in records and in the manifest."""
 _PLAN_NBYTES = 5 * 2**20
@@ -56,6 +64,41 @@ def human(nbytes: float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
+def _check_address_space() -> None:
+    """Raises MemoryError where numpy, which safetensors imports, would find no room for the threads of its BLAS: that
+    ends the process without a word of Python's."""
+    if "numpy" in sys.modules or resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        return
+    try:
+        mmap.mmap(-1, _NUMPY_SPACE_NBYTES + num_cores() * _BLAS_THREAD_NBYTES, mmap.MAP_PRIVATE).close()
+    except OSError as error:
+        raise MemoryError from error
+
+
+def _check_descriptors() -> None:
+    if (num_free := free_descriptors()) < _NUM_DESCRIPTORS:
+        raise ResourceError(f"{num_free} more files can be opened at once, and at least {_NUM_DESCRIPTORS} are needed; "
+                            f"raise the limit (ulimit -n)")
+
+
+@contextmanager
+def granted() -> Iterator[None]:
+    """Meanwhile memory or a thread that the system refuses is a ResourceError: limits of the shell or of a control
+    group may be smaller than what was planned with. Raises it at once where hardly a file can be opened."""
+    try:
+        _check_address_space()
+        _check_descriptors()
+        yield
+    except MemoryError as error:
+        raise ResourceError("the system refuses more memory; raise the limit of this process (ulimit -v), or lower "
+                            "--workers or --max-memory") from error
+    except RuntimeError as error:
+        if str(error) != "can't start new thread":
+            raise
+        raise ResourceError("the system refuses another thread; raise the limit on processes (ulimit -u) or on memory "
+                            "(ulimit -v), or lower --workers") from error
+
+
 def resident() -> int:
     """Resident set of the process tree now."""
     import psutil
@@ -71,7 +114,6 @@ def peak_resident() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

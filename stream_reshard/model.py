@@ -14,6 +14,10 @@ from stream_reshard.errors import quoted
 from stream_reshard.names import Templates, fields_of, indices_of
 
 
+_BASE = "model."
+"""transformers' base_model_prefix of every family here."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One logical weight.
@@ -213,9 +217,22 @@ class Model:
         return Templates([row.hugging_face for row in self.rows], self.config.counts)
 
     def number_of_tensor(self, key: str) -> int | None:
-        """The number of the parameter that a tensor of this name holds in a Hugging Face checkpoint, if any."""
-        found = self._tensors.find(key)
-        return found and self.firsts[found[0]] + found[1]
+        """The number of the parameter that a tensor of this name holds in a Hugging Face checkpoint, if any; see
+        `spelling_of`."""
+        for spelled in (key, key.removeprefix(_BASE), _BASE + key):
+            if found := self._tensors.find(spelled):
+                return self.firsts[found[0]] + found[1]
+        return None
+
+    def spelling_of(self, number: int, key: str) -> int:
+        """Which of `spellings` the name of a tensor is that holds a parameter."""
+        return self.spellings(number).index(key)
+
+    def spellings(self, number: int) -> tuple[str, str, str]:
+        """The names under which transformers 5 loads a parameter: its own, with another `model.` in front, and without
+        its own (rename_source_key in core_model_loading.py strips or adds that one prefix, name by name)."""
+        own = self.parameter(number).hugging_face
+        return own, _BASE + own, own.removeprefix(_BASE)
 
     def parameter(self, number: int) -> Parameter:
         """The parameter of a number."""

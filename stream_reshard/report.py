@@ -10,6 +10,9 @@ from stream_reshard.execute import Done
 from stream_reshard.layouts.base import TORCH_DTYPES
 from stream_reshard.memory import human
 
+_MAX_LISTED = 16
+"""Files that go along and are named."""
+
 
 def as_json(conversion: Conversion) -> dict[str, Any]:
     """The plan as one JSON document; sizes in bytes."""
@@ -29,7 +32,7 @@ def as_json(conversion: Conversion) -> dict[str, Any]:
         "memory": {"allowed": conversion.memory.allowed, "reserved": conversion.memory.reserved,
                    "projected": conversion.memory.projected, "num_workers": conversion.memory.num_workers,
                    "block_nbytes": conversion.memory.block_nbytes},
-        "disk_nbytes": conversion.disk_nbytes,
+        "copied": list(conversion.copies), "disk_nbytes": conversion.disk_nbytes,
         "disk_free_nbytes": conversion.disk_free, "notes": list(conversion.notes), "plan_sha256": plan.digest}
 
 
@@ -53,6 +56,9 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
            f"{human(memory['allowed'])} allowed ({memory['num_workers']} workers)")
     free = f", {human(facts['disk_free_nbytes'])} free" if facts["disk_free_nbytes"] is not None else ""
     yield f"disk     {human(facts['disk_nbytes'])} in {target['num_files']} files{free}"
+    if copied := facts["copied"]:
+        more = f" and {len(copied) - _MAX_LISTED} more" if len(copied) > _MAX_LISTED else ""
+        yield f"along    {', '.join(map(shown, copied[:_MAX_LISTED]))}{more}"
     yield from (f"note     {note}" for note in facts["notes"])
 
 

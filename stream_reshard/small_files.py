@@ -1,15 +1,17 @@
-"""Small files that somebody else made: opened without waiting, read up to a cap, parsed strictly."""
+"""Small files that somebody else made: opened without waiting, read up to a cap, parsed with care."""
 from __future__ import annotations
 
 import errno
-import json
 import os
+import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stream_reshard.errors import ResourceError, SourceError, StreamReshardError, quoted
+from stream_reshard.errors import Cause, Refused, ResourceError, SourceError, StreamReshardError, quoted
+from stream_reshard.json_text import read_json_text
+from stream_reshard.stand_ins import HEAD_NBYTES, stand_in
 
 MAX_JSON_NBYTES = 10 * 2**20
 """Cap on config and index files, as huggingface_hub has for an index."""
@@ -18,11 +20,24 @@ _MAY_PASS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, e
                        errno.ENOMEM})
 """What says that a file cannot be read now, rather than never."""
 
+_MAX_DEPTH = 64
+"""Folders within folders, at most: a checkpoint of Nanotron has some ten."""
 
-def read_error(name: str, error: OSError) -> StreamReshardError:
-    """The error a user sees when a file cannot be read: ResourceError where it may be readable later."""
-    kind = ResourceError if error.errno in _MAY_PASS else SourceError
-    return kind(f"{name}: {error.strerror}")
+_SILLY_RENAME = re.compile(r"\.nfs[0-9a-f]{24}")
+"""The name that NFS gives to a file which was removed while open (fs/nfs/unlink.c: 16 digits of the file, 8 of a
+counter)."""
+
+
+def read_error(name: str, error: OSError, kind: type[StreamReshardError] = SourceError) -> StreamReshardError:
+    """The error a user sees when a file or folder cannot be read: ResourceError where it may be readable later, else
+    `kind`."""
+    return (ResourceError if error.errno in _MAY_PASS else kind)(f"{name}: {error.strerror}")
+
+
+def real_path(path: Path) -> Path:
+    """A path without links, absolute, as far as it is there. Unlike Path.resolve it raises nothing for a link that
+    leads back to itself: whoever opens it does."""
+    return Path(os.path.realpath(path))
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -34,14 +49,60 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def files_below(root: Path) -> Iterator[str]:
-    """Paths, relative and with forward slashes, of everything below a folder that is not a folder itself. What NFS
-    keeps of removed files that are still open (`.nfs...`) is not there."""
-    for folder, names, files in os.walk(root):
-        links = [name for name in names if os.path.islink(os.path.join(folder, name))]
-        for name in sorted(files + links):
-            if not name.startswith(".nfs"):
-                yield os.path.relpath(os.path.join(folder, name), root)
+def files_below(root: Path, kind: type[StreamReshardError] = SourceError) -> Iterator[str]:
+    """Paths, relative and with forward slashes, of everything below a folder that is not a folder itself; links are not
+    followed. Nothing where there is no folder. What NFS keeps of removed files that are still open is not there.
+
+    Raises `kind` for a folder that may not be read, or that is nested deeper than any of a checkpoint.
+    """
+    waiting = [""]
+    while waiting:
+        below = waiting.pop()
+        files, folders = _listed(root, below, kind)
+        yield from (f"{below}{name}" for name in sorted(files))
+        waiting += [f"{below}{name}/" for name in sorted(folders, reverse=True)]
+
+
+def _listed(root: Path, below: str, kind: type[StreamReshardError]) -> tuple[list[str], list[str]]:
+    """(names of files and links, names of folders) in `root / below`."""
+    if below.count("/") > _MAX_DEPTH:
+        raise kind(f"{quoted(root / below)} is nested {_MAX_DEPTH + 1} folders deep in {quoted(root)}, where a "
+                   f"checkpoint has at most {_MAX_DEPTH}; move it away")
+    names: tuple[list[str], list[str]] = [], []
+    try:
+        with os.scandir(root / below) as entries:
+            for entry in entries:
+                if not _SILLY_RENAME.fullmatch(entry.name):
+                    names[entry.is_dir(follow_symlinks=False)].append(entry.name)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return [], []  # It is no folder, or not there any more.
+        raise read_error(quoted(root / below), error, kind) from error
+    return names
+
+
+def check_readable(root: Path) -> None:
+    """Raises SourceError for a folder that may not be read or not be entered."""
+    if os.path.isdir(root) and not os.access(root, os.R_OK | os.X_OK):
+        raise SourceError(f"{quoted(root)}: {os.strerror(errno.EACCES)}")
+
+
+def names_in(root: Path) -> Iterator[str]:
+    """The names in a folder, as they come and none of them kept. Raises SourceError where it may not be read."""
+    return (entry.name for entry in _entries(root))
+
+
+def links_in(root: Path) -> Iterator[str]:
+    """The names of the links in a folder; see `names_in`."""
+    return (entry.name for entry in _entries(root) if entry.is_symlink())
+
+
+def _entries(root: Path) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(root) as entries:
+            yield from entries
+    except OSError as error:
+        raise read_error(quoted(root), error) from error
 
 
 def read_capped(root: Path, name: str, max_nbytes: int) -> bytes:
@@ -50,7 +111,7 @@ def read_capped(root: Path, name: str, max_nbytes: int) -> bytes:
         with open_regular(root / name) as stream:
             content = stream.read(max_nbytes + 1)
     except OSError as error:
-        raise read_error(f"{quoted(name)} in {quoted(root)}", error) from error
+        raise dangling(root, name) or read_error(f"{quoted(name)} in {quoted(root)}", error) from error
     if len(content) > max_nbytes:
         raise too_long(name, max_nbytes)
     return content
@@ -62,36 +123,50 @@ def too_long(name: str, max_nbytes: int) -> SourceError:
                        f"many times its size, so a larger --max-memory may raise it")
 
 
-def read_json(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTES) -> dict[str, Any]:
-    """The JSON object in `root / name`. Raises SourceError when it is absent, too large, or not an object."""
+def read_json(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTES,
+              matters: Container[str] | None = None) -> dict[str, Any]:
+    """The JSON object in `root / name`. Raises SourceError when it is absent, too large, or not an object; where a key
+    occurs twice with different values, or holds NaN or an infinity: below the outermost keys that matter, by default
+    all."""
+    return read_json_with_notes(root, name, max_nbytes, matters)[0]
+
+
+def read_json_with_notes(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTES,
+                         matters: Container[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The same, with what is doubtful in it and does not matter."""
     content = read_capped(root, name, min(max_nbytes, MAX_JSON_NBYTES))
     try:
-        value = strict_json(content)
+        value, faults, doubts = read_json_text(content, matters)
     except ValueError as error:
-        raise SourceError(f"{name} is not valid JSON: {error}") from error
+        raise misplaced(root, name, "JSON") or SourceError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise SourceError(f"{name} holds a {type(value).__name__}, not an object")
-    return value
+    if faults.texts:
+        kind = f"values in {name} are doubtful"
+        problems = [SourceError(f"{name}: {text}", kind=kind) for text in faults.texts]
+        problems[-1].num_more = faults.num_more
+        raise Refused(problems)
+    notes = [f"{name}: {text}; it is not read" for text in doubts.texts]
+    return value, notes + [f"{name}: {doubts.num_more} more such values are not read"] * bool(doubts.num_more)
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return table
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number that may stand there")
-
-
-STRICT: Mapping[str, Any] = {"object_pairs_hook": _no_twins, "parse_constant": _no_constant}
-"""For Python's reader: without its extensions NaN and Infinity, and no key twice."""
-
-
-def strict_json(text: bytes) -> Any:
-    """JSON without the extensions of Python's reader: no NaN or Infinity, no key twice. Raises ValueError."""
+def misplaced(root: Path, name: str, wanted: str | None) -> Cause | None:
+    """Why `root / name` is not what is `wanted`, where its first bytes or its link tell: "weights", "JSON", or anything
+    but a pointer of Git LFS."""
+    if cause := dangling(root, name):
+        return cause
     try:
-        return json.loads(text.decode("utf-8"), **STRICT)
-    except RecursionError as error:
-        raise ValueError(str(error)) from error
+        with open_regular(root / name) as stream:
+            found = stand_in(stream.read(HEAD_NBYTES), wanted)
+    except OSError:
+        return None
+    return Cause(f"{quoted(name)} in {quoted(root)} {found[1]}", kind=found[0]) if found else None
+
+
+def dangling(root: Path, name: str) -> Cause | None:
+    """Why a link leads to no file, where `root / name` is such a link."""
+    path = root / name
+    if not os.path.islink(path) or os.path.exists(path):
+        return None
+    return Cause(f"{quoted(name)} in {quoted(root)} is a link to {quoted(os.readlink(path))}, which does not exist "
+                 f"(the cache was moved or cleaned?); download it again", kind="files are links to nothing")

@@ -17,7 +17,7 @@ from stream_reshard.durable import (
     TEMP_NAME, NewFile, WriteFault, exchange, make_folder, sync_folder, sync_folders, target_error)
 from stream_reshard.errors import DestinationError, SourceError, quoted
 from stream_reshard.journal import JOURNAL_NAME, Journal, is_journal
-from stream_reshard.manifest import MANIFEST_NAME, MAX_FILE_NBYTES, FileDone, Manifest, read_manifest
+from stream_reshard.manifest import MANIFEST_NAME, MAX_FILE_NBYTES, FileDone, Manifest, read_manifest, same_run
 from stream_reshard.small_files import files_below
 
 SUFFIX_NBYTES = len("..0123456789ab.replaced")
@@ -55,7 +55,7 @@ def _manifest_of(folder: Path, run: Mapping[str, Any], max_files: int) -> Manife
         manifest = read_manifest(folder, max_files * MAX_FILE_NBYTES)
     except SourceError:
         return None
-    return manifest if manifest is not None and manifest.run == _as_json(run) else None
+    return manifest if manifest is not None and same_run(manifest.run, run) else None
 
 
 def finished(folder: Path, run: Mapping[str, Any], max_files: int) -> Manifest | None:
@@ -64,7 +64,8 @@ def finished(folder: Path, run: Mapping[str, Any], max_files: int) -> Manifest |
     manifest = _manifest_of(folder, run, max_files)
     if manifest is None:
         return None
-    found = {path: (folder / path).lstat().st_size for path in files_below(folder) if path != MANIFEST_NAME}
+    found = {path: (folder / path).lstat().st_size for path in files_below(folder, DestinationError)
+             if path != MANIFEST_NAME}
     return manifest if found == {path: file.nbytes for path, file in manifest.files.items()} else None
 
 
@@ -106,13 +107,13 @@ class Staging:
             raise target_error(self.path, error) from error
 
     def _refuse_links(self) -> None:
-        for path in files_below(self.path):
+        for path in files_below(self.path, DestinationError):
             if not stat.S_ISREG((self.path / path).lstat().st_mode):
                 raise DestinationError(f"{quoted(self.path / path)} is a link or no file at all, and nothing is "
                                        f"written through those; remove it")
 
     def _remove_temps(self) -> None:
-        for path in files_below(self.path):
+        for path in files_below(self.path, DestinationError):
             if TEMP_NAME.fullmatch(path.rpartition("/")[2]):
                 (self.path / path).unlink()  # Left by a run that was killed.
 
@@ -142,7 +143,7 @@ class Staging:
     def refuse_strangers(self, expected: Collection[str]) -> None:
         """Raises DestinationError where a file stands there that this run did not write: it would be committed."""
         known = {*expected, JOURNAL_NAME, MANIFEST_NAME, self.marker}
-        for path in files_below(self.path):
+        for path in files_below(self.path, DestinationError):
             if path not in known:
                 raise DestinationError(f"{quoted(self.path / path)} was not written by this run; move it away and run "
                                        f"the same command again, or --restart")

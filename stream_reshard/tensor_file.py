@@ -19,12 +19,10 @@ import xxhash
 from stream_reshard.durable import drop_from_cache
 from stream_reshard.errors import ResourceError, SourceError, StreamReshardError, quoted
 from stream_reshard.header import StoredTensor
+from stream_reshard.identity import Identity, changed, identity_of
 from stream_reshard.machine import group_limit, read_ahead_nbytes
 from stream_reshard.small_files import read_error
 from stream_reshard.stop import Stop
-
-Identity = list[int]
-"""What tells a file from another one and from itself after a change: see `identity_of`."""
 
 READ_RETRIES = 3
 """Times a read that failed in a way that may pass is tried again, each after a longer pause."""
@@ -47,24 +45,6 @@ _MAX_STRETCHES = 64
 
 _RETRIED = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
 """What a read reports when a server or a path to it was away for a moment."""
-
-
-def identity_of(status: os.stat_result) -> Identity:
-    """[device, inode, size in bytes, mtime in ns, ctime in ns]. The last one changes also where a file was written to
-    and its mtime was put back."""
-    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-def changed(path: str, before: Identity, now: Identity | None) -> SourceError:
-    """The error of a source file that is not the one the plan saw; `now` is None where it vanished."""
-    names = ("device", "inode", "size", "mtime", "ctime")
-    if now is None:
-        what = "it vanished"
-    else:
-        name, old, new = next(row for row in zip(names, before, now) if row[1] != row[2])
-        what = f"its {name} was {old}, and is {new}"
-    return SourceError(f"{quoted(path)} changed during the run: {what}; nothing was committed, run again with "
-                       f"--restart once the source is at rest")
 
 
 class ReadAhead:

@@ -10,6 +10,62 @@ from stream_reshard.cli import main
 from stream_reshard.demo import CONFIG, write_random_source
 
 
+CHOSEN = [
+    ("llama", {"architectures": ["LLaMAForCausalLM"]}, "llama", None),
+    ("llama", {"architectures": ["FSDPLlamaForCausalLM"]}, "llama", None),
+    ("llama", {"architectures": ["LlamaModel"]}, "llama", None),
+    ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "llama", None),
+    ("llama", {"architectures": "LlamaForCausalLM"}, "llama", None), ("llama", {"architectures": []}, "llama", None),
+    ("llama", {"architectures": None}, "llama", None), ("llama", {"architectures": ...}, "llama", None),
+    ("llama", {"architectures": ["YiForCausalLM"]}, "llama", "architectures names 'YiForCausalLM'; the first decides"),
+    ("llama", {"architectures": ["MistralForCausalLM"]}, "llama", "architectures names 'MistralForCausalLM'"),
+    ("llama", {"architectures": ["Qwen3ForCausalLM"]}, "llama", "architectures names 'Qwen3ForCausalLM'"),
+    ("mistral", {"architectures": ["LlamaForCausalLM"]}, "mistral", "architectures names 'LlamaForCausalLM'"),
+    ("qwen2", {"architectures": ["LlamaForCausalLM"]}, "qwen2", "architectures names 'LlamaForCausalLM'"),
+    ("llama", {"model_type": ...}, "llama", None), ("llama", {"model_type": None}, "llama", None),
+    ("llama", {"model_type": ..., "architectures": ["LLaMAForCausalLM"]}, "llama", None),
+    ("llama", {"model_type": ..., "architectures": "llamaforcausallm"}, "llama", None),
+    ("qwen2_moe", {"model_type": ..., "architectures": ["FSDPQwen2MoeForCausalLM"]}, "qwen2_moe", None),
+    ("smollm3", {"model_type": ...}, "smollm3", None)]
+
+
+@pytest.mark.parametrize("family, config, chosen, note", CHOSEN, ids=[f"{row[0]} {row[1]}"[:60] for row in CHOSEN])
+def test_model_type_decides_and_then_the_class(tmp_path, capsys, family, config, chosen, note):
+    """As transformers decides; what they contradict each other in is told."""
+    source = make_source(tmp_path / "hf", family=family, config=config)
+    assert main(["plan", str(source)]) == 0
+    out = capsys.readouterr().out
+    assert f"(Hugging Face, {chosen}, " in out and (note or "") in out and ("first decides" in out) == bool(note), out
+    assert main(["inspect", str(source), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["family"] == chosen
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"model_type": "mistral"}, "sliding_window is not said, which means 4096"),
+    ({"model_type": "mistral", "sliding_window": 32}, "sliding_window is '32'"),
+    ({"model_type": "qwen2"}, "q_proj.bias is missing"),
+    ({"model_type": "gemma"}, "model_type 'gemma' cannot be converted"),
+    ({"model_type": "gemma", "architectures": ...}, "model_type 'gemma' cannot be converted"),
+    ({"model_type": "ministral"}, "model_type 'ministral' cannot be converted: known are llama (Llama")])
+def test_the_rules_are_those_of_model_type(tmp_path, capsys, config, message):
+    """A Llama's class does not keep Mistral's window, or another family, from being seen."""
+    source = make_source(tmp_path / "hf", config=config)
+    for command in (["plan", source], [source, tmp_path / "nt"]):
+        assert main(list(map(str, command))) == 3
+        assert message in capsys.readouterr().err
+    convert(make_source(tmp_path / "good"), tmp_path / "good-nt")
+    assert main(["verify", str(tmp_path / "good-nt"), str(source)]) == 5  # As a copy that says another family.
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["LlamaModel", "LlamaForSequenceClassification", "LlamaForRewardModel"])
+def test_a_head_is_not_invented(tmp_path, capsys, name, tied):
+    source = make_source(tmp_path / "hf", tied=tied, config={"architectures": [name]}, drop=["lm_head.weight"])
+    assert main(["plan", str(source)]) == (0 if tied else 3)
+    lines = capsys.readouterr().err.splitlines()
+    assert tied or (len(lines) == 1 and f"names '{name}', a class without a language-model head" in lines[0])
+
+
 @pytest.mark.parametrize("family, config, code, message", [
     ("mistral", {"sliding_window": ...}, 3, "sliding_window is not said, which means 4096"),
     ("mistral", {"sliding_window": 32}, 3, "Nanotron would attend to everything"),

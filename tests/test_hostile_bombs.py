@@ -15,11 +15,11 @@ def status(name):
 """
 WATCHED = STATUS + """atexit.register(lambda: print(status("VmHWM"), file=sys.stderr))
 from stream_reshard.cli import script; script()"""
-MEASURED = STATUS + """from stream_reshard import errors, header; from stream_reshard.layouts import hf_config
+MEASURED = STATUS + """from stream_reshard import errors, header, small_files
 header.parse_header("x", b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 62)
 root, before = pathlib.Path(sys.argv[1]), status("VmRSS")
 with contextlib.suppress(errors.SourceError):
-    found = hf_config.read_json(root, "json") if sys.argv[2] == "json" else header.read_header(root, "header")
+    found = small_files.read_json(root, "json") if sys.argv[2] == "json" else header.read_header(root, "header")
 print(status("VmHWM") - before, file=sys.stderr)"""
 
 

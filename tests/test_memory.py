@@ -3,14 +3,17 @@
 Peaks are sums of the resident sets of the whole process tree, sampled from outside, beside VmHWM that the run prints.
 """
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from running import peak_until_it_ends
 from trees import write_sparse_source
 
+from stream_reshard import api
 from stream_reshard.memory import parse_nbytes
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +46,32 @@ def test_files_that_are_copied_pass_in_pieces(tmp_path):
                        "--max-memory", "64MiB", "--json"])
     assert peak <= 64 * 2**20
     assert (tmp_path / "nt" / "tokenizer.json").stat().st_size == 100 * 2**20
+
+
+def strays(root, number):
+    """Files of others in a source, half of them named as shards are."""
+    for i in range(number):
+        os.close(os.open(root / (f"stray-{i:06}.safetensors" if i % 2 else f"other-{i:06}.txt"), os.O_CREAT))
+
+
+def test_nothing_is_kept_of_files_that_do_not_matter(tmp_path):
+    write_sparse_source(tmp_path / "hf", vocab=1000)
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    strays(tmp_path / "hf", 1000)
+    plan = api.plan(tmp_path / "hf", tmp_path / "nt", max_memory="8GiB")
+    assert set(plan.identities) == {"config.json", "model.safetensors"} and set(plan.copies) == {"tokenizer.json"}
+    assert len(repr(plan.output.run)) < 2000 and len("".join(plan.notes)) < 1000
+    assert "and 484 more" in "".join(plan.notes)
+
+
+@pytest.mark.heavy
+def test_a_source_among_200_000_other_files_keeps_64_mib(tmp_path):
+    write_sparse_source(tmp_path / "hf", vocab=1000)
+    strays(tmp_path / "hf", 200_000)
+    command = [sys.executable, "-m", "stream_reshard", str(tmp_path / "hf"), str(tmp_path / "nt"), "--max-memory", "64MiB"]
+    begin = time.monotonic()
+    assert max(peak_of(command)[0], peak_of([*command[:3], "plan", *command[3:]])[0]) <= 64 * 2**20
+    assert time.monotonic() - begin < 30
 
 
 @pytest.mark.heavy

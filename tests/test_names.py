@@ -2,6 +2,7 @@
 import pytest
 
 from stream_reshard.architectures import FAMILIES
+from stream_reshard.documents import yaml_string
 from stream_reshard.model import Experts, Model, ModelConfig
 from stream_reshard.names import Templates, indices_of
 
@@ -50,3 +51,31 @@ def test_numbers_of_a_model(family, tied):
     assert model.num_elements == sum(parameter.num_elements for parameter in stored)
     with pytest.raises(KeyError):
         model.number_of("layers.11.attention.q")
+
+
+SPECIAL = {*range(0x300), 0x61C, 0xD7FF, *range(0x2000, 0x2070), *range(0xE000, 0xE004), *range(0xFDD0, 0xFDF0), 0xFEFF,
+           *range(0xFFF0, 0x10000), *range(0x10000, 0x10FFFF, 7919), 0x1F600, 0x1FFFE, 0x1FFFF, 0x10FFFE, 0x10FFFF,
+           *range(0x300, 0xD800, 97), *range(0xE000, 0xFFFF, 97)}
+"""Controls, spaces of all kinds, ends of lines, marks of direction, what is no character, and some of everything else."""
+
+
+def test_strings_in_a_config_yaml_are_read_as_what_was_meant():
+    """By PyYAML, each alone, at either end, doubled, and all in a row; the text is ASCII in one line."""
+    yaml = pytest.importorskip("yaml")
+    characters = [chr(code) for code in sorted(SPECIAL)] + [chr(code) for code in range(0xDC80, 0xDD00)]
+    texts = [f"{c}{middle}{c}" for c in characters for middle in ("", "a", c)] + ["".join(characters), "", " ", "null", "1", "~"]
+    texts = [text for text in texts if _is_path(text)]
+    written = [yaml_string(text) for text in texts]
+    assert all(line.isascii() and line.isprintable() for line in written)
+    assert yaml.safe_load("".join(f"- {line}   # a comment\n" for line in written)) == texts
+
+
+def _is_path(text):
+    """Whether the text is what Python makes of the bytes that it stands for."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape") == text
+
+
+def test_names_that_an_ascii_locale_took_apart_are_put_together():
+    for name in ("é", "\U0001f600 x", "a\u2028b"):
+        assert yaml_string(name.encode().decode("ascii", "surrogateescape")) == yaml_string(name)
+    assert yaml_string("\udce9") == '"\\udce9"' and yaml_string("\ud83d") == '"\\ud83d"'

@@ -2,12 +2,15 @@
 what may stand at a destination before a run."""
 import json
 import os
+import shutil
 import signal
+import subprocess
 
 import pytest
 from faults import Case, after_fault, clean_error, manifest_of, tree_of
 from sources import edit_config, make_source
 
+from stream_reshard import api
 from stream_reshard.cli import main
 from stream_reshard.staging import staging_of
 
@@ -282,3 +285,142 @@ def test_a_source_named_by_a_relative_path_is_the_same_source(tmp_path, monkeypa
     edit_config(tmp_path / "hf", {"rms_norm_eps": 1e-6})
     assert main(["hf", *command]) == 4
     assert tree_of(tmp_path / "nt") == before
+
+
+def moved(case, source=None, destination=None):
+    """The same case after its source, or what is at its destination, was renamed."""
+    other = object.__new__(Case)
+    other.__dict__ |= case.__dict__ | {"source": source or case.source, "destination": destination or case.destination}
+    if source:
+        case.source.rename(source)
+    if destination:
+        staging_of(case.destination).rename(staging_of(destination))
+    return other
+
+
+def kept_of(case, *flags):
+    code, out = case.run(flags=("--json", *flags))
+    assert code == 0, out
+    return json.loads(out)["num_files_kept"]
+
+
+def test_a_source_that_is_mounted_elsewhere_is_the_same_source(stopped):
+    """Its path is text for people: a run goes on, and what is finished is finished."""
+    num_done = len(finished(stopped))
+    case = moved(stopped, source=stopped.root / "elsewhere")
+    assert kept_of(case) >= num_done - 1 and case.tree() == case.wanted | {
+        "stream_reshard.json": case.tree()["stream_reshard.json"]}
+    assert manifest_of(case.destination)["run"]["source"] == str(case.source)
+    case = moved(case, source=stopped.root / "elsewhere again")
+    before = tree_of(case.destination)
+    code, out = case.run(flags=("--json",))
+    assert code == 0 and json.loads(out)["already_done"] and tree_of(case.destination) == before
+
+
+def test_numbers_of_devices_and_inodes_are_no_part_of_a_run(stopped, monkeypatch):
+    """A mount gives them: FUSE and NFS after each reboot, every node its own."""
+    from stream_reshard import identity
+    num_done = len(finished(stopped))
+    real = identity.identity_of
+    for module in ("identity", "execute", "companions", "tensor_file"):
+        monkeypatch.setattr(f"stream_reshard.{module}.identity_of", lambda status: [
+            real(status)[0] + 7, real(status)[1] + 1000, *real(status)[2:]])
+    assert kept_of(stopped) >= num_done - 1
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "config.json", "model.safetensors.index.json",
+                                  "tokenizer.json"])
+@pytest.mark.parametrize("change", [lambda path: os.utime(path, ns=(1, 1)), lambda path: path.write_bytes(path.read_bytes()),
+                                    lambda path: path.chmod(0o600)], ids=["mtime", "written", "ctime"])
+def test_a_source_that_changed_since_is_another_source(stopped, name, change):
+    change(stopped.source / name)
+    code, err = stopped.run()
+    assert clean_error(code, err, (4,)) is None and "another plan or source" in err
+
+
+def test_a_destination_that_is_mounted_elsewhere_goes_on_and_names_its_new_place(stopped):
+    num_done = len(finished(stopped))
+    (stopped.root / "new").mkdir()
+    case = moved(stopped, destination=stopped.root / "new" / "nt")
+    assert kept_of(case) >= num_done - 1
+    assert f'"{case.destination}"' in (case.destination / "config.yaml").read_text()
+    assert {path: digest for path, digest in case.tree().items() if path.startswith("model/")} == {
+        path: digest for path, digest in case.wanted.items() if path.startswith("model/")}
+
+
+def test_a_finished_destination_that_moved_is_not_called_done(tmp_path):
+    """Its config.yaml starts from where it stood."""
+    case = Case(tmp_path)
+    case.destination.rename(tmp_path / "moved")
+    other = object.__new__(Case)
+    other.__dict__ |= case.__dict__ | {"destination": tmp_path / "moved"}
+    code, err = other.run()
+    assert clean_error(code, err, (4,)) is None and "complete, but was made at another place, which config.yaml names" in err
+    assert other.run(flags=("--overwrite",))[0] == 0 and f"{tmp_path}/moved" in (tmp_path / "moved/config.yaml").read_text()
+
+
+def test_a_working_folder_that_changes_after_the_plan_changes_nothing(tmp_path, monkeypatch):
+    make_source(tmp_path / "a" / "hf")
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    plan = api.plan("hf", "nt", max_memory="4GiB")
+    monkeypatch.chdir(tmp_path / "b")
+    lines = "\n".join(api.run(plan).lines)
+    assert (tmp_path / "a" / "nt" / "config.yaml").exists() and not os.listdir(tmp_path / "b")
+    assert lines.count(f"{tmp_path}/a/nt") == 2
+
+
+def mounted(kind, root, image):
+    """Mount what holds source and destination, under another device number each time."""
+    command = {"ext4": ["mount", "-o", "loop", image, root], "bindfs": ["bindfs", image, root]}[kind]
+    subprocess.run(list(map(str, command)), check=True)
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize("kind", ["ext4", "bindfs"])
+@pytest.mark.parametrize("is_elsewhere", [False, True], ids=["same path", "another path"])
+def test_a_remount_between_two_attempts(tmp_path, kind, is_elsewhere):
+    """ext4 on another loop device, FUSE with another number; at the same path, or at another one."""
+    if not shutil.which({"ext4": "mkfs.ext4", "bindfs": "bindfs"}[kind]):
+        pytest.skip(f"{kind} is not installed")
+    image, one, other, spare = (tmp_path / name for name in ("image", "one", "other", "spare"))
+    for folder in (one, other, spare):
+        folder.mkdir()
+    if kind == "ext4":
+        with open(image, "wb") as stream:
+            stream.truncate(2**26)
+        subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+        shutil.copy(image, tmp_path / "image2")
+    else:
+        image.mkdir()
+    roots = []
+
+    def mount(root, image):
+        mounted(kind, root, image)
+        roots.append(root)
+
+    def unmount(root):
+        subprocess.run(["umount", root], check=True)
+        roots.remove(root)
+
+    try:
+        mount(one, image)
+        case = Case(one)
+        wanted = case.wanted
+        case.clear()
+        case.run(stop_at(MIDDLE))
+        num_done, device = len(finished(case)), os.stat(case.source).st_dev
+        assert num_done > 5
+        unmount(one)
+        mount(spare, tmp_path / "image2" if kind == "ext4" else image)  # It takes the number that was free.
+        place = other if is_elsewhere else one
+        mount(place, image)
+        case.source, case.destination, case.root = place / "hf", place / "nt", place
+        assert os.stat(case.source).st_dev != device
+        assert kept_of(case) >= num_done - 1
+        assert {path for path in wanted if case.tree()[path] != wanted[path]} <= {"config.yaml", "stream_reshard.json"}
+        assert case.run(flags=("--json",))[0] == 0
+    finally:
+        for root in list(roots):
+            unmount(root)

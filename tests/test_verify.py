@@ -115,5 +115,5 @@ def test_an_edited_config_yaml_may_say_anything_but_another_model(made, copied, 
 def test_what_nfs_keeps_of_removed_files_is_not_there(made, copied, verify):
     root = copied("tp2pp2", bare=False)
     for folder in (root, root / "model" / "model" / "lm_head"):
-        (folder / ".nfs000001").write_text("still open elsewhere")
+        (folder / ".nfs0000000001a2b3c400000001").write_text("still open elsewhere")
     assert verify(made("hf"), root)[0] == 0

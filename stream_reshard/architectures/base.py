@@ -16,7 +16,7 @@ class Family:
     hugging_face_class: str
     """The class name in config.json's `architectures`."""
     model_type: str
-    """What config.json calls it beside that."""
+    """What transformers goes by."""
     nanotron_configs: tuple[str, ...]
     """Nanotron's config classes that express the family, the usual one first."""
     rows: tuple[Row, ...]

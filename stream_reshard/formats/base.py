@@ -3,13 +3,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from stream_reshard.architectures import Family
 from stream_reshard.errors import Problems
+from stream_reshard.identity import Identity
 from stream_reshard.layouts.base import Layout
 from stream_reshard.layouts.limits import Limit
 from stream_reshard.model import Model, ModelConfig
@@ -35,8 +36,8 @@ class Source:
     """Nanotron's config class, where the checkpoint names one."""
     model: Model | None = None
     layout: Layout | None = None
-    files: tuple[str, ...] = ()
-    """Paths of everything that says what the weights are; if one of them changes, so does the checkpoint."""
+    identities: Mapping[str, Identity] = field(default_factory=dict)
+    """Everything that says what the weights are, by path, as it was before it was read."""
     router_dtype: str | None = None
     """The safetensors dtype of MoE routers before Nanotron, which keeps them in float32; None where it is not known."""
     ids_are_known: bool = True

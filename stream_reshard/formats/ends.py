@@ -13,9 +13,11 @@ from stream_reshard.formats.from_nanotron import open_nanotron
 from stream_reshard.formats.like_template import LikeTemplate
 from stream_reshard.formats.to_hugging_face import ToHuggingFace
 from stream_reshard.formats.to_nanotron import ToNanotron
+from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.nanotron_config import is_nanotron
 from stream_reshard.layouts.limits import limit_problems
 from stream_reshard.options import Options
+from stream_reshard.small_files import check_readable
 
 
 def open_ends(options: Options, problems: Problems) -> tuple[Source, Target]:
@@ -40,10 +42,11 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target]:
 
 def open_any(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
              is_exact: bool = True) -> Source | None:
-    """Open a checkpoint of either format; see `open_nanotron`."""
+    """Open a checkpoint of either format; see `open_nanotron`. Raises SourceError for a folder that is closed to us."""
+    check_readable(root)
     if os.path.isdir(root) and is_nanotron(root):
         return open_nanotron(root, max_nbytes, vocab_size, problems, is_exact)
-    if vocab_size is not None:
+    if vocab_size is not None and os.path.isfile(root / CONFIG_NAME):
         problems.append(UsageError("--vocab-size is for a Nanotron checkpoint, which keeps no count of its true rows"))
     return open_hugging_face(root, max_nbytes, problems)
 

@@ -1,15 +1,18 @@
 """A Nanotron checkpoint, opened to be converted."""
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stream_reshard.errors import Problems, SourceError, UsageError, quoted
+from stream_reshard.errors import Problems, UsageError, quoted
 from stream_reshard.formats.base import Source
+from stream_reshard.identity import identities_of
 from stream_reshard.layouts.nanotron_config import (
     METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config, with_known_ids)
+from stream_reshard.layouts.nanotron_folder import litter_notes, not_committed
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.layouts.nanotron_source import format_of, layout_of_files, read_weight_files
 from stream_reshard.manifest import read_manifest
@@ -20,9 +23,10 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     """Read config and headers, none of more than `max_nbytes`; everything wrong goes to `problems`. None where not even
     the config makes sense. `vocab_size`: rows of the embedding without padding, where a user says it; where it
     need not be exact, padding counts."""
-    if not (root / MODEL_CONFIG_NAME).is_file():
-        problems.append(SourceError(f"{quoted(root)} holds no {MODEL_CONFIG_NAME}: it is not a committed checkpoint"))
+    if not os.path.isfile(root / MODEL_CONFIG_NAME):
+        problems.append(not_committed(root))
         return None
+    seen = identities_of(root, (MODEL_CONFIG_NAME, METADATA_NAME))
     config = problems.collect(read_model_config, root, max_nbytes)
     files = problems.collect(read_weight_files, root, max_nbytes)
     if config is None:
@@ -38,10 +42,12 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     model_config = replace(known_ids or config.model, vocab_size=size or config.model.vocab_size)
     rules = format_of(config, files) if files else None
     return Source(root, MODEL_CONFIG_NAME, config.family, model_config, tuple(config.extras.values()),
-                  tuple(_notes(layout)) if layout else (),
+                  (*litter_notes(root), *_notes(layout)) if layout else (),
                   rules.rope_interleaved if rules else False, config.config_class, layout.model if layout else None,
-                  layout, (MODEL_CONFIG_NAME, METADATA_NAME, *(files.by_path if files else ())),
-                  router_dtype=facts.get("router_dtype"), ids_are_known=known_ids is not None)
+                  layout,
+                  seen | {path: file.identity for path, file in (files.by_path if files else {}).items()
+                          if file.identity},
+                  facts.get("router_dtype"), known_ids is not None)
 
 
 def _facts_of(root: Path, max_nbytes: int) -> Mapping[str, Any]:

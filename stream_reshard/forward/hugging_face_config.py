@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stream_reshard.architectures import model_type_of
 from stream_reshard.errors import Problems, quoted
 from stream_reshard.forward.settings import Settings
+from stream_reshard.layouts.hf_config import UNDERSTOOD
 from stream_reshard.small_files import read_json
 
 CONFIG_NAME = "config.json"
@@ -25,9 +27,6 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "smollm3": {"num_key_value_heads": 4, "rope_theta": 2000000.0,
                 "tie_word_embeddings": True}}
 """By family, where its config class says something else than Llama's."""
-
-_CLASSES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2",
-            "Qwen2MoeForCausalLM": "qwen2_moe", "SmolLM3ForCausalLM": "smollm3"}
 
 _MAX_EXPERTS = 4096
 """No model has more in a layer."""
@@ -95,7 +94,7 @@ class HuggingFaceConfig:
 def read_hugging_face_config(root: Path, problems: Problems, max_nbytes: int) -> HuggingFaceConfig:
     """Read config.json. What makes no sense, or is not computed here, goes to `problems`; raises SourceError where
     there is no such file."""
-    raw = read_json(root, CONFIG_NAME, max_nbytes)
+    raw = read_json(root, CONFIG_NAME, max_nbytes, UNDERSTOOD)
     family = _family(raw)
     settings = Settings(raw, CONFIG_NAME, problems, _DEFAULTS.get(family, {}))
     if family not in _DEFAULTS:
@@ -121,9 +120,10 @@ def read_hugging_face_config(root: Path, problems: Problems, max_nbytes: int) ->
 
 
 def _family(raw: Mapping[str, Any]) -> str:
-    names = raw.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    return _CLASSES.get(str(name), str(raw.get("model_type") if name is None else name))
+    """`model_type` decides, as in transformers; without one the class that architectures names."""
+    model_type, names = raw.get("model_type"), raw.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    return str(model_type_of(str(name)) or name) if model_type is None else str(model_type)
 
 
 def _rope(settings: Settings) -> tuple[float, RopeScaling | None]:

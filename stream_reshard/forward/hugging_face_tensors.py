@@ -1,19 +1,18 @@
 """The tensors of a Hugging Face checkpoint by name, with the shapes that transformers' modules give them."""
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.forward.hugging_face_config import HuggingFaceConfig
 from stream_reshard.forward.settings import DTYPES
 from stream_reshard.header import StoredTensor, read_header
+from stream_reshard.layouts.hf_shards import SHARD_NAME
 from stream_reshard.small_files import read_json
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,250}\.safetensors", re.ASCII)
 
 
 class HuggingFaceTensors(dict[str, StoredTensor]):
@@ -24,7 +23,7 @@ class HuggingFaceTensors(dict[str, StoredTensor]):
         self._root, self._problems = root, problems
         names: list[str] = [_SINGLE]
         if (root / _INDEX).is_file():
-            told = read_json(root, _INDEX, max_nbytes).get("weight_map")
+            told = read_json(root, _INDEX, max_nbytes, {"weight_map"}).get("weight_map")
             names = sorted(set(told.values())) if isinstance(told, dict) and _are_shards(told) else []
         elif not (root / _SINGLE).is_file():
             raise SourceError(f"{quoted(root)} holds neither {_SINGLE} nor {_INDEX}")
@@ -75,7 +74,9 @@ class HuggingFaceTensors(dict[str, StoredTensor]):
             self._take(f"{name}.bias", rows)
 
     def _take(self, name: str, *shape: int) -> None:
-        tensor = self._stored.get(name)
+        # transformers' loader strips or adds one `model.` (rename_source_key in core_model_loading.py).
+        spellings = (name, f"model.{name}", name.removeprefix("model."))
+        tensor = next((self._stored[spelled] for spelled in spellings if spelled in self._stored), None)
         if tensor is None:
             self._problems.append(SourceError(f"{name} is missing in {quoted(self._root)}"))
         elif tensor.shape != shape or tensor.dtype not in DTYPES:
@@ -86,4 +87,4 @@ class HuggingFaceTensors(dict[str, StoredTensor]):
 
 
 def _are_shards(weight_map: dict[str, object]) -> bool:
-    return all(isinstance(name, str) and _SHARD.fullmatch(name) for name in weight_map.values())
+    return all(isinstance(name, str) and len(name) < 256 and SHARD_NAME.fullmatch(name) for name in weight_map.values())

@@ -15,6 +15,7 @@ from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.forward.nanotron_config import NanotronConfig
 from stream_reshard.forward.settings import DTYPES
 from stream_reshard.header import StoredTensor, read_header
+from stream_reshard.layouts.nanotron_folder import is_litter
 
 EMBEDDING = "token_position_embeddings.pp_block.token_embedding.weight"
 FINAL_NORM = "final_layer_norm.pp_block.weight"
@@ -30,7 +31,8 @@ class NanotronTensors(dict[str, list[StoredTensor]]):
         """Looks for the topology only; `max_nbytes` limits a header. Raises SourceError where there is none."""
         self._root, self._problems, self._max_nbytes = root, problems, max_nbytes
         folder = _folder_of(EMBEDDING)
-        names = [path.name for path in sorted((root / folder).glob("*")) if _ranks_in(path.name)]
+        names = [path.name for path in sorted((root / folder).glob("*"))
+                 if _ranks_in(path.name) and not is_litter(path.name)]
         sizes = {_ranks_in(name)[1::2] for name in names}
         if len(sizes) != 1 or len(names) != next(iter(sizes))[1]:
             raise SourceError(f"{quoted(folder)} holds {len(names)} files of {len(sizes)} topologies; one for each "
@@ -43,7 +45,8 @@ class NanotronTensors(dict[str, list[StoredTensor]]):
         """Look for every parameter of the model. What is missing, or has another shape than Nanotron's module, goes to
         `problems`. With `may_be_moved` blocks may stand on other stages than Nanotron's balancing gives them."""
         self._check_splits(config)
-        num_found = len(list((self._root / "model/model/decoder").glob("*")))
+        layers = (path.name for path in (self._root / "model/model/decoder").glob("*"))
+        num_found = sum(not is_litter(f"{name}/") and not is_litter(name) for name in layers)
         if config.num_layers != num_found:
             self._problems.append(SourceError(f"num_hidden_layers is {config.num_layers}, but there are {num_found} "
                                               f"layers in {quoted(self._root)}"))

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.errors import Problems
 from stream_reshard.forward.hugging_face_config import CONFIG_NAME, HuggingFaceConfig, read_hugging_face_config
 from stream_reshard.forward.hugging_face_tensors import HuggingFaceTensors
 from stream_reshard.forward.nanotron_config import NanotronConfig, read_nanotron_config
 from stream_reshard.forward.nanotron_tensors import NanotronTensors
+from stream_reshard.layouts.causes import no_checkpoint
 from stream_reshard.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -86,8 +87,7 @@ def open_side(root: Path, max_nbytes: int, allow: Collection[str] = ()) -> Side:
     elif (root / CONFIG_NAME).is_file():
         side = problems.collect(_open_hugging_face, root, max_nbytes, problems, facts)
     else:
-        problems.append(SourceError(f"{quoted(root)} is no checkpoint folder: it holds neither {CONFIG_NAME} nor "
-                                    f"model/model"))
+        problems.append(no_checkpoint(root))
     problems.raise_if_any()
     assert side is not None, "without problems there is a side"
     return side

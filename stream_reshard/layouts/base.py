@@ -160,6 +160,11 @@ class Layout(ABC):
         raise TypeError(f"{self.format} files that are there already begin where they begin")
 
     @property
+    def most_files(self) -> int:
+        """Files of a group, or files that hold a part of one parameter, at most."""
+        return 1
+
+    @property
     @abstractmethod
     def num_files(self) -> int:
         """How many files there are."""

@@ -4,22 +4,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stream_reshard.errors import quoted
-from stream_reshard.layouts.hf_config import SourceConfig
+from stream_reshard.layouts.hf_causes import quantization_of
+from stream_reshard.layouts.hf_config import UNDERSTOOD, SourceConfig
 from stream_reshard.layouts.limits import Limit
+
+QUANTIZATION = "quantization"
 
 _MISTRAL_WINDOW = 4096
 """What MistralConfig takes where config.json says nothing; null is full attention."""
 
 _WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
-
-_UNDERSTOOD = frozenset("""
-    architectures model_type transformers_version torch_dtype dtype hidden_size intermediate_size num_hidden_layers
-    num_attention_heads num_key_value_heads head_dim vocab_size tie_word_embeddings max_position_embeddings rms_norm_eps
-    rope_theta rope_scaling rope_parameters partial_rotary_factor initializer_range hidden_act bos_token_id eos_token_id
-    pad_token_id attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types
-    attention_dropout quantization_config num_local_experts num_experts qk_norm use_qk_norm qk_layernorm
-    no_rope_layers no_rope_layer_interval num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size
-    norm_topk_prob decoder_sparse_step mlp_only_layers router_aux_loss_coef output_router_logits qkv_bias""".split())
 
 _WITHOUT_EFFECT = frozenset("""
     use_cache pretraining_tp _name_or_path name_or_path is_decoder return_dict output_attentions output_hidden_states
@@ -38,15 +32,19 @@ def limits(config: SourceConfig) -> Iterator[Limit]:
     if hidden_act not in ("silu", "swish"):
         yield Limit("hidden_act", f"hidden_act is {quoted(hidden_act)}; Nanotron's Llama is known to agree with silu",
                     hidden_act)
-    if raw.get("quantization_config"):
-        yield Limit("quantization", "quantization_config says the weights are quantised; dequantise them first",
-                    raw["quantization_config"])
     if config.model.experts is not None:
         yield from _expert_limits(config)
         return
     for key in ("num_local_experts", "num_experts"):
         if raw.get(key):
             yield Limit("experts", f"{key} is {quoted(raw[key])}; a mixture of experts cannot be converted", raw[key])
+
+
+def quantization_limits(config: SourceConfig) -> Iterator[Limit]:
+    """What a config says of quantised weights. Where they are not, nothing keeps them from being converted; but
+    transformers would quantise them when it loads them."""
+    if method := quantization_of(config.raw):
+        yield Limit(QUANTIZATION, f"config.json says that the weights are quantised ({quoted(method)})", method)
 
 
 def _expert_limits(config: SourceConfig) -> Iterator[Limit]:
@@ -111,7 +109,7 @@ def dropped(config: SourceConfig) -> list[str]:
     notes = []
     if config.raw.get("attention_dropout"):
         notes.append(f"attention_dropout {quoted(config.raw['attention_dropout'])}: Nanotron trains without it")
-    if unknown := sorted(set(config.raw) - _UNDERSTOOD - _WITHOUT_EFFECT):
+    if unknown := sorted(set(config.raw) - UNDERSTOOD - _WITHOUT_EFFECT):
         more = f" and {len(unknown) - 30} more" if len(unknown) > 30 else ""
         notes.append(f"config.json keys not understood, ignored: {', '.join(map(quoted, unknown[:30]))}{more}")
     return notes + list(config.notes)

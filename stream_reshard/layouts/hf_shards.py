@@ -6,32 +6,38 @@ once, so it is read piece by piece, and of a tensor that the model has only the 
 """
 from __future__ import annotations
 
+import json
+import os
 import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from stream_reshard.box import has_twins
-from stream_reshard.errors import Problems, Refused, SourceError, quoted
+from stream_reshard.errors import Cause, Problems, Refused, SourceError, StreamReshardError, quoted
 from stream_reshard.header import MAX_HEADER_NBYTES, TensorFile, read_header
 from stream_reshard.json_stream import JsonReader, TooLong
+from stream_reshard.layouts.causes import no_weights, unfinished
+from stream_reshard.layouts.hf_config import INDEX_NAME, SINGLE_NAME
 from stream_reshard.model import Model
-from stream_reshard.small_files import MAX_JSON_NBYTES, open_regular, read_error, too_long
+from stream_reshard.small_files import (
+    MAX_JSON_NBYTES, dangling, misplaced, open_regular, read_error, read_json, too_long)
+from stream_reshard.stand_ins import answer
 
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
+_WORD = r"[A-Za-z0-9_][A-Za-z0-9_.\-+=@,() ]*"
+SHARD_NAME = re.compile(rf"(?:{_WORD}/)*{_WORD}\.safetensors")
+"""A path below the folder, with forward slashes; no part of it begins with a dot."""
 
 MAX_PROBLEMS = 1000
 """More of one kind are not listed: a hostile index must not fill the memory with what is wrong with it."""
 
+_MISSING = "missing"
+
 MAX_KEY_NBYTES = 2**14
 """No tensor that is ignored has a longer name."""
-
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass
@@ -75,30 +81,39 @@ def open_shards(root: Path, model: Model | None, max_nbytes: int = MAX_HEADER_NB
     Nothing that is parsed at once may have more than `max_nbytes`. Without a model, of which config.json told, nothing
     is kept of what the index says of tensors.
     """
-    single, index = (root / SINGLE_NAME).is_file(), (root / INDEX_NAME).is_file()
+    shards = _found_shards(root, model, max_nbytes)
+    for name in shards.names:
+        if os.path.lexists(root / f"{name}.aria2"):  # It has its full size from the start, whatever is in it.
+            raise Cause(f"{quoted(name)} is not downloaded whole: {quoted(f'{name}.aria2')} stands beside it, which "
+                        f"aria2 keeps until then; let it finish, or download the shard again")
+    return shards
+
+
+def _found_shards(root: Path, model: Model | None, max_nbytes: int) -> Shards:
+    single, index = os.path.isfile(root / SINGLE_NAME), os.path.isfile(root / INDEX_NAME)
     if single and index:
-        raise SourceError(f"{quoted(root)} holds both {SINGLE_NAME} and {INDEX_NAME}; remove the one that is stale")
+        return _single_in_index(root, model, max_nbytes)
     if single:
         file = read_header(root, SINGLE_NAME, max_nbytes)
         return Shards((SINGLE_NAME,), len(file.tensors), file)
     if not index:
-        raise _without_shards(root)
+        raise no_weights(root)
     return _from_index(root, model, max_nbytes)
 
 
-def _without_shards(root: Path) -> SourceError:
-    """Why a folder without single file and index is refused, with what to do."""
-    pickled = sorted(path.name for pattern in _PICKLED for path in root.glob(pattern))
-    if pickled:
-        return SourceError(
-            f"{quoted(root)} holds pickled weights ({quoted(pickled[0])}), which are never opened because they can run "
-            f"code; convert them where you trust them: AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(NEW)")
-    shards = sorted(path.name for path in root.glob("*.safetensors"))
-    if shards:
-        return SourceError(f"{quoted(root)} holds {len(shards)} shards such as {quoted(shards[0])}, but no "
-                           f"{INDEX_NAME}")
-    return SourceError(f"{quoted(root)} holds neither {SINGLE_NAME} nor {INDEX_NAME}: it is not a Hugging Face "
-                       f"checkpoint")
+def _single_in_index(root: Path, model: Model | None, max_nbytes: int) -> Shards:
+    """A single shard that an index names too, and no other, as mlx-lm writes it. Raises SourceError for one that names
+    others: transformers would not look at it, but one of the two is stale."""
+    try:
+        shards = _from_index(root, model, max_nbytes)
+        if shards.names == (SINGLE_NAME,):
+            return shards
+    except Cause:
+        raise
+    except StreamReshardError:
+        pass
+    raise SourceError(f"{quoted(root)} holds both {SINGLE_NAME} and an {INDEX_NAME} that is not of it alone; remove "
+                      f"the one that is stale")
 
 
 def _from_index(root: Path, model: Model | None, max_nbytes: int) -> Shards:
@@ -108,7 +123,7 @@ def _from_index(root: Path, model: Model | None, max_nbytes: int) -> Shards:
     except OSError as error:
         raise read_error(f"{quoted(INDEX_NAME)} in {quoted(root)}", error) from error
     except ValueError as error:
-        raise SourceError(f"{INDEX_NAME} is not valid JSON: {error}") from error
+        raise misplaced(root, INDEX_NAME, "JSON") or SourceError(f"{INDEX_NAME} is not valid JSON: {error}") from error
     except TooLong as error:
         raise too_long(INDEX_NAME, error.limit) from error
     # Shards by name, whatever the order in which the index came to them.
@@ -118,6 +133,16 @@ def _from_index(root: Path, model: Model | None, max_nbytes: int) -> Shards:
     index.others = {key: rank[place] for key, place in index.others.items()}
     index.shards = [index.shards[old] for old in order]
     return Shards(tuple(index.shards), index.num_tensors, None, index)
+
+
+def _without_map(root: Path) -> SourceError:
+    try:
+        said = answer(read_json(root, INDEX_NAME, 2**16, ()), "weight_map")
+    except StreamReshardError:
+        said = None
+    if said:
+        return Cause(f"{quoted(INDEX_NAME)} in {quoted(root)} {said}")
+    return SourceError(f"{INDEX_NAME} has no weight_map; download it again, it tells which tensor is where")
 
 
 class _Reading:
@@ -134,25 +159,41 @@ class _Reading:
         """Read to the end. Raises SourceError, Refused, ValueError for what is no JSON, TooLong."""
         if reader.next() != "{":
             raise SourceError(f"{INDEX_NAME} holds a {type(reader.value()).__name__}, not an object")
-        seen: set[int] = set()
+        num_keys = num_maps = 0
         for key in reader.keys():
-            if hash(key) in seen:
-                raise ValueError("a key occurs twice")
-            seen.add(hash(key))
-            if len(seen) > MAX_PROBLEMS:
+            num_keys += 1
+            if num_keys > MAX_PROBLEMS:
                 raise SourceError(f"{INDEX_NAME} has more than {MAX_PROBLEMS} keys beside weight_map")
+            num_maps += key == "weight_map"
             if key == "weight_map" and reader.next() == "{":
                 self._read_map(reader.entries())
             else:
-                reader.value()
+                reader.value()  # Nobody asks for it, whatever it is.
         if reader.next():
             raise ValueError("something stands behind its end")
-        if has_twins(self._index.numbers):
-            raise ValueError("a key occurs twice")
+        if num_maps > 1:
+            raise SourceError(f"{INDEX_NAME}: weight_map occurs twice")
         self._problems.raise_if_any()
+        self._refuse_twins()
         if not self._index.num_tensors:
-            raise SourceError(f"{INDEX_NAME} has no weight_map")
+            raise _without_map(self._root)
         return self._index
+
+    def _refuse_twins(self) -> None:
+        """Raises SourceError for a tensor that the index has twice, in different shards."""
+        index = self._index
+        for part in range(64 if has_twins(index.numbers) else 0):  # In parts, as has_twins does it.
+            pairs = sorted(number << 32 | at for number, at in zip(index.numbers, index.places) if number & 63 == part)
+            for one, other in zip(pairs, pairs[1:]):
+                if one >> 32 == other >> 32 and one != other and self._model:
+                    self._refuse_twin(self._model.parameter(one >> 32).hugging_face)
+
+    def _refuse_twin(self, key: str) -> None:
+        pattern = re.compile(re.escape(json.dumps(key)).encode() + rb"\s*:")
+        with open_regular(self._root / INDEX_NAME) as stream:
+            lines = [str(number) for number, line in enumerate(stream, 1) for _ in pattern.findall(line)][:5]
+        where = f" in line{'s' * (len(lines) > 1)} {' and '.join(lines)}" if lines else ""
+        raise SourceError(f"{INDEX_NAME}: {quoted(key)} occurs twice with different values{where}")
 
     def _read_map(self, entries: Iterator[tuple[str, Any]]) -> None:
         index, find = self._index, self._model.number_of_tensor if self._model else lambda key: None
@@ -163,7 +204,8 @@ class _Reading:
                 index.numbers.append(number)
                 index.places.append(place)
             elif key in index.others:
-                raise ValueError("a key occurs twice")
+                if index.others[key] != place:
+                    self._refuse_twin(key)
             elif len(key) <= MAX_KEY_NBYTES and len(index.others) < self._max_others:
                 index.others[key] = place
             else:
@@ -178,14 +220,23 @@ class _Reading:
             self._index.shards.append(name)
             return self._known.setdefault(name, len(self._index.shards) - 1)
         text = f"a {type(name).__name__}" if isinstance(name, (list, dict)) else name
-        self._problems.append(SourceError(f"{INDEX_NAME} names {quoted(text)}, which is {fault}"))
+        cause = dangling(self._root, name) if fault == _MISSING and len(name) <= 255 else None
+        hint = self._unfinished if fault == _MISSING else None
+        problem = (Cause if hint else SourceError)(
+            f"{INDEX_NAME} names {quoted(text)}, which is {fault}{f'; {hint}' if hint else ''}",
+            kind="shards are missing" if fault == _MISSING else "")
+        self._problems.append(cause or problem)
         if not isinstance(name, str):
             raise Refused(self._problems)
         if len(name) <= MAX_KEY_NBYTES:
             self._known[name] = 0
         return 0
 
+    @cached_property
+    def _unfinished(self) -> str | None:
+        return unfinished(self._root)
+
     def _fault_of(self, name: Any) -> str | None:
-        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
             return "not a safetensors file in the folder"
-        return "missing" if len(name) > 255 or not (self._root / name).is_file() else None
+        return _MISSING if len(name) > 255 or not (self._root / name).is_file() else None

@@ -1,6 +1,7 @@
 """What the `model_config.json` of a Nanotron checkpoint says about the model, in the spelling all formats share."""
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,9 +36,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 def is_nanotron(root: Path) -> bool:
     """Whether a folder holds a Nanotron checkpoint, or what is left of one: weights decide, else the config."""
-    if (root / "model" / "model").is_dir():
+    if os.path.isdir(root / "model" / "model"):
         return True
-    return not (root / CONFIG_NAME).is_file() and ((root / "model").is_dir() or (root / MODEL_CONFIG_NAME).is_file())
+    return not os.path.isfile(root / CONFIG_NAME) and (os.path.isdir(root / "model")
+                                                       or os.path.isfile(root / MODEL_CONFIG_NAME))
 
 
 def ids_written(config: ModelConfig) -> dict[str, int | None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from stream_reshard.box import Box, tiling_fault
 from stream_reshard.errors import SourceError, quoted
 from stream_reshard.header import MAX_DIMS, StoredTensor, TensorFile, read_header
+from stream_reshard.identity import Identity
 
 WEIGHTS_FOLDER = ("model", "model")
 """The folders above every weight: that of the checkpoint's weights, and the attribute of the model class."""
@@ -54,6 +55,8 @@ class WeightFile:
     unsharded_shape: tuple[int, ...]
     pairs: tuple[tuple[Box, Box], ...]
     """(local, global): this box of the tensor is that box of the unsharded one."""
+    identity: Identity | None = None
+    """The file as it was before it was read."""
 
     @property
     def tensor(self) -> StoredTensor:
@@ -75,6 +78,7 @@ def parse_path(path: str) -> tuple[str, Place | None]:
 
 def read_weight_file(root: Path, path: str, max_nbytes: int) -> WeightFile:
     """Read the header of a weight file, of at most `max_nbytes`. Raises SourceError."""
+    parse_path(path)
     return parse_weight_file(read_header(root, path, max_nbytes))
 
 

@@ -122,6 +122,10 @@ class NanotronLayout(Layout):
         k, i = self._at(group)
         return self._kinds[k].stages[i]
 
+    @property
+    def most_files(self) -> int:
+        return self.rules.topology.tp
+
     def ranks_of(self, group: Group) -> tuple[RankFile, ...]:
         """What the ranks hold of a group."""
         if (ranks := self._ranks.get(group.kind)) is None:

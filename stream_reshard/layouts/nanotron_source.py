@@ -13,14 +13,15 @@ from pathlib import Path
 
 from stream_reshard.architectures import build_model
 from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.identity import identities_of
 from stream_reshard.layouts.base import TORCH_DTYPES, Group
 from stream_reshard.layouts.nanotron import NanotronFormat, stages_of, uneven_dims
 from stream_reshard.layouts.nanotron_config import NanotronModelConfig, interleaves_by_default
 from stream_reshard.layouts.nanotron_files import WeightFile, parse_pairs, parse_shape, read_weight_file
+from stream_reshard.layouts.nanotron_folder import weight_paths
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.layouts.nanotron_ranks import RankFile
 from stream_reshard.model import Model
-from stream_reshard.small_files import files_below
 from stream_reshard.topology import Topology
 
 MAX_PROBLEMS = 1000
@@ -52,9 +53,10 @@ def read_weight_files(root: Path, max_nbytes: int) -> WeightFiles:
 def scan(root: Path, max_nbytes: int, problems: Problems) -> dict[str, WeightFile]:
     """The weight files by path, as far as their headers make sense; what is wrong with others goes to `problems`."""
     by_path = {}
-    for path in files_below(root / "model"):
-        if file := problems.collect(read_weight_file, root, f"model/{path}", max_nbytes):
-            by_path[file.file.path] = file
+    for path in weight_paths(root):
+        before = identities_of(root, [path])
+        if file := problems.collect(read_weight_file, root, path, max_nbytes):
+            by_path[file.file.path] = replace(file, identity=before.get(file.file.path))
         if len(problems) > MAX_PROBLEMS:
             break
     return by_path
@@ -91,7 +93,10 @@ def layout_of_files(root: Path, config: NanotronModelConfig, vocab_size: int, fi
     stages = stages_of(model.config, rules) | files.stages
     bare = NanotronLayout(root, model, rules, _Dtypes(model, files), stages=stages)
     problems = Problems()
-    problems.extend(islice(_faults(bare, files), MAX_PROBLEMS))
+    faults = _faults(bare, files)
+    problems.extend(islice(faults, MAX_PROBLEMS))
+    if problems:
+        problems[-1].num_more = sum(1 for _ in faults)
     problems.raise_if_any()
     return replace(bare, begins=_Begins(bare, files))
 
@@ -150,12 +155,12 @@ def _faults(layout: NanotronLayout, files: WeightFiles) -> Iterator[SourceError]
         for path, rank in zip(layout.paths_of(group), layout.ranks_of(group)):
             wanted.add(path)
             if (found := files.by_path.get(path)) is None:
-                yield SourceError(f"{quoted(path)} is missing")
+                yield SourceError(f"{quoted(path)} is missing", kind="files are missing")
             elif fault := _fault(found, rank):
-                yield SourceError(f"{quoted(path)} {fault}")
+                yield SourceError(f"{quoted(path)} {fault}", kind="files are not what Nanotron makes of this model")
     for path in sorted(files.by_path.keys() - wanted):
         yield SourceError(f"{quoted(path)} holds a parameter that the model does not have, or stands on another stage "
-                          f"than its block")
+                          f"than its block", kind="files are no part of the model")
 
 
 def _fault(found: WeightFile, rank: RankFile) -> str | None:

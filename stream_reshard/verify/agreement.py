@@ -10,6 +10,7 @@ from typing import Any
 
 from stream_reshard.errors import DifferenceError, SourceError, quoted
 from stream_reshard.layouts.base import TORCH_DTYPES
+from stream_reshard.layouts.hf_limits import QUANTIZATION
 from stream_reshard.layouts.nanotron_config import ids_written, parse_model_config
 from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest
 from stream_reshard.model import TOKEN_IDS, ModelConfig
@@ -36,6 +37,8 @@ def config_differences(source: Checkpoint, copy: Checkpoint, allowed: Collection
                                   f"source")
     for name in sorted(source.extras.keys() | copy.extras.keys()):
         own, other = copy.extras.get(name), source.extras.get(name)
+        if name == QUANTIZATION and own is None:
+            continue  # The source says it of weights that are not quantised, else they would not be here.
         if (own and own.value) != (other and other.value) and name not in allowed:
             yield DifferenceError(f"{name}: the source says: {other.text if other else 'nothing'}; {quoted(copy.root)} "
                                   f"says: {own.text if own else 'nothing'} (--allow {name} accepts it)")

@@ -8,7 +8,7 @@ from stream_reshard.box import Box
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.layouts.hf_shards import Shards
 from stream_reshard.layouts.hugging_face import open_folder
-from stream_reshard.layouts.hf_limits import limits
+from stream_reshard.layouts.hf_limits import limits, quantization_limits
 from stream_reshard.tensor_file import same_bytes
 from stream_reshard.verify.checkpoint import PER_TENSOR, Checkpoint, Piece, Weight, matrix_of
 
@@ -27,7 +27,8 @@ def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems) ->
     for tensor, other in layout.tied():
         if not same_bytes(root, tensor, other):
             problems.append(SourceError(f"{tensor.key} differs from {other.key}, to which it is tied"))
-    extras = {limit.name: limit for limit in limits(config) if limit.name != "hidden_act"}
+    extras = {limit.name: limit for limit in (*limits(config), *quantization_limits(config))
+              if limit.name != "hidden_act"}
     return Checkpoint(root, config.model, config.model.vocab_size, extras, False, False, tuple(layout.files), weights)
 
 

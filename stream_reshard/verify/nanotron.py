@@ -21,8 +21,9 @@ from stream_reshard.layouts.nanotron import NanotronFormat, stages_of
 from stream_reshard.layouts.nanotron_config import (
     METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, interleaves_by_default, read_model_config)
 from stream_reshard.layouts.nanotron_files import WeightFile, parse_path, read_weight_file
+from stream_reshard.layouts.nanotron_folder import not_committed, weight_paths
 from stream_reshard.model import Parameter
-from stream_reshard.small_files import files_below, read_json
+from stream_reshard.small_files import read_json
 from stream_reshard.topology import Topology
 from stream_reshard.verify.checkpoint import PER_TENSOR, Checkpoint, Piece, Weight, matrix_of
 
@@ -32,11 +33,11 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
     """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared. With
     `may_be_moved`, blocks may stand on other stages than Nanotron's balancing gives them."""
     if not (root / MODEL_CONFIG_NAME).is_file():
-        problems.append(SourceError(f"{quoted(root)} holds no {MODEL_CONFIG_NAME}: it is not a committed checkpoint"))
+        problems.append(not_committed(root))
         return None
     config = problems.collect(read_model_config, root, max_header_nbytes)
-    files = [file for path in files_below(root / "model")
-             if (file := problems.collect(read_weight_file, root, f"model/{path}", max_header_nbytes))]
+    files = [file for path in weight_paths(root)
+             if (file := problems.collect(read_weight_file, root, path, max_header_nbytes))]
     if config is None:
         return None
     if fault := _size_fault(root, config, files, max_header_nbytes):

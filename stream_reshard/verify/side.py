@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.errors import Problems, explained
+from stream_reshard.layouts.causes import no_checkpoint
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.nanotron import STAGES
-from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME, is_nanotron
+from stream_reshard.layouts.nanotron_config import is_nanotron
 from stream_reshard.manifest import FileDone, Manifest, read_manifest
 from stream_reshard.small_files import files_below
 from stream_reshard.verify.checkpoint import Checkpoint
@@ -49,17 +50,23 @@ class Side:
 def open_side(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str] = ()) -> Side:
     """Open a folder; everything wrong goes to `problems`, but for what is in `allow` or its manifest accepts. No header
     or small file may have more than `max_nbytes`."""
+    found = Problems()
+    side = _opened(root, max_nbytes, found, allow)
+    problems.extend(explained(found))
+    return side
+
+
+def _opened(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str]) -> Side:
     if not os.path.isdir(root):
-        problems.append(SourceError(f"{quoted(root)} is not a folder"))
+        problems.append(no_checkpoint(root))
         return Side(root)
     manifest = problems.collect(read_manifest, root, max_nbytes)
-    if (root / CONFIG_NAME).is_file() and not is_nanotron(root):
+    if os.path.isfile(root / CONFIG_NAME) and not is_nanotron(root):
         return Side(root, manifest, open_hugging_face(root, max_nbytes, problems))
     if is_nanotron(root):
         vocab_size = manifest.facts["vocab_size"] if manifest else None
         is_moved = STAGES in {*allow, *(manifest.facts["allowed"] if manifest else ())}
         checkpoint = open_nanotron(root, vocab_size, max_nbytes, problems, is_moved)
         return Side(root, manifest, checkpoint and with_ids_of(manifest, checkpoint))
-    problems.append(SourceError(f"{quoted(root)} holds neither {CONFIG_NAME} nor {MODEL_CONFIG_NAME}: it is not a "
-                                f"committed checkpoint"))
+    problems.append(no_checkpoint(root))
     return Side(root, manifest)

@@ -1,0 +1,77 @@
+"""What stands in place of a file: a pointer of Git LFS, a page of a server, an archive under another name."""
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from stream_reshard.errors import quoted
+
+HEAD_NBYTES = 1024
+"""Bytes at the beginning of a file that tell what it is."""
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_SIZE = re.compile(rb"^size (\d{1,18})$", re.MULTILINE)
+
+_ARCHIVES = {
+    b"PK\x03\x04": "a zip file, as torch.save writes pickled weights", b"PK\x05\x06": "an empty zip file",
+    b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
+    b"GGUF": "a GGUF file", b"\x89HDF": "an HDF5 file, as TensorFlow writes weights", b"\x93NUMPY": "a NumPy file",
+    b"\x1f\x8b": "a gzip file", b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file", b"(\xb5/\xfd": "a Zstandard file",
+    b"7z\xbc\xaf": "a 7-Zip file", b"Rar!": "a RAR file", b"%PDF": "a PDF file", b"\x7fELF": "a program"}
+"""What a file is that begins so."""
+
+_ANSWERS = {"error", "errors", "message", "detail", "error_description"}
+"""Keys of what a server answers in place of a file."""
+
+_AGAIN = "the download went wrong, for want of a log-in perhaps; download it again"
+
+
+def stand_in(head: bytes, wanted: str | None) -> tuple[str, str] | None:
+    """(what several such files are, what this one is and what to do), by the first bytes of a file that is not what is
+    `wanted`: "weights" in safetensors, "JSON", or any other. None where they do not tell."""
+    if head.startswith(_POINTER):
+        size = _POINTER_SIZE.search(head)
+        nbytes = f" of {int(size[1])} bytes" if size else ""
+        return ("files are Git LFS pointers",
+                f"is a Git LFS pointer, not the file{nbytes} that it stands for; run: git lfs pull")
+    if wanted is None:
+        return None
+    if not head:
+        return "files are empty", "is empty (0 bytes); download it again"
+    if (wanted == "weights" and head[8:9] == b"{") or (wanted == "JSON" and head.lstrip()[:1] in (b"{", b"[")):
+        return None  # It begins as it should.
+    for magic, what in _ARCHIVES.items():
+        if head.startswith(magic):
+            return f"files are {wanted} in name only", f"is {what}, not {wanted}, whatever its name says{_cure(what)}"
+    return _text(head, wanted)
+
+
+def _cure(what: str) -> str:
+    if "zip file, as" in what or "pickle" in what:
+        return ("; pickled weights are never opened, because they can run code: convert them where you trust them, or "
+                "download the safetensors")
+    return "; download the file itself"
+
+
+def _text(head: bytes, wanted: str) -> tuple[str, str] | None:
+    """The same for text."""
+    text = head.removeprefix(b"\xef\xbb\xbf").strip()
+    try:
+        begin = text.decode()[:60]
+    except UnicodeDecodeError:
+        begin = text[:60].decode("latin-1")
+    if not begin.replace("\n", " ").replace("\r", " ").replace("\t", " ").isprintable():
+        return None
+    if text[:1] == b"<":
+        what = "XML" if text[:5] == b"<?xml" or b"<Error>" in text else "HTML"
+        return f"files are pages of {what}", f"is a page of {what}, not {wanted} ({quoted(begin)}); {_AGAIN}"
+    kind = "JSON" if text[:1] in (b"{", b"[") else "text"
+    return f"files are {kind}", f"is {kind}, not {wanted} ({quoted(begin)}); {_AGAIN}"
+
+
+def answer(value: Mapping[str, Any], needed: str) -> str | None:
+    """What a server said, where a JSON object is its answer in place of a file that has the key `needed`."""
+    if needed in value or len(value) > 8 or not (said := _ANSWERS & value.keys()):
+        return None
+    return f"is the answer of a server, not the file ({quoted(value[min(said)])}); {_AGAIN}"
