@@ -52,8 +52,8 @@ class ToHuggingFace(Target):
         """Token ids that the source cannot tell."""
         if not source.ids_are_known:
             ids = ", ".join(f"{key} {json.dumps(value)}" for key, value in source.config.token_ids.items())
-            yield (f"{ids} are those of {source.config_name}, which holds one number each and none for padding; compare "
-                   f"them with the config.json that the model came from")
+            yield (f"{ids} are those of {source.config_name}, which holds one number each and none for padding; "
+                   f"compare them with the config.json that the model came from")
 
     def problems(self, model: Model) -> Problems:
         if self.max_shard_nbytes > 0:
