@@ -115,5 +115,15 @@ def test_an_edited_config_yaml_may_say_anything_but_another_model(made, copied, 
 def test_what_nfs_keeps_of_removed_files_is_not_there(made, copied, verify):
     root = copied("tp2pp2", bare=False)
     for folder in (root, root / "model" / "model" / "lm_head"):
-        (folder / ".nfs0000000001a2b3c400000001").write_text("still open elsewhere")
+        (folder / ".nfs00000000a1b2c3d40000001f").write_text("still open elsewhere")
     assert verify(made("hf"), root)[0] == 0
+
+
+@pytest.mark.parametrize("name", [".nfs", ".nfs_my_backup.tar", ".nfs000001", ".nfs00000000A1B2C3D40000001F",
+                                  ".nfs00000000a1b2c3d40000001f0", "x.nfs00000000a1b2c3d40000001f"])
+def test_what_only_begins_like_that_is_there(made, copied, verify, name):
+    """NFS writes 24 digits (fs/nfs/unlink.c); all else is a file of somebody."""
+    root = copied("tp2pp2", bare=False)
+    (root / name).write_text("mine")
+    code, _, problems = verify(made("hf"), root)
+    assert code == 5 and f"'{name}' is extra" in "".join(problems)
