@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 
 from stream_reshard import memory, report
 from stream_reshard.convert import Conversion, plan_conversion, run_conversion
@@ -44,8 +44,8 @@ __all__ = ["Conversion", "ForwardResult", "Result", "Stop", "described", "descri
 _SWITCH_SECONDS = 0.0005
 """How long a thread may keep others from running Python while bytes are moved."""
 
-Folder = Union[str, PathLike]
-Size = Union[int, str]
+Folder = str | PathLike[str]
+Size = int | str
 
 
 @memory.granted()

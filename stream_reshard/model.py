@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Union
+from typing import Any
 
 from stream_reshard.box import Box
 from stream_reshard.errors import quoted
@@ -77,7 +77,7 @@ class Experts:
     router_aux_loss_coef: float
 
 
-TokenId = Union[int, tuple[int, ...], None]
+TokenId = int | tuple[int, ...] | None
 """The id of a special token; several, as chat models have for the end of a text; None where there is none."""
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -26,10 +26,10 @@ def converted(tmp_path_factory):
     def pair(name, *flags):
         if name not in made:
             made[name] = save_model(root / name / "hf", *PLAIN[name])
-        if (name, *flags) not in made:
-            made[name, *flags] = root / name / str(len(made))
-            convert(made[name], made[name, *flags], *flags)
-        return made[name], made[name, *flags]
+        if (key := (name, *flags)) not in made:
+            made[key] = root / name / str(len(made))
+            convert(made[name], made[key], *flags)
+        return made[name], made[key]
     return pair
 
 

@@ -53,10 +53,8 @@ def _strays(root: Path, shards: Collection[str]) -> Iterator[str]:
         return (name for name in names_in(root)
                 if name.endswith(".safetensors") and name not in known and not name.startswith("._"))
 
-    known, num_strays = set(shards), 0
-    for num_strays, _ in enumerate(strays(), 1):
-        pass
-    if num_strays:
+    known = set(shards)
+    if num_strays := sum(1 for _ in strays()):
         listed = ", ".join(map(quoted, nsmallest(_MAX_LISTED, strays())))
         more = f" and {num_strays - _MAX_LISTED} more" if num_strays > _MAX_LISTED else ""
         yield f"files that no index names, ignored: {listed}{more}"

@@ -102,7 +102,9 @@ def parse_weight_file(file: TensorFile) -> WeightFile:
         pairs = parse_pairs(metadata["local_global_slices_pairs"], shape, unsharded)
         return WeightFile(file, parameter, place, metadata["version"], unsharded, pairs)
     except SourceError as error:
-        raise error if str(error).startswith(quoted(file.path)) else SourceError(f"{quoted(file.path)}: {error}")
+        if str(error).startswith(quoted(file.path)):
+            raise
+        raise SourceError(f"{quoted(file.path)}: {error}") from error
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
