@@ -9,6 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from stream_reshard import memory
+from stream_reshard.access import access_notes
 from stream_reshard.casts import import_torch
 from stream_reshard.destination import disk_free, existing_parent, occupation_problems
 from stream_reshard.errors import Problems, ResourceError, StreamReshardError, UsageError, quoted
@@ -131,7 +132,8 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     budget, budget_notes = _budget(options, plan, casts, target.held_nbytes(plan.target))
     copies = _companions(options, problems)
     copied = {str(path.absolute()): identity_of(path.stat()) for path in copies.values()}
-    notes = (*_notes(options, source, target), *target.notes(source, plan.target), *budget_notes)
+    notes = (*_notes(options, source, target), *target.notes(source, plan.target), *budget_notes,
+             *access_notes((source.layout.root / path for path in source.layout.paths), options.destination))
     conversion = Conversion(options, source, target, plan, budget, notes,
                             copies, {name: identities[name] for name in source.files if name in identities}, copied)
     if options.destination is not None and (options.overwrite or not conversion.is_done):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sources import make_source
 
-from stream_reshard import cli, header
+from stream_reshard import cli, header, staging
 from stream_reshard.cli import main
 from stream_reshard.errors import Interrupted, Problems
 from stream_reshard.stop import Stop
@@ -99,7 +99,7 @@ def test_an_overwritten_checkpoint_that_cannot_be_removed_is_named(tmp_path, mon
     """The new one is there and right: that is no failure."""
     source, flags = make_source(tmp_path / "hf"), ["--max-memory", "4GiB", "--overwrite"]
     assert main([str(source), str(tmp_path / "nt"), "--quiet"]) == 0
-    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors=False: None)
+    monkeypatch.setattr(staging, "clear", lambda folder: None)
     assert main([str(source), str(tmp_path / "nt"), "--tp", "2", *flags]) == 0
     left = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("left "))
     assert ".replaced: the old checkpoint could not be removed" in left and (tmp_path / "nt" / "config.yaml").exists()

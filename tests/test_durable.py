@@ -12,6 +12,7 @@ from stream_reshard.convert import Options, plan_conversion, run_conversion
 from stream_reshard.demo import CONFIG, write_random_source
 from stream_reshard.durable import NewFile, exchange, make_folder
 from stream_reshard.errors import DestinationError, ResourceError
+from stream_reshard.folder import Folder
 from stream_reshard.topology import Topology
 
 
@@ -27,7 +28,7 @@ def test_the_digest_is_that_of_the_content_however_it_was_written(tmp_path, monk
         random.Random(1).shuffle(pieces)
     elif order.startswith("with gaps"):
         pieces = pieces[::2] + pieces[1::2]
-    with NewFile(tmp_path / "x", size) as file:
+    with NewFile(Folder(tmp_path), "x", size) as file:
         for at, piece in pieces:
             file.write(at, [piece[:30], piece[30:]])
         digest = file.commit()
@@ -37,7 +38,7 @@ def test_the_digest_is_that_of_the_content_however_it_was_written(tmp_path, monk
 
 
 def test_nothing_is_there_before_the_commit_nor_after_a_failure(tmp_path):
-    with pytest.raises(RuntimeError), NewFile(tmp_path / "x", 10) as file:
+    with pytest.raises(RuntimeError), NewFile(Folder(tmp_path), "x", 10) as file:
         file.write(0, [b"01234"])
         assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
         raise RuntimeError
@@ -46,7 +47,7 @@ def test_nothing_is_there_before_the_commit_nor_after_a_failure(tmp_path):
 
 def test_a_file_of_that_name_stands_until_the_new_one_is_whole(tmp_path):
     (tmp_path / "x").write_text("old")
-    with NewFile(tmp_path / "x") as file:
+    with NewFile(Folder(tmp_path), "x") as file:
         file.write(0, [b"new"])
         assert (tmp_path / "x").read_text() == "old"
         file.commit()
@@ -55,13 +56,13 @@ def test_a_file_of_that_name_stands_until_the_new_one_is_whole(tmp_path):
 
 def test_a_size_that_no_disk_has_is_refused_at_once(tmp_path):
     with pytest.raises(ResourceError, match="free some space|raise the limit|No space|too large"):
-        NewFile(tmp_path / "x", 2**62).__enter__()
+        NewFile(Folder(tmp_path), "x", 2**62).__enter__()
     assert not list(tmp_path.iterdir())
 
 
 def test_many_pieces_are_gathered(tmp_path):
     pieces = [bytes([i % 251]) for i in range(5 * durable.MAX_PIECES + 3)]
-    with NewFile(tmp_path / "x") as file:
+    with NewFile(Folder(tmp_path), "x") as file:
         file.write(0, pieces)
         file.commit()
     assert (tmp_path / "x").read_bytes() == b"".join(pieces)
@@ -72,7 +73,7 @@ def test_a_gathered_write_may_stop_anywhere(tmp_path, monkeypatch, length):
     """Inside its first piece, inside a later one, or between two."""
     pieces, real = [b"abcdefg", b"", b"hijklmnopqrstu", b"v", b"wxyz012"], os.pwritev
     monkeypatch.setattr(durable.os, "pwritev", lambda file, parts, at: real(file, [b"".join(parts)[:length]], at))
-    with NewFile(tmp_path / "x") as file:
+    with NewFile(Folder(tmp_path), "x") as file:
         file.write(0, pieces)
         assert file.commit() == xxhash.xxh3_128(b"".join(pieces)).hexdigest()
     assert (tmp_path / "x").read_bytes() == b"".join(pieces)
@@ -121,14 +122,14 @@ def test_a_folder_that_nobody_may_list_can_stand_above(tmp_path):
 def test_errors_of_the_destination_say_whether_to_choose_another_or_to_try_again(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DestinationError, match="file/x': (Not a directory|File exists)"):
-        NewFile(tmp_path / "file" / "x").__enter__()
+        NewFile(Folder(tmp_path), "file/x").__enter__()
 
 
 def test_no_page_is_sent_to_the_disk_twice(tmp_path, monkeypatch):
     page, begun = mmap.PAGESIZE, []
     monkeypatch.setattr(durable, "start_writeback", lambda descriptor, offset, nbytes: begun.append((offset, nbytes)))
     sizes = [648, *[durable._WRITEBACK_NBYTES] * 5, durable._WRITEBACK_NBYTES + 100]
-    with NewFile(tmp_path / "x", sum(sizes)) as file:
+    with NewFile(Folder(tmp_path), "x", sum(sizes)) as file:
         offset = 0
         for size in sizes:
             file.write(offset, [bytes(size)])
@@ -152,7 +153,10 @@ def test_every_name_is_made_durable_after_the_last_change_in_its_folder(tmp_path
     def changing(name, call):
         def changed(*arguments, **words):
             result = call(*arguments, **words)
-            pending.update(os.path.dirname(path) for path in map(os.fspath, arguments[:2 if name == "rename" else 1]))
+            below = words.get("dir_fd", words.get("src_dir_fd"))
+            above = os.readlink(f"/proc/self/fd/{below}") if below is not None else ""
+            pending.update(os.path.dirname(os.path.join(above, path))
+                           for path in arguments[:2 if name == "rename" else 1])
             return result
         monkeypatch.setattr(os, name, changed)
 

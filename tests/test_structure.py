@@ -6,9 +6,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "stream_reshard"
 
-ORDER = ("errors", "box", "topology", "stop", "durable", "small_files", "json_stream", "header", "names", "model",
+ORDER = ("errors", "box", "topology", "stop", "folder", "durable", "small_files", "json_stream", "header", "names",
+         "model",
          "architectures", "layouts", "transfer", "alignment", "proof", "plan", "machine", "memory", "casts",
-         "tensor_file", "sharing", "target_file", "lanes", "moving", "manifest", "lock", "journal", "staging", "jobs",
+         "tensor_file", "sharing", "target_file", "lanes", "moving", "manifest", "contents", "access", "lock", "journal", "removal", "staging", "jobs",
          "engines", "destination", "execute", "verify", "forward", "source_digests", "documents", "options", "formats", "convert", "report",
          "inspect", "diff", "api", "demo",
          "flags", "cli", "__main__")
