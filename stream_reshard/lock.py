@@ -7,8 +7,8 @@ A file from another machine is respected: only a person knows whether that run i
 
 A run looks again whether the lock is still its own, by a random token in the file, before it commits anything.
 
-The file also keeps what a run notes of a swap of two folders, so that after a stop in its middle the next run knows
-which of them is the new one.
+The file also keeps which folder a run is about to give its name, so that after a stop in the middle of that the next
+run knows which of two is the new one.
 """
 from __future__ import annotations
 

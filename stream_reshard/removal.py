@@ -103,16 +103,16 @@ def clear(folder: Path, names: Collection[str] = ()) -> None:
     if folder.is_symlink():
         return
     with suppress(OSError):
-        is_ours, folders, has_stayed = _ours(folder, names), [folder], False
+        is_ours, folders, has_failed = _ours(folder, names), [], False
         for entry in entries_below(folder):
             if entry.is_folder:
                 folders.append(folder / entry.path)
-            elif entry.path not in _LAST:
-                has_stayed |= not (entry.is_file and is_ours(entry) and _removed(folder / entry.path))
-        for path in reversed(folders[1:]):
+            elif entry.path not in _LAST and entry.is_file and is_ours(entry):
+                has_failed |= not _removed(folder / entry.path)
+        for path in reversed(folders):
             with suppress(OSError):
                 path.rmdir()
-        if not has_stayed:
+        if not has_failed:
             for name in _LAST:
                 (folder / name).unlink(missing_ok=True)
             folder.rmdir()

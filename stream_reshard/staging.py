@@ -140,7 +140,7 @@ class Staging:
         """Raises DestinationError for a folder that no run has left, one of another run that is not to be thrown away,
         and for files in it that no run has written."""
         # A run that was stopped just before its last rename has left a manifest and no journal.
-        is_ours = manifest or is_journal(self.path / JOURNAL_NAME)
+        is_ours = manifest or is_journal(self.path / JOURNAL_NAME) or self.lock.note == _identity(self.path)
         if not is_ours and not all(TEMP_NAME.fullmatch(path.name) for path in self.path.iterdir()):
             raise DestinationError(f"{quoted(self.path)} was not left by an interrupted run; the output grows there, "
                                    f"move it away")
@@ -170,8 +170,9 @@ class Staging:
 
     def confirm(self) -> None:
         """Raises LockedError where the run has lost its lock, ResourceError where its folder is not there any more."""
+        is_there = self.folder.is_there()
         self.lock.confirm()
-        if not self.folder.is_there():
+        if not is_there:
             raise ResourceError(f"{quoted(self.path)} has vanished, or another folder was put in its place; nothing "
                                 f"was committed, run the same command again")
         self._confirmed = time.monotonic()
@@ -224,33 +225,32 @@ class Staging:
     def deliver(self, overwrite: bool, sizes: Mapping[str, int]) -> None:
         """Rename the folder to the destination, if it holds files of these sizes in bytes and nothing else. With
         `overwrite` one that is there already is replaced: in the same step where the file system can swap two names,
-        else it is missing between two renames. The lock keeps beforehand which folder is the new one.
+        else it is missing between two renames. The lock keeps beforehand which folder is the new one: one without a
+        journal, until it has its name.
 
         Raises LockedError or ResourceError, with the destination as it was, where the run has lost its lock, the folder
         or a file in it."""
         self.confirm()
+        self.lock.write_note(_identity(self.path))
         self.journal.remove()
         sync_folder(".", self.folder)
-        replaces = overwrite and self.destination.exists()
-        if replaces:
-            self.confirm()
-            self.lock.write_note(_identity(self.path))
         self._refuse_incomplete(sizes)
-        self.confirm()
-        if replaces:
+        self.confirm()  # Last, so that as little as can be lies between it and the rename.
+        if overwrite and self.destination.exists():
             self._replace()
         else:
             os.rename(self.path, self.destination)
         sync_folder(self.destination.parent)
 
     def _refuse_incomplete(self, sizes: Mapping[str, int]) -> None:
-        """Raises the first fault; the folder is then as that of a run that was stopped earlier."""
+        """Raises the first fault, of lost files rather than of others; the folder is then as that of a run that was
+        stopped earlier."""
         try:
-            fault = next(faults(self.path, sizes), None)
+            fault = max(faults(self.path, sizes), key=lambda fault: fault.severity, default=None)
         except FileNotFoundError:
             fault = None  # The folder itself is gone.
-        self.confirm()
         if fault:
+            self.confirm()
             self._unlink(self.record.marker)
             self.journal.begin()
             raise type(fault)(f"{fault}; nothing was committed")
