@@ -34,7 +34,7 @@ class Access:
     def of_folder(cls, mode: int) -> Access:
         """No more for group and others than a folder of this mode lets them do; who may not enter may not read."""
         entered = sum(6 * one for one in (0o010, 0o001) if mode & one)
-        return cls(0o600 | entered, 0o700 | mode & 0o077)
+        return cls(0o600 | mode & entered, 0o700 | mode & 0o077)
 
 
 class Folder:

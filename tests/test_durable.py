@@ -1,8 +1,11 @@
 """A file is whole under its final name, with the digest of what it holds, or it is not there."""
+import ctypes
+import errno
 import hashlib
 import mmap
 import os
 import random
+import shutil
 
 import pytest
 import xxhash
@@ -57,6 +60,61 @@ def test_a_file_of_that_name_stands_until_the_new_one_is_whole(tmp_path):
 def test_a_size_that_no_disk_has_is_refused_at_once(tmp_path):
     with pytest.raises(ResourceError, match="free some space|raise the limit|No space|too large"):
         NewFile(Folder(tmp_path), "x", 2**62).__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, None])
+def test_a_file_system_that_cannot_reserve_blocks_gets_the_size_alone(tmp_path, monkeypatch, code):
+    """No byte is written for it. None: the C library has no such call."""
+    def refusing(descriptor, mode, offset, nbytes):
+        ctypes.set_errno(code)
+        return -1
+
+    monkeypatch.setattr(durable, "_fallocate", refusing if code else None)
+    monkeypatch.setattr(os, "posix_fallocate", None)
+    with NewFile(Folder(tmp_path), "x", 10**7) as file:
+        status = os.fstat(file._descriptor)
+        assert (status.st_size, status.st_blocks) == (10**7, 0)
+        file.write(0, [b"x" * 10])
+        file.commit()
+    assert (tmp_path / "x").stat().st_size == 10**7
+
+
+def test_blocks_are_reserved_and_a_full_disk_shows_at_once(tmp_path, monkeypatch):
+    codes = [errno.EINTR, errno.ENOSPC]
+
+    def failing(descriptor, mode, offset, nbytes):
+        ctypes.set_errno(codes.pop(0))
+        return -1
+
+    with NewFile(Folder(tmp_path), "x", 2**20) as file:
+        assert os.fstat(file._descriptor).st_size == 2**20
+    monkeypatch.setattr(durable, "_fallocate", failing)
+    with pytest.raises(ResourceError, match="No space left on device; free some space"):
+        NewFile(Folder(tmp_path), "x", 2**20).__enter__()
+    assert not codes and not list(tmp_path.iterdir())
+
+
+def test_the_folder_that_is_held_is_never_made_anew(tmp_path):
+    """Nor is another one that stands under its path written to; the folders below it are made."""
+    (tmp_path / "held").mkdir()
+    folder = Folder(tmp_path / "held")
+    with NewFile(folder, "a/b/c/x") as file:
+        file.write(0, [b"x"])
+        file.commit()
+    assert (tmp_path / "held" / "a" / "b" / "c" / "x").read_bytes() == b"x" and folder.is_there()
+    (tmp_path / "held").rename(tmp_path / "moved")
+    assert not folder.is_there()
+    (tmp_path / "held").mkdir()
+    assert not folder.is_there()
+    with NewFile(folder, "y") as file:
+        file.commit()
+    assert (tmp_path / "moved" / "y").exists() and not list((tmp_path / "held").iterdir())
+    for name in ("moved", "held"):
+        shutil.rmtree(tmp_path / name)
+    for path in ("x", "a/b/c/x"):
+        with pytest.raises(ResourceError, match="removed while the run went on"):
+            NewFile(folder, path).__enter__()
     assert not list(tmp_path.iterdir())
 
 
