@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from stream_reshard.contents import entries_below
@@ -20,7 +21,7 @@ def access_to(shards: Iterable[Path]) -> Access:
 
 def access_to_replaced(destination: Path) -> Access:
     """What a folder that is replaced, the folders below it and their files let group and others do; everything where
-    there is none."""
+    there is none. Raises OSError."""
     access = Access()
     if destination.is_dir():
         access &= Access.of_folder(destination.stat().st_mode)
@@ -28,21 +29,24 @@ def access_to_replaced(destination: Path) -> Access:
             if entry.is_folder:
                 access &= Access.of_folder(entry.status.st_mode)
             elif entry.is_file:
-                access &= Access(stat.S_IMODE(entry.status.st_mode) & 0o066 | 0o600)
+                access &= Access(files=0o600 | stat.S_IMODE(entry.status.st_mode) & 0o066)
     return access
 
 
-def access_notes(shards: Iterable[Path], destination: Path | None) -> Iterable[str]:
+def access_notes(shards: Iterable[Path], replaced: Path | None) -> Iterator[str]:
     """A line where new files are less accessible than the umask alone would have them."""
     usual = 0o666 & ~_umask()
-    for what, access in (("the shards", access_to(shards)), (
-            "DST and what stands in it", access_to_replaced(destination) if destination else Access())):
-        if usual & ~access.files:
-            readers = ("their owner" if not access.files & 0o044 else "their owner and group"
-                       if not access.files & 0o004 else None)
-            yield (f"{what} are {'readable' if readers else 'writable'} by {readers or 'fewer than the umask lets'} "
-                   f"{'only ' if readers else ''}({access.files:04o}); so are the files of DST")
-            return
+    with suppress(OSError):  # The run itself says what cannot be read.
+        if usual & ~(access := access_to(shards)).files:
+            yield f"the shards are {_readers(access.files)}; so are the files of DST"
+        elif replaced and usual & ~(access := access_to_replaced(replaced)).files:
+            yield f"what is replaced is {_readers(access.files)}; so are the files of DST"
+
+
+def _readers(mode: int) -> str:
+    if mode & 0o004:
+        return f"writable by fewer than the umask lets ({mode:04o})"
+    return f"readable by their owner {'and group only' if mode & 0o040 else 'only'} ({mode:04o})"
 
 
 def _umask() -> int:

@@ -133,7 +133,8 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     copies = _companions(options, problems)
     copied = {str(path.absolute()): identity_of(path.stat()) for path in copies.values()}
     notes = (*_notes(options, source, target), *target.notes(source, plan.target), *budget_notes,
-             *access_notes((source.layout.root / path for path in source.layout.paths), options.destination))
+             *access_notes((source.layout.root / path for path in source.layout.paths),
+                           options.destination if options.overwrite else None))
     conversion = Conversion(options, source, target, plan, budget, notes,
                             copies, {name: identities[name] for name in source.files if name in identities}, copied)
     if options.destination is not None and (options.overwrite or not conversion.is_done):

@@ -207,9 +207,9 @@ class Lock:
         except OSError as error:
             raise target_error(self.path, error) from error
         if other is not None:
-            who = _who(other) if other else "which somebody removed or replaced"
-            raise LockedError(f"{quoted(self.path)}: this run has lost its lock, {who}; nothing was committed, and "
-                              f"what is there is left to the other run")
+            how = f" to {_who(other)}" if other else ", which somebody removed or replaced"
+            raise LockedError(f"{quoted(self.path)}: this run has lost its lock{how}; nothing was committed, and what "
+                              f"is there is left to the other run")
 
     def _seen(self) -> dict[str, Any] | None:
         """What another run has put in place of this one's lock, as far as it can be told; None where it stands. It is

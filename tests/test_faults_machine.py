@@ -124,8 +124,8 @@ def test_a_destination_that_cannot_be_written(tmp_path, capsys, how):
 
 STRACED = [("fsync", "error=EIO"), ("fsync", "error=ENOSPC"), ("pwritev2", "error=ENOSPC"), ("pwritev2", "error=EIO"),
            ("pwritev2", "retval=100"), ("pwrite64", "error=EIO"), ("fallocate", "error=ENOSPC"),
-           ("rename", "error=EIO"), ("openat", "signal=KILL"), ("pwritev2", "signal=KILL"), ("fsync", "signal=KILL"),
-           ("rename", "signal=KILL"), ("fsync", "signal=TERM"), ("pwritev2", "signal=INT")]
+           ("renameat", "error=EIO"), ("openat", "signal=KILL"), ("pwritev2", "signal=KILL"), ("fsync", "signal=KILL"),
+           ("renameat", "signal=KILL"), ("fsync", "signal=TERM"), ("pwritev2", "signal=INT")]
 """System call, and what is injected into it. `retval=100` is a write that lies: it writes nothing and says 100."""
 
 
@@ -255,7 +255,7 @@ def test_where_blocks_cannot_be_reserved_nothing_is_written_for_them(tmp_path):
     try:
         trace = tmp_path / "trace"
         command = ["strace", "-f", "-o", trace, "-e", "trace=fallocate,ftruncate,pwrite64,pwritev,pwritev2",
-                   sys.executable, "-m", "stream_reshard", source, mounted / "nt", *FLAGS]
+                   sys.executable, "-m", "stream_reshard", source, mounted / "nt", "--tp", "2", "--quiet"]
         subprocess.run(command, cwd=ROOT, check=True)
         lines = trace.read_text().splitlines()
         assert any("fallocate(" in line and "EOPNOTSUPP" in line for line in lines)

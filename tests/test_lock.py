@@ -126,7 +126,7 @@ def test_a_lock_that_is_lost_is_noticed_and_left_alone(tmp_path, lose):
         held.confirm()
         lose(tmp_path / "lock")
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-        with pytest.raises(LockedError, match="this run has lost its lock, (process 4194303|which somebody)"):
+        with pytest.raises(LockedError, match="this run has lost its lock( to process 4194303|, which somebody)"):
             held.confirm()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
