@@ -9,6 +9,7 @@ import time
 import pytest
 from faults import FLAGS, Case, after_fault, campaign, clean_error, tree_of, until
 
+from stream_reshard import staging as package
 from stream_reshard.cli import main
 from stream_reshard.staging import lock_of, staging_of
 
@@ -178,6 +179,22 @@ def test_the_lock_is_taken_by_another(tmp_path, figures, make_case):
     """Also where the file stays and only says another name, as two mounts of one folder may have it."""
     points = [(is_new, part) for is_new in (False, True) for part in (0.5, 0.7, 0.8, 0.9, 1)]
     figures(f"locks lost, {make_case.__name__}", *campaign(tmp_path, make_case, robbed, points))
+
+
+def test_a_lost_lock_is_noticed_while_jobs_run(tmp_path):
+    """Not only at the end: what is written until then goes into a folder that may be another run's."""
+    case = make(tmp_path)
+    staging = staging_of(case.destination)
+
+    def act():
+        lock_of(case.destination).write_text(json.dumps(FOREIGN))
+        (tmp_path / "seen").write_text(str(len(list(staging.rglob("*.safetensors")))))
+
+    case.clear()
+    code, err = case.run(at_call(case.named // 3, act), lambda: setattr(package, "CONFIRM_SECONDS", 0))
+    assert clean_error(code, err, (7,)) is None
+    after = len(list(staging.rglob("*.safetensors"))) - int((tmp_path / "seen").read_text())
+    assert after <= 6 < sum(path.endswith(".safetensors") for path in case.wanted) // 2, "no more than its job"
 
 
 @pytest.fixture
