@@ -12,7 +12,7 @@ from stream_reshard.folder import Access
 
 
 def access_to(shards: Iterable[Path]) -> Access:
-    """What all of these files let group and others do. Raises OSError."""
+    """The most that all of these files let group and others do. Raises OSError."""
     access = Access()
     for path in shards:
         access &= Access.of_file(path.stat().st_mode)
@@ -20,8 +20,8 @@ def access_to(shards: Iterable[Path]) -> Access:
 
 
 def access_to_replaced(destination: Path) -> Access:
-    """What a folder that is replaced, the folders below it and their files let group and others do; everything where
-    there is none. Raises OSError."""
+    """The most that a folder that is replaced, the folders below it and their files let group and others do; everything
+    where there is none. Raises OSError."""
     access = Access()
     if destination.is_dir():
         access &= Access.of_folder(destination.stat().st_mode)

@@ -1,4 +1,4 @@
-"""What stands below a folder, told without following links or entering other file systems."""
+"""The things that stand below a folder, told without following links or entering other file systems."""
 from __future__ import annotations
 
 import os
@@ -85,12 +85,12 @@ def mounts_below(root: Path) -> set[str]:
 
 
 def is_silly_rename(name: str) -> bool:
-    """Whether NFS keeps a removed file under this name, because it is still open somewhere."""
+    """True for the name under which NFS keeps a removed file that is still open somewhere."""
     return _SILLY_RENAME.fullmatch(name) is not None
 
 
 def faults(folder: Path, sizes: Mapping[str, int]) -> Iterator[StreamReshardError]:
-    """In what a folder differs from files of these sizes in bytes: DestinationError for what is more, ResourceError for
+    """Differences of a folder from files of these sizes in bytes: DestinationError for what is more, ResourceError for
     what is not as it was written. Raises OSError as `entries_below` does."""
     num_found = 0
     for entry in entries_below(folder):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE})
-"""What opening the path of a folder says that is not there any more."""
+"""Errors of opening the path of a folder that is not there any more."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Folder:
             pass
 
     def is_there(self) -> bool:
-        """Whether its path still names it. The path is opened: that asks the server where a file system has one."""
+        """True while its path still names it. The path is opened: that asks the server where a file system has one."""
         try:
             now = Folder(self.path)
         except OSError as error:

@@ -47,7 +47,7 @@ def _boot() -> str:
 
 
 def _namespace() -> str:
-    """Names what this process's number counts in (pid_namespaces(7)); nothing where the kernel does not tell."""
+    """Names the namespace that this process's number counts in (pid_namespaces(7)); nothing where the kernel does not tell."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -55,7 +55,7 @@ def _namespace() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """When a process began, in ticks since the boot; 0 where it has ended and nobody has asked how; None where the
+    """The time at which a process began, in ticks since the boot; 0 where it has ended and nobody has asked how; None where the
     kernel does not tell (proc(5), /proc/PID/stat, fields 3 and 22)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
@@ -65,7 +65,7 @@ def _started(pid: int) -> int | None:
 
 
 def _is_alive(pid: int, started: int | None) -> bool:
-    """Whether a process of this namespace lives; `started` tells it from a later one of its number."""
+    """True while a process of this namespace lives; `started` tells it from a later one of its number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -77,13 +77,13 @@ def _is_alive(pid: int, started: int | None) -> bool:
 
 
 def _shares_locks(path: Path) -> bool:
-    """Whether all processes of this kernel see each other's locks there, through whatever mount."""
+    """True where all processes of this kernel see each other's locks there, through whatever mount."""
     kind = file_system_of(path)
     return kind not in NETWORK_FILE_SYSTEMS and kind != "unknown" and not kind.startswith("fuse")
 
 
 def is_foreign(status: os.stat_result, folder: Path) -> bool:
-    """Whether something in a folder belongs to a user as whom files made there now do not. Servers may give those to
+    """True where something in a folder belongs to a user as whom files made there now do not. Servers may give those to
     another one than asked for. Raises OSError."""
     if status.st_uid == os.geteuid():
         return False
@@ -178,7 +178,7 @@ class Lock:
             return False
 
     def _is_over(self, owner: Mapping[str, Any], is_locked: bool | None) -> bool:
-        """Whether the run that wrote the file has ended, as far as can be known here; it is none that lives in this
+        """True where the run that wrote the file has ended, as far as can be known here; it is none that lives in this
         namespace."""
         if self.break_lock:
             return True
@@ -197,7 +197,7 @@ class Lock:
         return os.fstat(self._descriptor).st_uid
 
     def is_ours(self) -> bool:
-        """Whether the file at the path is still the one that this run holds, and says so. Raises OSError."""
+        """True while the file at the path is still the one that this run holds, and says so. Raises OSError."""
         return self._seen() is None
 
     def confirm(self) -> None:
@@ -212,7 +212,7 @@ class Lock:
                               f"is there is left to the other run")
 
     def _seen(self) -> dict[str, Any] | None:
-        """What another run has put in place of this one's lock, as far as it can be told; None where it stands. It is
+        """The record that another run has put in place of this one's lock, as far as it can be told; None where it stands. It is
         opened anew: that asks the server where a file system has one."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -251,7 +251,7 @@ def _who(owner: Mapping[str, Any]) -> str:
 
 
 def _is_here_and_alive(owner: Mapping[str, Any]) -> bool:
-    """Whether the run that wrote the file lives, counted as this process is."""
+    """True while the run that wrote the file lives, counted as this process is."""
     if not owner.get("boot") or (owner["boot"], owner.get("pids", _namespace())) != (_boot(), _namespace()):
         return False
     if owner["pid"] == os.getpid() and "token" in owner:

@@ -19,7 +19,7 @@ from stream_reshard.layouts.nanotron_files import parse_path
 from stream_reshard.manifest import MANIFEST_NAME, read_manifest
 
 _SETTINGS = frozenset({"config.yaml", "checkpoint_metadata.json", MODEL_CONFIG_NAME})
-"""What Nanotron's trainer writes beside the folders of a checkpoint (serialize/main.py and trainer.py of Nanotron)."""
+"""Files that Nanotron's trainer writes beside the folders of a checkpoint (serialize/main.py and trainer.py of Nanotron)."""
 
 _OF = r"(?:0|[1-9]\d*)-of-[1-9]\d*"
 _RANKS = rf"pp-{_OF}(?:_dp-{_OF})?_tp-{_OF}(?:_exp-{_OF})?"
@@ -30,19 +30,19 @@ _OF_TRAINING = re.compile(
 `lr_scheduler_filename` in nanotron/serialize/optimizer.py, nanotron/serialize/random.py)."""
 
 _OF_EXPERTS = re.compile(rf"(?<=\d)_exp-rank-{_OF}(?=\.safetensors\Z)", re.ASCII)
-"""What `get_path` (nanotron/serialize/utils.py) adds to the name of a weight that experts are spread over."""
+"""The part that `get_path` (nanotron/serialize/utils.py) adds to the name of a weight that experts are spread over."""
 
 _LAST = (MANIFEST_NAME, JOURNAL_NAME)
 """Removed when all the rest is: a run that is stopped halfway leaves what names the other files."""
 
 
 def is_of_training(path: str) -> bool:
-    """Whether Nanotron's trainer saves a state of training there."""
+    """True for a path at which Nanotron's trainer saves a state of training."""
     return _OF_TRAINING.fullmatch(path) is not None
 
 
 def is_weights(path: str) -> bool:
-    """Whether Nanotron keeps weights there."""
+    """True for a path at which Nanotron keeps weights."""
     try:
         parse_path(_OF_EXPERTS.sub("", path))
     except SourceError:
@@ -55,7 +55,7 @@ def _is_named_by_nanotron(path: str) -> bool:
 
 
 def strangers(folder: Path, names: Collection[str] = ()) -> Iterator[Entry]:
-    """What stands in a folder and is not this tool's or Nanotron's to remove. `names`: what is known beside that.
+    """All that stands in a folder and is not this tool's or Nanotron's to remove. `names`: what is known beside that.
     Raises OSError where a folder cannot be listed."""
     is_ours = _ours(folder, names)
     return (entry for entry in entries_below(folder)
