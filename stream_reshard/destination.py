@@ -60,7 +60,7 @@ def destination_problems(source: Path, destination: Path, overwrite: bool) -> It
 
 
 def occupation_problems(destination: Path, overwrite: bool) -> Iterator[StreamReshardError]:
-    """What stands in the destination, or beside it, and may not be replaced or removed."""
+    """Things in the destination, or beside it, that may not be replaced or removed."""
     for folder in replaced_beside(destination):
         yield from removal_problems(folder, "the clearing of replaced folders")
     if not os.path.isdir(destination) or not any(destination.iterdir()):

@@ -35,7 +35,7 @@ _BATCH = 1024
 
 @dataclass(frozen=True)
 class Record:
-    """Which run it is, and what its folder will hold."""
+    """Identity of a run, and names of the files that its folder will hold."""
 
     run: Mapping[str, Any]
     """Equal for two attempts at the same output, and for nothing else."""

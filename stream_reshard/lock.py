@@ -47,7 +47,7 @@ def _boot() -> str:
 
 
 def _namespace() -> str:
-    """Names the namespace that this process's number counts in (pid_namespaces(7)); nothing where the kernel does not tell."""
+    """Names the namespace in which processes are counted here (pid_namespaces(7)); nothing where it cannot be told."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -55,8 +55,8 @@ def _namespace() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """The time at which a process began, in ticks since the boot; 0 where it has ended and nobody has asked how; None where the
-    kernel does not tell (proc(5), /proc/PID/stat, fields 3 and 22)."""
+    """The time at which a process began, in ticks since the boot; 0 where it has ended and nobody has asked how; None
+    where the kernel does not tell (proc(5), /proc/PID/stat, fields 3 and 22)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
@@ -212,8 +212,8 @@ class Lock:
                               f"is there is left to the other run")
 
     def _seen(self) -> dict[str, Any] | None:
-        """The record that another run has put in place of this one's lock, as far as it can be told; None where it stands. It is
-        opened anew: that asks the server where a file system has one."""
+        """The record that another run has put in place of this one's lock, as far as it can be told; None where that
+        stands. The file is opened anew: that asks the server where a file system has one."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:

@@ -19,7 +19,7 @@ from stream_reshard.layouts.nanotron_files import parse_path
 from stream_reshard.manifest import MANIFEST_NAME, read_manifest
 
 _SETTINGS = frozenset({"config.yaml", "checkpoint_metadata.json", MODEL_CONFIG_NAME})
-"""Files that Nanotron's trainer writes beside the folders of a checkpoint (serialize/main.py and trainer.py of Nanotron)."""
+"""Files beside the folders of a checkpoint (serialize/main.py and trainer.py of Nanotron)."""
 
 _OF = r"(?:0|[1-9]\d*)-of-[1-9]\d*"
 _RANKS = rf"pp-{_OF}(?:_dp-{_OF})?_tp-{_OF}(?:_exp-{_OF})?"
