@@ -32,9 +32,6 @@ COMPANIONS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spe
               "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 """Files that are copied from the source where it has them."""
 
-VERIFY_BUFFERS = 2
-"""Buffers that a worker of a comparison has."""
-
 NUM_WAITING = 8
 """Jobs that wait for the disk while others move bytes."""
 
@@ -171,7 +168,8 @@ def _check(conversion: Conversion, stop: Stop, folder: Path) -> None:
     from stream_reshard.verify import How as HowToVerify
     from stream_reshard.verify import verify
     options = conversion.options
-    how = HowToVerify(options.max_memory, options.workers, ignored=(JOURNAL_NAME,), is_own=True)
+    how = HowToVerify(options.max_memory, vocab_size=options.vocab_size, ignored=(JOURNAL_NAME,),
+                      name=conversion.output.destination, plan=conversion.memory)
     verify(options.source, folder, how, stop)
 
 
@@ -184,7 +182,7 @@ def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memor
     documents; where no destination is given nothing is run, and a limit that is too small for the records alone is no
     reason to refuse."""
     of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.workers, casts,
-                 NUM_BUFFERS + options.verify * VERIFY_BUFFERS)
+                 NUM_BUFFERS + options.verify * memory.VERIFY_BUFFERS)
     whole, bare = of(num_files=plan.target.num_files * (1 + options.verify), held=held), of(num_files=0)
     if options.destination is not None or whole.projected <= whole.allowed or bare.projected > bare.allowed:
         return whole, []

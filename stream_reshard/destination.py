@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stream_reshard.errors import DestinationError, Problems, SourceError, StreamReshardError, quoted
 from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
-from stream_reshard.manifest import MANIFEST_NAME, Manifest, read_manifest
+from stream_reshard.manifest import MANIFEST_NAME, StoredManifest, open_manifest
 from stream_reshard.small_files import files_below
 from stream_reshard.staging import SUFFIX_NBYTES, replaced_beside, staging_of
 
@@ -80,19 +80,19 @@ def occupation_problems(destination: Path, overwrite: bool) -> Iterator[StreamRe
                                f"and would be lost; move it away")
 
 
-def _manifest_of(destination: Path) -> Manifest | None:
+def _manifest_of(destination: Path) -> StoredManifest | None:
     try:
-        return read_manifest(destination)
+        return open_manifest(destination)
     except SourceError:
         return None
 
 
-def _strangers(destination: Path, manifest: Manifest | None) -> list[str]:
+def _strangers(destination: Path, manifest: StoredManifest | None) -> list[str]:
     """What the manifest does not name, but for what a trainer adds; without a manifest, what stands at the top under a
     name that Nanotron does not give."""
     if manifest is None:
         return sorted({path.name for path in destination.iterdir()} - _OF_A_CHECKPOINT)
-    added = set(files_below(destination)) - manifest.files.keys() - {MANIFEST_NAME}
+    added = (path for path in files_below(destination) if path not in manifest.files and path != MANIFEST_NAME)
     return sorted(path for path in added if path.partition("/")[0] not in _OF_TRAINING)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stream_reshard.errors import SourceError, quoted
+from stream_reshard.errors import ResourceError, SourceError, quoted
 from stream_reshard.small_files import open_regular, read_error, strict_json
 
 ITEMSIZE: Mapping[str, int] = {
@@ -125,7 +125,8 @@ def header_of(file: TensorFile) -> bytes:
 def read_header(root: Path, path: str, max_nbytes: int = MAX_HEADER_NBYTES) -> TensorFile:
     """Read and check the header of `root / path`, of at most `max_nbytes`; see `parse_header`.
 
-    Raises SourceError, with the file's name, also where the file is shorter or longer than the header says.
+    Raises SourceError, with the file's name, also where the file is shorter or longer than the header says;
+    ResourceError where the header has more than `max_nbytes`, which the memory has room for.
     """
     try:
         with open_regular(root / path) as stream:
@@ -135,6 +136,8 @@ def read_header(root: Path, path: str, max_nbytes: int = MAX_HEADER_NBYTES) -> T
         raise read_error(quoted(path), error) from error
     except _Malformed as error:
         raise SourceError(f"{quoted(path)}: {error}") from error
+    except _NoRoom as error:
+        raise ResourceError(f"{quoted(path)}: {error}") from error
 
 
 def parse_header(path: str, text: bytes, size: int, full: Path | None = None) -> TensorFile:
@@ -157,15 +160,20 @@ class _Malformed(Exception):
     """What is wrong with a header, in words."""
 
 
+class _NoRoom(Exception):
+    """That a header is too long for the memory there is, in words."""
+
+
 def _header_text(prefix: bytes, size: int, max_nbytes: int, read: Callable[[int], bytes]) -> bytes:
     if len(prefix) < 8:
         raise _Malformed(f"{size} bytes are too few for a safetensors file")
     length = int.from_bytes(prefix, "little")
-    if length > min(max_nbytes, MAX_HEADER_NBYTES):
-        cure = "; parsing it takes many times that, raise --max-memory" if length <= MAX_HEADER_NBYTES else ""
-        raise _Malformed(f"its header claims {length} bytes, the limit is {min(max_nbytes, MAX_HEADER_NBYTES)}{cure}")
+    if length > MAX_HEADER_NBYTES:
+        raise _Malformed(f"its header claims {length} bytes, the limit is {MAX_HEADER_NBYTES}")
     if 8 + length > size:
         raise _Malformed(f"cut off: the header needs {8 + length} bytes, the file has {size}")
+    if length > max_nbytes:
+        raise _NoRoom(f"its header has {length} bytes, and --max-memory leaves room to parse {max_nbytes}; raise it")
     return read(length)
 
 

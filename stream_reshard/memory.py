@@ -20,6 +20,9 @@ DEFAULT_ALLOWED = 512 * 2**20
 MAX_BLOCK_NBYTES = 2 * 2**20
 MIN_BLOCK_NBYTES = 64 * 2**10
 
+VERIFY_BUFFERS = 2
+"""Buffers that a worker of a comparison has."""
+
 _MANY_WORKERS_NBYTES = 2**28
 _MAX_DEFAULT_WORKERS = 8
 

@@ -45,7 +45,9 @@ def files_below(root: Path) -> Iterator[str]:
 
 
 def read_capped(root: Path, name: str, max_nbytes: int) -> bytes:
-    """The content of `root / name`. Raises SourceError where it cannot be read or has more than `max_nbytes`."""
+    """The content of `root / name`. Raises SourceError where it cannot be read or is longer than any such file,
+    ResourceError where it has more than `max_nbytes`, which the memory has room for."""
+    max_nbytes = min(max_nbytes, MAX_JSON_NBYTES)
     try:
         with open_regular(root / name) as stream:
             content = stream.read(max_nbytes + 1)
@@ -56,15 +58,19 @@ def read_capped(root: Path, name: str, max_nbytes: int) -> bytes:
     return content
 
 
-def too_long(name: str, max_nbytes: int) -> SourceError:
-    """The error a user sees of a file with more than `max_nbytes`."""
-    return SourceError(f"{quoted(name)} has more than {max_nbytes} bytes, the limit for such a file; parsing one takes "
-                       f"many times its size, so a larger --max-memory may raise it")
+def too_long(name: str, max_nbytes: int, fixed: int = MAX_JSON_NBYTES) -> StreamReshardError:
+    """The error a user sees of a file with more than `max_nbytes`: no such file has more than `fixed`, and where that
+    is not reached, it is the limit on memory that is too small."""
+    if max_nbytes >= fixed:
+        return SourceError(f"{quoted(name)} has more than {fixed} bytes, which no such file has")
+    return ResourceError(f"{quoted(name)} has more than {max_nbytes} bytes; parsing it takes many times its size, and "
+                         f"--max-memory leaves no more; raise it")
 
 
 def read_json(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTES) -> dict[str, Any]:
-    """The JSON object in `root / name`. Raises SourceError when it is absent, too large, or not an object."""
-    content = read_capped(root, name, min(max_nbytes, MAX_JSON_NBYTES))
+    """The JSON object in `root / name`. Raises SourceError when it is absent, longer than any, or not an object,
+    ResourceError where it has more than `max_nbytes`, which the memory has room for."""
+    content = read_capped(root, name, max_nbytes)
     try:
         value = strict_json(content)
     except ValueError as error:

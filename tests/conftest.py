@@ -1,8 +1,10 @@
 """What several test files share: figures of the campaigns, printed at the end of a run, and the fixtures of verify."""
+import json
 import shutil
 from functools import cache, partial
 
 import pytest
+from damage import edit_yaml
 from running import call, deadline
 from trees import MANIFEST, make
 
@@ -41,12 +43,15 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def copied(made, tmp_path):
-    """copied(kind, bare): one that a test may break, without its manifest where it is bare."""
+    """copied(kind, bare): one that a test may break. Where it is bare, it has no manifest, and its config.yaml starts
+    from it; else it is a copy, as its manifest tells."""
     def copy(kind, bare=True):
-        shutil.copytree(made(kind), tmp_path / "copy")
+        shutil.copytree(made(kind), root := tmp_path / "copy")
         if bare:
-            (tmp_path / "copy" / MANIFEST).unlink(missing_ok=True)
-        return tmp_path / "copy"
+            (root / MANIFEST).unlink(missing_ok=True)
+            if (root / "config.yaml").exists():
+                edit_yaml(root, f"path: {json.dumps(str(made(kind)))}", f"path: {json.dumps(str(root))}")
+        return root
     return copy
 
 

@@ -10,7 +10,7 @@ from stream_reshard.layouts.nanotron_config import (
     METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config)
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.layouts.nanotron_source import format_of, layout_of_files, read_weight_files
-from stream_reshard.manifest import read_manifest
+from stream_reshard.manifest import open_manifest
 
 
 def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
@@ -41,7 +41,7 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
 
 def vocab_size_of(root: Path, max_nbytes: int) -> int | None:
     """Rows of the embedding without padding, as a manifest says it, if there is one. Raises SourceError."""
-    manifest = read_manifest(root, max_nbytes)
+    manifest = open_manifest(root, max_nbytes)
     return manifest.facts["vocab_size"] if manifest else None
 
 
