@@ -1,12 +1,11 @@
 """What several test files share: figures of the campaigns, printed at the end of a run, and the fixtures of verify."""
-import json
 import shutil
 from functools import cache, partial
 
 import pytest
-from damage import edit_yaml
+from damage import bare
 from running import call, deadline
-from trees import MANIFEST, make
+from trees import make
 
 from stream_reshard import memory
 
@@ -43,14 +42,11 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def copied(made, tmp_path):
-    """copied(kind, bare): one that a test may break. Where it is bare, it has no manifest, and its config.yaml starts
-    from it; else it is a copy, as its manifest tells."""
-    def copy(kind, bare=True):
+    """copied(kind, is_bare): one that a test may break, without its manifest where it is bare."""
+    def copy(kind, is_bare=True):
         shutil.copytree(made(kind), root := tmp_path / "copy")
-        if bare:
-            (root / MANIFEST).unlink(missing_ok=True)
-            if (root / "config.yaml").exists():
-                edit_yaml(root, f"path: {json.dumps(str(made(kind)))}", f"path: {json.dumps(str(root))}")
+        if is_bare:
+            bare(root)
         return root
     return copy
 

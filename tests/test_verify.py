@@ -107,13 +107,13 @@ def test_what_was_allowed_at_the_conversion_need_not_be_allowed_again(tmp_path, 
     ("vocab_size: 11", "vocab_size: 12", 0),
     ("vocab_size: 11", "vocab_size: 13", 5), ("rope_interleaved: false", "rope_interleaved: true", 5)])
 def test_an_edited_config_yaml_may_say_anything_but_another_model(made, copied, verify, differs, old, new, code):
-    edit_yaml(root := copied("tp2pp2", bare=False), old, new)
+    edit_yaml(root := copied("tp2pp2", is_bare=False), old, new)
     differs(made("hf"), root, ["'config.yaml' has", "--edited"])
     assert verify(made("hf"), root, "--edited", "config.yaml")[0] == code
 
 
 def test_what_nfs_keeps_of_removed_files_is_not_there(made, copied, verify):
-    root = copied("tp2pp2", bare=False)
+    root = copied("tp2pp2", is_bare=False)
     for folder in (root, root / "model" / "model" / "lm_head"):
         (folder / ".nfs000001").write_text("still open elsewhere")
     assert verify(made("hf"), root)[0] == 0

@@ -35,7 +35,7 @@ LONG = [
 
 @pytest.mark.parametrize("change", [pytest.param(change, id=remark) for remark, change in LONG])
 def test_no_document_breaks_the_limit(made, copied, change):
-    change(root := copied("tp1", bare=False))
+    change(root := copied("tp1", is_bare=False))
     code, peak, err = measured("verify", made("hf"), root, "--max-memory", "64MiB", "--workers", "1")
     assert code in (0, 5, 6) and "Traceback" not in err and peak <= 64 * 2**20, f"{peak / 2**20:.0f} MiB"
 
