@@ -44,17 +44,17 @@ def files_below(root: Path) -> Iterator[str]:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
-def read_capped(root: Path, name: str, max_nbytes: int) -> bytes:
-    """The content of `root / name`. Raises SourceError where it cannot be read or is longer than any such file,
-    ResourceError where it has more than `max_nbytes`, which the memory has room for."""
-    max_nbytes = min(max_nbytes, MAX_JSON_NBYTES)
+def read_capped(root: Path, name: str, max_nbytes: int, fixed: int = MAX_JSON_NBYTES) -> bytes:
+    """The content of `root / name`. Raises SourceError where it cannot be read or has more than `fixed` bytes, which no
+    such file has; ResourceError where it has more than `max_nbytes`, which the memory has room for."""
+    max_nbytes = min(max_nbytes, fixed)
     try:
         with open_regular(root / name) as stream:
             content = stream.read(max_nbytes + 1)
     except OSError as error:
         raise read_error(f"{quoted(name)} in {quoted(root)}", error) from error
     if len(content) > max_nbytes:
-        raise too_long(name, max_nbytes)
+        raise too_long(name, max_nbytes, fixed)
     return content
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from stream_reshard import memory
-from stream_reshard.errors import Problems, quoted
+from stream_reshard.errors import Problems, ResourceError, quoted
 from stream_reshard.layouts.nanotron import STAGES
 from stream_reshard.verify.agreement import (
     Setting, dtype_differences, parameter_differences, setting_differences, vocabulary_difference)
 from stream_reshard.verify.checkpoint import Checkpoint
 from stream_reshard.verify.compare import shape_difference
-from stream_reshard.verify.files import FilesOfManifest, file_set
+from stream_reshard.verify.files import CONFIG_YAML, FilesOfManifest, file_set
 from stream_reshard.verify.how import How, cast_to, rule_of
 from stream_reshard.verify.side import Side
 from stream_reshard.verify.start import Folder
@@ -46,15 +46,18 @@ def look(original: Side, other: Side, how: How, allowed: int, found: Found) -> F
     is_cast = cast_to(other, how) is not None
     found.differences.extend([
         *vocabulary_difference(source, copy), *parameter_differences(source, copy), *dtype_differences(
-            source, copy, other.dtype if is_cast and how.dtype == "keep" else None, is_cast)])
+            source, copy, other.dtype if "keep" == how.dtype != other.dtype else None, is_cast)])
     if how.quick:
         rule = rule_of(source, copy, other, how, 0)
         found.differences.extend(filter(None, (
             shape_difference(name, source, copy, rule) for name in shared(source, copy))))
     if copy.is_nanotron:
         folder = Folder(other.root, how.name or other.root, other.manifest)
-        notes, limit = found.notes, memory.yaml_limit(allowed, memory.resident())
-        found.differences.extend(training_problems(folder, copy, limit, notes))
+        limit = memory.yaml_limit(allowed, memory.resident())
+        problems, elsewhere = training_problems(folder, copy, limit, found.notes)
+        is_accepted = CONFIG_YAML in how.allow and not any(isinstance(p, ResourceError) for p in elsewhere)
+        found.differences.extend([*problems, *(elsewhere if not is_accepted else ())])
+        found.accepted.extend(f"{text}; {_who(CONFIG_YAML, how)}" for text in elsewhere if is_accepted)
     return told
 
 

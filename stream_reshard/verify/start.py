@@ -101,7 +101,7 @@ def _resume_problems(folder: Folder, content: bytes, told: Any, checkpoints: Map
     key = "checkpoints.resume_checkpoint_path"
     path = told if isinstance(told, str) and "\0" not in told else ""
     if path and os.path.lexists(os.path.join(path, LATEST)):
-        step = read_capped(Path(path), LATEST, _MAX_LATEST_NBYTES)
+        step = read_capped(Path(path), LATEST, _MAX_LATEST_NBYTES, _MAX_LATEST_NBYTES)
         try:
             path = os.path.join(path, str(int(step)))
         except ValueError:

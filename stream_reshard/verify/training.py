@@ -21,19 +21,20 @@ _NOT_OF_THE_WEIGHTS = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_
 """Fields of ModelConfig that are not compared as they stand: the trainer pads the vocabulary, no weight tells ids."""
 
 
-def training_problems(folder: Folder, checkpoint: Checkpoint, max_nbytes: int, notes: list[str]) -> Problems:
-    """Everything that keeps the config.yaml in a folder, if there is one, from training the weights beside it, or has
-    it train something else; what is right and yet worth telling goes to `notes`."""
-    problems = Problems()
+def training_problems(folder: Folder, checkpoint: Checkpoint, max_nbytes: int, notes: list[str]
+                      ) -> tuple[Problems, Problems]:
+    """(how the config.yaml in a folder, if there is one, describes other weights, why it does not start from those
+    beside it); what is right and yet worth telling goes to `notes`."""
+    problems, elsewhere = Problems(), Problems()
     if not has_yaml() or not os.path.lexists(folder.root / CONFIG_YAML):
-        return problems
+        return problems, elsewhere
     content = problems.collect(read_capped, folder.root, CONFIG_YAML, max_nbytes)
     text = problems.collect(_parsed, content) if content is not None else None
     if text is not None:
         problems.extend(problems.collect(lambda: list(_model_problems(text, checkpoint, notes))) or ())
-        problems.extend(problems.collect(lambda: list(start_problems(
+        elsewhere.extend(elsewhere.collect(lambda: list(start_problems(
             folder, content, _below(text, "model").get("init_method"), _below(text, "checkpoints"), notes))) or ())
-    return problems
+    return problems, elsewhere
 
 
 def _model_problems(text: Mapping[str, Any], checkpoint: Checkpoint, notes: list[str]) -> Iterator[SourceError]:
