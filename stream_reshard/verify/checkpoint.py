@@ -7,7 +7,7 @@ planner is used here, neither its slices nor its arithmetic: a wrong plan cannot
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,8 +100,16 @@ class Weights(Mapping[str, Weight]):
     """The parameters of a checkpoint, by name. A large one has many, so each is made when it is asked for."""
 
     @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """Nothing is made to answer this."""
+
+    @abstractmethod
     def dtype_of(self, name: str) -> str:
         """safetensors' name of the dtype of a parameter."""
+
+    @abstractmethod
+    def paths_of(self, name: str) -> Sequence[str]:
+        """The files that a parameter stands in."""
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ class Compared:
 def compare(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule, stop: Stop) -> Compared:
     """Compare a parameter that both have; ends at the first difference."""
     ours, theirs = copy.weights[name], source.weights[name]
-    if fault := shape_difference(name, source, copy, rule):
-        return Compared(0, fault)
+    if fault := _shape_fault(ours, theirs, rule, source.is_nanotron == copy.is_nanotron):
+        return Compared(0, _shape_difference(ours, fault))
     dtype, num_rows, num_compared = compared_as(name, source, copy, rule), ours.num_true_rows(rule.vocab_size), 0
     with Opened(source.root, theirs, rule.block_nbytes) as expected, Opened(copy.root, ours, rule.block_nbytes) as got:
         for block in _chosen(name, num_rows, ours, dtype, rule):
@@ -100,7 +100,11 @@ def shape_difference(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule
     """Where shape or dtype of a parameter are not what the source asks for."""
     ours = copy.weights[name]
     fault = _shape_fault(ours, source.weights[name], rule, source.is_nanotron == copy.is_nanotron)
-    return DifferenceError(f"{quoted(ours.pieces[0].tensor.file)}: {_title(ours)} {fault}") if fault else None
+    return _shape_difference(ours, fault) if fault else None
+
+
+def _shape_difference(ours: Weight, fault: str) -> DifferenceError:
+    return DifferenceError(f"{quoted(ours.pieces[0].tensor.file)}: {_title(ours)} {fault}")
 
 
 def _shape_fault(ours: Weight, theirs: Weight, rule: Rule, are_same_format: bool) -> str | None:

@@ -53,5 +53,11 @@ class _Weights(Weights):
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers
+
     def dtype_of(self, name: str) -> str:
         return self._layout.dtype_at(self._numbers[name])
+
+    def paths_of(self, name: str) -> tuple[str]:
+        return (self._layout.shards[self._layout.places[self._numbers[name]]],)

@@ -164,8 +164,14 @@ class _Weights(Weights):
     def __len__(self) -> int:
         return len(self._places)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
     def dtype_of(self, name: str) -> str:
         return self._places[name][0][0].dtype
+
+    def paths_of(self, name: str) -> list[str]:
+        return [file.path for file in self._places[name][0]]
 
 
 def _fused(model: Model) -> Iterator[list[Parameter]]:

@@ -25,7 +25,7 @@ def weight_tasks(source: Checkpoint, copy: Checkpoint, rule: Rule, told: FilesOf
     weight in it, so that the second reading finds it in memory."""
     for name in shared(source, copy):
         if told is not None:
-            for path in dict.fromkeys(piece.tensor.file for piece in copy.weights[name].pieces):
+            for path in copy.weights.paths_of(name):
                 if file := told.take(path):
                     yield partial(_digest, copy.root, file, buffer_nbytes, stop)
         yield partial(compare, name, source, copy, rule, stop)
