@@ -14,6 +14,7 @@ from stream_reshard.manifest import MANIFEST_NAME, FileDone
 from stream_reshard.model import ModelConfig
 from stream_reshard.verify.checkpoint import Checkpoint
 from stream_reshard.verify.files import CONFIG_YAML
+from stream_reshard.verify.nanotron import MAX_LISTED
 
 _SETTLED_ELSEWHERE = {"vocab_size", "family"}
 """Fields of ModelConfig that are compared through the weights: padding, and which parameters there are."""
@@ -63,12 +64,15 @@ def vocabulary_difference(source: Checkpoint, copy: Checkpoint) -> Iterator[Diff
 
 
 def parameter_differences(source: Checkpoint, copy: Checkpoint) -> Iterator[DifferenceError]:
-    """Parameters that only one of the two has."""
+    """Parameters that only one of the two has: the first few, and how many more."""
     for one, other in ((source, copy), (copy, source)):
-        for name in one.weights:
-            if name not in other.weights:
-                yield DifferenceError(f"{one.weights[name].parameter.hugging_face} is in {quoted(one.root)}, but not "
-                                      f"in {quoted(other.root)}")
+        missing = [name for name in one.weights if name not in other.weights]
+        for name in missing[:MAX_LISTED]:
+            yield DifferenceError(f"{one.weights[name].parameter.hugging_face} is in {quoted(one.root)}, but not in "
+                                  f"{quoted(other.root)}")
+        if len(missing) > MAX_LISTED:
+            yield DifferenceError(f"and {len(missing) - MAX_LISTED} more parameters are in {quoted(one.root)}, but not "
+                                  f"in {quoted(other.root)}")
 
 
 def dtype_differences(source: Checkpoint, copy: Checkpoint, told: str | None,

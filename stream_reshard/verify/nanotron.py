@@ -25,7 +25,7 @@ from stream_reshard.topology import Topology
 from stream_reshard.verify.checkpoint import Checkpoint, Piece, Weight, Weights, matrix_of
 from stream_reshard.verify.groups import Group, HeldFile
 
-PER_FILE = 20
+PER_FILE = 10
 """Bytes of JSON that take as much memory to parse as what is held of one weight file, and of its parameters."""
 
 PER_PARAMETER = 5
