@@ -183,7 +183,10 @@ def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memor
     reason to refuse."""
     of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.workers, casts,
                  NUM_BUFFERS + options.verify * memory.VERIFY_BUFFERS)
-    whole, bare = of(num_files=plan.target.num_files * (1 + options.verify), held=held), of(num_files=0)
+    if options.verify:  # It keeps a record of each file once more, and opens the source again.
+        held += memory.VERIFY_NBYTES
+    num_files = plan.target.num_files + options.verify * (plan.target.num_files + plan.source.num_files)
+    whole, bare = of(num_files=num_files, held=held), of(num_files=0)
     if options.destination is not None or whole.projected <= whole.allowed or bare.projected > bare.allowed:
         return whole, []
     return bare, [f"a run of this plan needs --max-memory {memory.human(whole.projected)} for the records of "
