@@ -173,7 +173,8 @@ def _header_text(prefix: bytes, size: int, max_nbytes: int, read: Callable[[int]
     if 8 + length > size:
         raise _Malformed(f"cut off: the header needs {8 + length} bytes, the file has {size}")
     if length > max_nbytes:
-        raise _NoRoom(f"its header has {length} bytes, and --max-memory leaves room to parse {max_nbytes}; raise it")
+        raise _NoRoom(f"its header claims {length} bytes, the limit is {max_nbytes}; parsing it takes many times that, "
+                      f"raise --max-memory")
     return read(length)
 
 

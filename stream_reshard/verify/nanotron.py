@@ -31,6 +31,9 @@ PER_FILE = 10
 PER_PARAMETER = 5
 """The same for a parameter that a config tells of."""
 
+MAX_UNKNOWN = 1000
+"""Headers that are read of files which a manifest does not name: they tell what became of those that it does."""
+
 MAX_LISTED = 10
 """Files that make no sense of which a message tells; of more only how many."""
 
@@ -38,8 +41,8 @@ MAX_LISTED = 10
 def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, problems: Problems,
                   may_be_moved: bool = False, known: Collection[str] | None = None) -> Checkpoint | None:
     """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared. With
-    `may_be_moved`, blocks may stand on other stages than Nanotron's balancing gives them. Of files that are not among
-    the `known` ones no header is read: that they are there is a difference already."""
+    `may_be_moved`, blocks may stand on other stages than Nanotron's balancing gives them. Of many files that are not
+    among the `known` ones few headers are read: that they are there is a difference already."""
     if not (root / MODEL_CONFIG_NAME).is_file():
         problems.append(SourceError(f"{quoted(root)} holds no {MODEL_CONFIG_NAME}: it is not a committed checkpoint"))
         return None
@@ -75,10 +78,12 @@ def _read_files(root: Path, max_nbytes: int, problems: Problems, known: Collecti
     """The weight files. Raises ResourceError where there are more than the memory has room for."""
     files: list[HeldFile] = []
     common: dict[Any, Any] = {}
-    num_wrong = 0
+    num_wrong = num_unknown = 0
     for path in files_below(root / "model"):
         if known is not None and f"model/{path}" not in known:
-            continue
+            num_unknown += 1
+            if num_unknown > MAX_UNKNOWN:
+                continue
         try:
             files.append(_held(read_weight_file(root, f"model/{path}", max_nbytes), common))
         except SourceError as error:

@@ -1,7 +1,8 @@
 """Where a training by config.yaml takes its weights from: this very folder, a copy of it, or something else.
 
 Nanotron starts from `checkpoints.resume_checkpoint_path` where it leads to a checkpoint (`parse_ckpt_path`,
-nanotron/serialize/main.py), else from `model.init_method` (`_load_model_checkpoint`, nanotron/trainer.py).
+nanotron/serialize/main.py), else from `model.init_method` (`_load_model_checkpoint`, nanotron/trainer.py). Of a folder
+that config.yaml names, nothing is opened but its manifest and latest.txt, and nothing of them is told but a number.
 """
 from __future__ import annotations
 
