@@ -38,6 +38,8 @@ def in_pieces(text):
                 value[key] = dict(entries)
                 if len(value[key]) < len(entries):
                     raise ValueError("twice")
+            elif reader.next() == "[":
+                value[key] = list(reader.items())
             else:
                 value[key] = reader.value()
     if reader.next():

@@ -37,11 +37,13 @@ def test_one_model_is_equal_in_whatever_form(made, verify, source, copy, flags):
         assert np.array_equal(*(oracle.values(key, here.bits.itemsize) for oracle in (here, there))), key
 
 
+@pytest.mark.parametrize("nbytes", [256, 32], ids=["rows", "parts of rows"])
 @pairs
 def test_one_changed_weight_is_named_with_its_place_and_values(made, copied, verify, differs, monkeypatch, source, copy,
-                                                               flags):
-    """First in one parameter, then in each: a line for each, and no other. There is no manifest; rows come in bands."""
-    monkeypatch.setattr(memory, "MAX_BLOCK_NBYTES", 256)
+                                                               flags, nbytes):
+    """First in one parameter, then in each: a line for each, and no other. There is no manifest; what is compared at a
+    time are a few rows, or parts of them."""
+    monkeypatch.setattr(memory, "MAX_BLOCK_NBYTES", nbytes)
     flags = ("--dtype", "bfloat16") if copy == "float_cast" else flags
     root, chooser, theirs = copied(copy), random.Random(f"{source} {copy}"), Oracle(made(source))
     before = Oracle(root)

@@ -9,6 +9,7 @@ from running import call
 from sources import edit_config, make_source, make_tensors, shapes_of
 from trees import EMBEDDING, MANIFEST
 
+from stream_reshard import memory
 from stream_reshard.layouts.limits import ALLOWABLE
 
 pytestmark = pytest.mark.usefixtures("held")
@@ -154,6 +155,17 @@ def test_a_router_of_few_bits_is_the_same_in_float32(tmp_path, verify, differs):
     poke(every(root, "mlp/router/")[0], -1)
     (root / MANIFEST).unlink()
     differs(root, source, [ROUTER.replace("0", "0")])
+
+
+def test_experts_are_compared_in_parts_of_rows(tmp_path, verify, differs, monkeypatch):
+    """They stand transposed in Nanotron."""
+    monkeypatch.setattr(memory, "MAX_BLOCK_NBYTES", 32)
+    source = make_source(tmp_path / "hf", family="qwen2_moe")
+    assert call(source, root := tmp_path / "nt", "--quiet", "--tp", "2", "--rope", "interleaved") == 0
+    assert verify(source, root)[0] == verify(root, source)[0] == 0
+    (root / MANIFEST).unlink()
+    poke(every(root, "merged_down_proj")[0], -1)
+    differs(source, root, ["experts.2.down_proj.weight [15, 5]", "at [2, 5, 15] of the file"])
 
 
 def test_nanotron_keeps_routers_in_float32(made, moe, tmp_path, differs):

@@ -47,8 +47,8 @@ def allowed_by(manifest: StoredManifest | None) -> Collection[str]:
 def open_side(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str] = (),
               is_copy: bool = False) -> Side:
     """Open a folder; everything wrong goes to `problems`, but for what is in `allow` or its manifest accepts. No header
-    or small file may have more than `max_nbytes`. Of a copy with many files that its manifest does not name most are not
-    opened: that they are there is a difference already."""
+    or small file may have more than `max_nbytes`. Of a copy with many files that its manifest does not name, most are
+    not opened: that they are there is a difference already."""
     if not os.path.isdir(root):
         problems.append(SourceError(f"{quoted(root)} is not a folder"))
         return Side(root)
