@@ -40,6 +40,15 @@ def test_a_manifest_allows_no_other_value(made, copied, differs, key, value):
     differs(made("hf"), root, [f"{key}: the source says"], "--edited", "model_config.json")
 
 
+def test_a_manifest_allows_nothing_that_no_user_could(made, copied, differs, tmp_path):
+    """Not even where the copy says nothing of it."""
+    source = shutil.copytree(made("tp1"), tmp_path / "source")
+    edit_json(source, "model_config.json", rope_seq_len_interpolation_factor=2.0)
+    start_here(root := copied("tp2pp2", is_bare=False))
+    forge(root, lambda m: m["facts"].update(allowed=["rope_seq_len_interpolation_factor"]))
+    differs(source, root, ["rope_seq_len_interpolation_factor: the source says"], "--edited", "config.yaml")
+
+
 def test_what_a_manifest_lets_pass_is_told(scaled, verify, differs):
     source, root = scaled
     code, out, _ = verify(source, root)
