@@ -6,6 +6,7 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - box:            half-open n-d regions
 - topology:       sizes of the parallel axes, parts of a dim, pipeline stages
 - stop:           a request to stop, honoured between blocks
+- folder:         a folder that is held open, and who may enter what is made below it
 - durable:        files and names that survive a power cut whole, or are not there
 - json_text:      JSON that somebody else wrote, its faults named by key and line
 - stand_ins:      what stands in place of a file, by its first bytes
@@ -31,8 +32,11 @@ Two layouts, one plan. A *layout* says what is where in one checkpoint, a *plan*
 - moving:         bringing one parameter to where it is wanted
 - companions:     files that go along as they are: tokenizer, generation settings, texts of licences
 - manifest:       what a finished conversion says of itself, with a digest of every file
+- contents:       what stands below a folder, links and mount points not followed
+- access:         what others may do with an output: no more than with what it is made of
 - lock:           one run at a time writes to a destination
 - journal:        which files an unfinished run has written
+- removal:        only what is ours is removed
 - staging:        the folder in which the destination grows, and how it becomes the destination
 - jobs:           running one job
 - engines:        who runs the jobs

@@ -167,7 +167,7 @@ def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_AL
     from stream_reshard.verify import verify as compare
     (root, notes), (other, more) = followed(Path(source)), followed(Path(copy), is_copy=True)
     facts = compare(root, other, How(_nbytes(max_memory), **choices), stop, progress)
-    return facts | {"notes": [*notes, *more, *litter_notes(root), *litter_notes(other)]}
+    return facts | {"notes": [*notes, *more, *litter_notes(root), *litter_notes(other), *facts["notes"]]}
 
 
 @memory.granted()

@@ -147,7 +147,8 @@ def _verified(arguments: argparse.Namespace, stop: Stop) -> dict[str, Any]:
         return api.verify(
             arguments.source, arguments.destination, max_memory=arguments.max_memory, num_workers=arguments.workers,
             quick=arguments.quick, sample=_percent(arguments.sample), seed=arguments.seed, dtype=arguments.dtype,
-            allow=tuple(arguments.allow), edited=tuple(arguments.edited), stop=stop, progress=advance)
+            vocab_size=arguments.vocab_size, allow=tuple(arguments.allow), edited=tuple(arguments.edited), stop=stop,
+            progress=advance)
 
 
 def _planned_forward(arguments: argparse.Namespace) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard import memory
+from stream_reshard.access import access_notes
 from stream_reshard.casts import import_torch
 from stream_reshard.companions import Companion, find_companions
 from stream_reshard.destination import disk_free, existing_parent, occupation_problems
@@ -33,9 +34,6 @@ from stream_reshard.small_files import real_path
 from stream_reshard.source_digests import expected_sums, sum_problems
 from stream_reshard.stop import Stop
 from stream_reshard.target_file import Transport
-
-VERIFY_BUFFERS = 2
-"""Buffers that a worker of a comparison has."""
 
 NUM_WAITING = 8
 """Jobs that wait for the disk while others move bytes."""
@@ -139,7 +137,9 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     if casts:
         problems.collect(import_torch, "casting weights", ", or --dtype keep")
     budget, budget_notes = _budget(options, plan, casts, target.held_nbytes(plan.target))
-    notes = (*notes_of(options, source, target, plan, found.files), *found.notes, *budget_notes)
+    notes = (*notes_of(options, source, target, plan, found.files), *found.notes, *budget_notes,
+             *access_notes((source.layout.root / path for path in source.layout.paths),
+                           options.destination if options.overwrite else None))
     num_threads = problems.collect(_num_threads, options, plan) if options.destination is not None else 0
     conversion = Conversion(options, source, target, plan, budget, notes, num_threads, found.files)
     if options.destination is not None:
@@ -224,7 +224,8 @@ def _check(conversion: Conversion, stop: Stop, folder: Path) -> None:
     from stream_reshard.verify import How as HowToVerify
     from stream_reshard.verify import verify
     options = conversion.options
-    how = HowToVerify(options.max_memory, options.workers, ignored=(JOURNAL_NAME,), is_own=True)
+    how = HowToVerify(options.max_memory, vocab_size=options.vocab_size, ignored=(JOURNAL_NAME,),
+                      name=conversion.output.destination, plan=conversion.memory)
     verify(options.source, folder, how, stop)
 
 
@@ -237,8 +238,11 @@ def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memor
     documents; where no destination is given nothing is run, and a limit that is too small for the records alone is no
     reason to refuse."""
     of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.workers, casts,
-                 NUM_BUFFERS + options.verify * VERIFY_BUFFERS)
-    whole, bare = of(num_files=plan.target.num_files * (1 + options.verify), held=held), of(num_files=0)
+                 NUM_BUFFERS + options.verify * memory.VERIFY_BUFFERS)
+    if options.verify:  # It keeps a record of each file once more, and opens the source again.
+        held += memory.VERIFY_NBYTES
+    num_files = plan.target.num_files + options.verify * (plan.target.num_files + plan.source.num_files)
+    whole, bare = of(num_files=num_files, held=held), of(num_files=0)
     if options.destination is not None or whole.projected <= whole.allowed or bare.projected > bare.allowed:
         return whole, []
     return bare, [f"a run of this plan needs --max-memory {memory.human(whole.projected)} for the records of "

@@ -8,16 +8,13 @@ from pathlib import Path
 
 from stream_reshard.errors import DestinationError, Problems, SourceError, StreamReshardError, quoted
 from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
-from stream_reshard.manifest import MANIFEST_NAME, Manifest, read_manifest
+from stream_reshard.manifest import MANIFEST_NAME, open_manifest
+from stream_reshard.removal import removal_problems
 from stream_reshard.small_files import files_below, links_in, real_path
 from stream_reshard.staging import SUFFIX_NBYTES, replaced_beside, staging_of
 
 _MAX_NAME_NBYTES, _MAX_PATH_NBYTES = 255, 4095
 """NAME_MAX and PATH_MAX of Linux, without the NUL."""
-
-_OF_TRAINING = frozenset({"optimizer", "lr_scheduler", "random"})
-_OF_A_CHECKPOINT = _OF_TRAINING | {"model", "config.yaml", "checkpoint_metadata.json", MODEL_CONFIG_NAME, MANIFEST_NAME}
-"""Names at the top of a checkpoint, as Nanotron's trainer writes it."""
 
 _BELOW_NBYTES = 256
 """What the path of a weight file has below the destination, at most."""
@@ -57,37 +54,29 @@ def destination_problems(source: Path, destination: Path, overwrite: bool) -> It
 
 
 def occupation_problems(destination: Path, overwrite: bool) -> Iterator[StreamReshardError]:
-    """What stands in the destination and may not be replaced."""
+    """Things in the destination, or beside it, that may not be replaced or removed."""
+    for folder in replaced_beside(destination):
+        yield from removal_problems(folder, "the clearing of replaced folders")
     if not os.path.isdir(destination) or not any(destination.iterdir()):
         return
     if not overwrite:
         yield DestinationError(f"{quoted(destination)} is not empty; Nanotron would merge stale files without a word; "
                                f"choose another DST, empty it, or --overwrite it")
-        return
-    manifest = _manifest_of(destination)
-    if manifest is None and not ((destination / MODEL_CONFIG_NAME).is_file() and (destination / "model").is_dir()):
+    elif _is_checkpoint(destination):
+        yield from removal_problems(destination, "--overwrite")
+    else:
         yield DestinationError(f"{quoted(destination)} is not empty and does not look like a Nanotron checkpoint "
                                f"({MODEL_CONFIG_NAME} and model/), nor was it made by this tool ({MANIFEST_NAME}); "
                                f"--overwrite replaces those only")
-    elif strangers := _strangers(destination, manifest):
-        yield DestinationError(f"{quoted(destination)} holds {quoted(strangers[0])}, which is no part of a checkpoint "
-                               f"and would be lost; move it away")
 
 
-def _manifest_of(destination: Path) -> Manifest | None:
+def _is_checkpoint(destination: Path) -> bool:
+    if (destination / MODEL_CONFIG_NAME).is_file() and (destination / "model").is_dir():
+        return True
     try:
-        return read_manifest(destination)
+        return open_manifest(destination) is not None
     except SourceError:
-        return None
-
-
-def _strangers(destination: Path, manifest: Manifest | None) -> list[str]:
-    """What the manifest does not name, but for what a trainer adds; without a manifest, what stands at the top under a
-    name that Nanotron does not give."""
-    if manifest is None:
-        return sorted({path.name for path in destination.iterdir()} - _OF_A_CHECKPOINT)
-    added = set(files_below(destination, DestinationError)) - manifest.files.keys() - {MANIFEST_NAME}
-    return sorted(path for path in added if path.partition("/")[0] not in _OF_TRAINING)
+        return False
 
 
 def refuse_occupied(destination: Path, overwrite: bool) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import xxhash
 
 from stream_reshard.errors import DestinationError, ResourceError, StreamReshardError, quoted
+from stream_reshard.folder import Folder
 
 MAX_PIECES = 1024
 """Pieces one gathered write may have (IOV_MAX on Linux)."""
@@ -32,6 +33,7 @@ TEMP_NAME = re.compile(r"\..+\.[0-9a-f]{12}\.part")
 _libc = ctypes.CDLL(None, use_errno=True)
 _sync_file_range = getattr(_libc, "sync_file_range", None)
 _renameat2 = getattr(_libc, "renameat2", None)
+_fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)
 _SYNC_FILE_RANGE_WRITE = 2
 
 _DIGESTED_NBYTES = 2**18
@@ -46,7 +48,11 @@ _REFUSALS = frozenset({errno.EROFS, errno.EPERM, errno.EACCES, errno.ENOTDIR, er
 
 _CURES = {errno.ENOSPC: "; free some space and run the same command again",
           errno.EDQUOT: "; raise the quota or free some space, and run the same command again",
-          errno.EFBIG: "; raise the limit on file sizes (ulimit -f) and run the same command again"}
+          errno.EFBIG: "; raise the limit on file sizes (ulimit -f) and run the same command again",
+          errno.ENOENT: "; it was removed while the run went on: run the same command again, which writes what is "
+                        "missing",
+          errno.EXDEV: "; the file system does not rename it (overlayfs keeps folders of lower layers where they are): "
+                       "move it away by a copy, or choose another DST"}
 
 
 class WriteFault(ResourceError):
@@ -60,16 +66,25 @@ def target_error(path: Path, error: OSError) -> StreamReshardError:
     return kind(f"{quoted(path)}: {error.strerror or error}{_CURES.get(error.errno or 0, '')}")
 
 
+def temp_name(name: str) -> str:
+    """A new name for a file while it is written."""
+    return f".{name}.{os.urandom(6).hex()}.part"
+
+
 class NewFile:
     """A file being written. As a context manager it leaves a whole file under its final name, or nothing.
 
     Raises DestinationError or ResourceError, with the OSError as cause, from every method that touches the disk.
     """
 
-    def __init__(self, final: Path, nbytes: int = 0, is_digested: bool = True):
-        """`nbytes`: its final size, where it is known: a full disk shows itself before the work then."""
-        self.final, self.nbytes, self.is_digested = final, nbytes, is_digested
-        self.temp = final.with_name(f".{final.name}.{os.urandom(6).hex()}.part")
+    def __init__(self, folder: Folder, path: str, nbytes: int = 0, is_digested: bool = True, mode: int = 0o666):
+        """`path`: below the folder. `nbytes`: its final size, where it is known: a full disk shows itself before the
+        work then. `mode`: what it has at most, beside what the folder and the umask say."""
+        self.folder, self.path, self.nbytes, self.is_digested = folder, path, nbytes, is_digested
+        self.final = folder.path / path
+        self._above, slash, name = path.rpartition("/")
+        self.temp = self._above + slash + temp_name(name)
+        self.mode = mode & folder.access.files
         self._digest: Any = xxhash.xxh3_128()
         self._position = 0
         """Past the last byte digested; -1 once bytes came out of order, or past this process."""
@@ -77,23 +92,29 @@ class NewFile:
 
     def __enter__(self) -> NewFile:
         try:
-            self.final.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._descriptor = os.open(self.temp, flags, 0o666)
+            self._descriptor = self._created()
             self._reserve()
         except OSError as error:
             self.abandon()
             raise target_error(self.final, error) from error
         return self
 
-    def _reserve(self) -> None:
-        """Take the final size at once; not all file systems can."""
+    def _created(self) -> int:
+        """The descriptor of the new file. The folders above it are made where they are missing, but for the one that is
+        held open: it would be another one."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            if self.nbytes:
-                os.posix_fallocate(self._descriptor, 0, self.nbytes)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            return os.open(self.temp, flags, self.mode, dir_fd=self.folder.descriptor)
+        except FileNotFoundError:
+            if not self._above:
                 raise
+            self.folder.make(self._above)
+            return os.open(self.temp, flags, self.mode, dir_fd=self.folder.descriptor)
+
+    def _reserve(self) -> None:
+        """Take the final size at once; where the file system has no such call, its blocks come as they are written."""
+        if self.nbytes and not fallocate(self._descriptor, self.nbytes):
+            os.ftruncate(self._descriptor, self.nbytes)
 
     def write(self, offset: int, pieces: Sequence[memoryview | bytes], is_mapped: bool = False) -> None:
         """Write the pieces one behind the other from byte `offset` on.
@@ -156,7 +177,7 @@ class NewFile:
             drop_from_cache(self._descriptor)
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
-            os.rename(self.temp, self.final)
+            os.rename(self.temp, self.path, src_dir_fd=self.folder.descriptor, dst_dir_fd=self.folder.descriptor)
         except OSError as error:
             self.abandon()
             raise target_error(self.final, error) from error
@@ -168,7 +189,7 @@ class NewFile:
         try:
             if descriptor >= 0:
                 os.close(descriptor)
-            os.unlink(self.temp)
+            os.unlink(self.temp, dir_fd=self.folder.descriptor)
         except OSError:
             pass
 
@@ -176,6 +197,20 @@ class NewFile:
                  trace: TracebackType | None) -> None:
         if self._descriptor >= 0:
             self.abandon()
+
+
+def fallocate(descriptor: int, nbytes: int) -> bool:
+    """Give a file its size and its blocks; False where the file system cannot (fallocate(2)).
+
+    That of the C library under the name of POSIX writes a byte into every block then: a million calls for 4 GiB.
+    """
+    while _fallocate is not None and _fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            return False
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    return _fallocate is not None
 
 
 def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
@@ -203,9 +238,10 @@ def write_all(descriptor: int, content: memoryview | bytes, offset: int) -> None
         rest, offset = rest[count:], offset + count
 
 
-def sync_folder(path: Path) -> None:
+def sync_folder(path: Path | str, below: Folder | None = None) -> None:
     """Make the names in a folder durable. File systems that cannot say EINVAL, which is tolerated."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    descriptor = os.open(path, flags, dir_fd=below.descriptor if below else None)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -215,19 +251,20 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_folders(paths: Iterable[Path]) -> None:
-    """Make the names in these folders durable, each folder once. Raises as NewFile does."""
+def sync_folders(below: Folder, paths: Iterable[str]) -> None:
+    """Make the names in these folders below one durable, each folder once; "." is that one itself. Raises as NewFile
+    does."""
     for path in dict.fromkeys(paths):
         try:
-            sync_folder(path)
+            sync_folder(path, below)
         except OSError as error:
-            raise target_error(path, error) from error
+            raise target_error(below.path / path, error) from error
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and what is missing above it, all of it durable."""
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Make a folder, of a mode at most, and what is missing above it, all of it durable."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode, parents=True, exist_ok=True)
     for folder in missing:
         sync_folder(folder.parent)
 

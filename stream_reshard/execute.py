@@ -6,7 +6,8 @@ checkpoint to its readers), a check if one is asked for, the journal away, one r
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -17,20 +18,24 @@ from typing import Any, BinaryIO
 import xxhash
 
 from stream_reshard import engines
+from stream_reshard.access import access_to, access_to_replaced
 from stream_reshard.companions import Companion
 from stream_reshard.destination import refuse_occupied
 from stream_reshard.durable import make_folder, target_error
 from stream_reshard.errors import DestinationError, DifferenceError, SourceError, StreamReshardError, quoted
+from stream_reshard.folder import Access
 from stream_reshard.identity import Identity, changed, identity_of, lasting
 from stream_reshard.jobs import JobDone, Work, run_job
+from stream_reshard.journal import Record
 from stream_reshard.lanes import Lanes
 from stream_reshard.lock import Lock
 from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest, with_files
 from stream_reshard.moving import Moved
 from stream_reshard.plan import Job, Plan
+from stream_reshard.removal import is_weights
 from stream_reshard.sharing import can_share_all
 from stream_reshard.small_files import open_regular
-from stream_reshard.staging import Staging, clear_old, finished, lock_of, was_swapped
+from stream_reshard.staging import Staging, clear_old, finished, lock_of, old_beside, was_swapped
 from stream_reshard.stop import Stop
 from stream_reshard.target_file import Transport
 from stream_reshard.tensor_file import digest_of
@@ -79,6 +84,17 @@ class Output:
         return [name for name, text in self.documents.items()
                 if name not in manifest.files
                 or manifest.files[name].xxh3_128 != xxhash.xxh3_128(text).hexdigest()]
+
+    @property
+    def record(self) -> Record:
+        """The beginning of its journal."""
+        tensor_files = [path for path in self.plan.target.paths if not is_weights(path)]
+        return Record(self.run, self.marker, [*self.documents, *self.copies, *tensor_files], self.max_files)
+
+    @property
+    def shards(self) -> Iterator[Path]:
+        """The tensor files of the source."""
+        return (self.plan.source.root / path for path in self.plan.source.paths)
 
     @property
     def max_files(self) -> int:
@@ -143,7 +159,8 @@ def run(output: Output, how: How) -> Done:
                 done = Done(output.plan.target.num_files, was_finished=True)
             else:
                 done = _write(output, how, lock)
-            return replace(done, leftovers=clear_old(destination, is_swapped=False))
+            is_over = lock.is_ours()  # Else what is beside the destination may be another run's.
+            return replace(done, leftovers=(clear_old if is_over else old_beside)(destination, is_swapped=False))
     except OSError as error:
         raise target_error(destination, error) from error
 
@@ -161,29 +178,30 @@ def _confirm(output: Output, how: How, manifest: Manifest) -> None:
 
 def _write(output: Output, how: How, lock: Lock) -> Done:
     refuse_occupied(output.destination, how.overwrite)
-    staging = Staging(output.destination, output.run, output.max_files, output.marker, how.restart)
+    access = access_to(output.shards) & access_to_replaced(output.destination)
+    staging = Staging(output.destination, output.record, lock, access, how.restart)
     try:
+        staging.refuse_immovable()
         done = _run_jobs(output, how, staging)
-        manifest = _add_small_files(output, how, staging)
+        sizes = _add_small_files(output, how, staging)
         check_identities(output.plan.source.root, output.identities)
         check_identities(Path("/"), {str(own.path): own.identity for own in output.copies.values()})
         staging.sync()
         staging.write(output.marker, io.BytesIO(output.documents[output.marker]), how.stop.check)
-        staging.refuse_strangers(manifest.files)
         if how.check:
             _check(output, how.check, staging)
         refuse_occupied(output.destination, how.overwrite)  # Much may have happened there since.
-        staging.deliver(how.overwrite, lock.write_note)
+        staging.deliver(how.overwrite, sizes)
         return done
     finally:
-        staging.journal.close()
+        staging.close()
 
 
 def _run_jobs(output: Output, how: How, staging: Staging) -> Done:
     plan, num_kept, moved, num_digests = output.plan, 0, Moved(), 0
     is_shared = can_share_all(plan.source.root, plan.source.paths, staging.path)
     lanes = Lanes(how.num_workers, how.block_nbytes)
-    work = Work(plan, staging.path, lanes, output.identities, dict(staging.journal.done), how.stop,
+    work = Work(plan, staging.folder, lanes, output.identities, dict(staging.journal.done), how.stop,
                 replace(how.transport, is_shared=is_shared))
     with closing(lanes), closing(engines.run_all(partial(run_job, work), plan.jobs, how.stop, how.executor,
                                  partial(_note, staging))) as results:
@@ -194,6 +212,7 @@ def _run_jobs(output: Output, how: How, staging: Staging) -> Done:
             moved += done.moved
             how.progress(job)
             how.stop.check()
+            staging.confirm_at_times()
     return Done(num_kept, moved=moved, num_digests=num_digests)
 
 
@@ -204,20 +223,22 @@ def _note(staging: Staging, done: JobDone) -> None:
             staging.journal.add(file)
 
 
-def _add_small_files(output: Output, how: How, staging: Staging) -> Manifest:
-    """The companions, the documents but for the marker, and the manifest of all of them."""
+def _add_small_files(output: Output, how: How, staging: Staging) -> dict[str, int]:
+    """Write the companions, the documents but for the marker, and the manifest of all of them; returns the size of
+    every file that the folder will have, in bytes."""
     marker = output.documents[output.marker]
     written = [FileDone(output.marker, len(marker), xxhash.xxh3_128(marker).hexdigest())]
     for name, companion in output.copies.items():
         with _opened(companion.path) as stream:
-            written.append(staging.write(name, stream, how.stop.check))
+            mode = Access.of_file(os.fstat(stream.fileno()).st_mode).files
+            written.append(staging.write(name, stream, how.stop.check, mode))
     for name, text in output.documents.items():
         if name != output.marker:
             written.append(staging.write(name, io.BytesIO(text), how.stop.check))
     tensor_files = [staging.journal.done[path] for path in output.plan.target.paths]
     manifest = with_files(Manifest(output.run, output.facts), [*tensor_files, *written])
-    staging.write(MANIFEST_NAME, io.BytesIO(manifest.packed()), how.stop.check)
-    return manifest
+    own = staging.write(MANIFEST_NAME, io.BytesIO(manifest.packed()), how.stop.check)
+    return {file.path: file.nbytes for file in (*manifest.files.values(), own)}
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -136,6 +136,8 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_verify_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--vocab-size", type=int, default=None, metavar="N",
+        help="rows of the embedding without padding, of a Nanotron SRC that was not made by this tool")
     add("--forward", action="store_true",
         help="also run both over the same tokens, layer by layer in float32, and compare the outcome; needs torch")
     add("--text", type=_folder, default=None, metavar="FILE",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stream_reshard.errors import Cause, SourceError, StreamReshardError, quoted
+from stream_reshard.errors import Cause, ResourceError, SourceError, StreamReshardError, quoted
 from stream_reshard.json_text import strict_json
 from stream_reshard.small_files import misplaced, open_regular, read_error
 
@@ -129,7 +129,8 @@ def read_header(root: Path, path: str, max_nbytes: int = MAX_HEADER_NBYTES) -> T
     """Read and check the header of `root / path`, of at most `max_nbytes`; see `parse_header`.
 
     Raises SourceError, with the file's name, also where the file is shorter or longer than the header says; Cause where
-    something else stands in its place, or it is cut off.
+    something else stands in its place, or it is cut off; ResourceError where the header has more than `max_nbytes`,
+    which the memory has room for.
     """
     try:
         with open_regular(root / path) as stream:
@@ -139,6 +140,8 @@ def read_header(root: Path, path: str, max_nbytes: int = MAX_HEADER_NBYTES) -> T
         fault: StreamReshardError = read_error(quoted(path), error)
     except _Malformed as error:
         fault = error.told(path)
+    except _NoRoom as error:
+        raise ResourceError(f"{quoted(path)}: {error}") from error
     except SourceError as error:
         fault = error
     fault.kind = fault.kind or NO_HEADER
@@ -182,15 +185,21 @@ class _CutOff(_Malformed):
         return Cause(f"{quoted(path)}: {self}", kind="files are cut off")
 
 
+class _NoRoom(Exception):
+    """That a header is too long for the memory there is, in words."""
+
+
 def _header_text(prefix: bytes, size: int, max_nbytes: int, read: Callable[[int], bytes]) -> bytes:
     if len(prefix) < 8:
         raise _Malformed(f"{size} bytes are too few for a safetensors file")
     length = int.from_bytes(prefix, "little")
-    if length > min(max_nbytes, MAX_HEADER_NBYTES):
-        cure = "; parsing it takes many times that, raise --max-memory" if length <= MAX_HEADER_NBYTES else ""
-        raise _Malformed(f"its header claims {length} bytes, the limit is {min(max_nbytes, MAX_HEADER_NBYTES)}{cure}")
+    if length > MAX_HEADER_NBYTES:
+        raise _Malformed(f"its header claims {length} bytes, the limit is {MAX_HEADER_NBYTES}")
     if 8 + length > size:
         raise _CutOff("the header alone needs", 8 + length, size)
+    if length > max_nbytes:
+        raise _NoRoom(f"its header claims {length} bytes, the limit is {max_nbytes}; parsing it takes many times that, "
+                      f"raise --max-memory")
     return read(length)
 
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from stream_reshard.durable import WriteFault, sync_folders
+from stream_reshard.folder import Folder
 from stream_reshard.identity import Identity
 from stream_reshard.lanes import Lanes, Writing
 from stream_reshard.manifest import FileDone
@@ -23,7 +23,7 @@ class Work:
     """What every job of a run needs to know. Picklable."""
 
     plan: Plan
-    staging: Path
+    staging: Folder
     """The folder under which the files grow."""
     lanes: Lanes
     identities: Mapping[str, Identity]
@@ -64,11 +64,11 @@ def _kept(work: Work, job: Job, ticket: int) -> tuple[FileDone, ...]:
     has no digest to be compared with."""
     found = []
     for file in job.files:
-        done, path = work.done.get(file.path), work.staging / file.path
+        done, path = work.done.get(file.path), work.staging.path / file.path
         if not (done and path.is_file() and path.stat().st_size == done.nbytes == file.nbytes and done.xxh3_128):
             return ()
         with work.lanes.taken(ticket) as lane:
-            if digest_of(work.staging, file.path, lane.buffer(), work.stop) != done.xxh3_128:
+            if digest_of(work.staging.path, file.path, lane.buffer(), work.stop) != done.xxh3_128:
                 return ()
         found.append(done)
     return tuple(found)
@@ -95,7 +95,7 @@ def _written(work: Work, job: Job, ticket: int) -> JobDone:
                 writing.write(own.close, reads=False)  # A shard is cut from more files than may be open at once.
         writing.wait()
         done = tuple(FileDone(path, target.nbytes, target.commit()) for path, target in targets.items())
-        sync_folders(target.final.parent for target in targets.values())
+        sync_folders(work.staging, (path.rpartition("/")[0] or "." for path in targets))
     return JobDone(done, False, moved.into(targets.values()))
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from stream_reshard.durable import sync_folder, target_error, write_all
+from stream_reshard.durable import sync_folder, target_error, temp_name, write_all
 from stream_reshard.errors import DestinationError, quoted
+from stream_reshard.folder import Folder
 from stream_reshard.manifest import MAX_FILE_NBYTES, FileDone, same_run
 from stream_reshard.small_files import open_regular
 
@@ -24,44 +27,67 @@ MAX_FIRST_LINE_NBYTES = 2**24
 """What a run is, with the identities of its source files, is shorter."""
 
 _FAILED = {"failed": True}
-"""In place of a run: the comparison with the source found a difference."""
+"""The last record where the comparison with the source found a difference."""
+
+_BATCH = 1024
+"""Records that are written at a time when a journal is taken up."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Identity of a run, and names of the files that its folder will hold."""
+
+    run: Mapping[str, Any]
+    """Equal for two attempts at the same output, and for nothing else."""
+    marker: str
+    """The file whose presence makes a folder a checkpoint; written last."""
+    names: Collection[str]
+    """The files that Nanotron's naming rules do not name, and only the journal can: whoever removes the folder has to
+    know them before they are there."""
+    max_files: int
+    """More files than the folder will hold."""
 
 
 class Journal:
-    """The journal of `run`, begun or taken up again.
+    """The journal of a run, begun or taken up again.
 
-    `done` maps paths to the files that it names; whether they are still what it says is for the jobs to see. Raises
-    DestinationError where the folder holds another run: files cut from another source would be mixed without a trace.
+    `done` maps paths to the files that it names; whether they are still what it says is for the jobs to see. It is
+    always a file of its own: what an earlier run that is still alive adds to its own reaches no other.
     """
 
-    def __init__(self, staging: Path, run: Mapping[str, Any], max_files: int):
-        self.path = staging / JOURNAL_NAME
-        self._end, records = _whole_lines(self.path, (max_files + 8) * MAX_FILE_NBYTES)
-        if records and records[0] == _FAILED:
-            raise DestinationError(f"{quoted(staging)} failed its comparison with the source; --restart writes it anew")
-        if records and not same_run(records[0], run):
-            raise DestinationError(f"{quoted(staging)} was left by a run with another plan or source; finish that one, "
-                                   f"or --restart to throw it away")
-        self.done: dict[str, FileDone] = {}
-        for record in records[1:]:
-            try:
-                self.done[record["path"]] = FileDone.parsed(record)
-            except (ValueError, TypeError, KeyError):
-                continue  # Not whole: what it would have said is done again.
+    def __init__(self, folder: Folder, record: Record, done: Mapping[str, FileDone]):
+        self.folder, self.record, self.done = folder, record, dict(done)
+        self.path = folder.path / JOURNAL_NAME
+        self._descriptor = -1
+        self.begin()
+
+    def begin(self) -> None:
+        """Write it whole, under its name once it is durable. Raises as NewFile does."""
+        self.close()
+        temp, own = temp_name(JOURNAL_NAME), self.folder.descriptor
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self._descriptor, self._end)
-            if not records:
-                self._append(run)
-            self._sync()
-            sync_folder(staging)
+            self._descriptor = os.open(temp, flags, self.folder.access.files, dir_fd=own)
+            try:
+                self._end = 0
+                self._append(self.record.run, {"files": sorted(self.record.names)})
+                records = map(asdict, self.done.values())
+                while batch := list(islice(records, _BATCH)):
+                    self._append(*batch)
+                self._sync()
+                os.rename(temp, JOURNAL_NAME, src_dir_fd=own, dst_dir_fd=own)
+                sync_folder(".", self.folder)
+            except OSError:
+                with suppress(OSError):
+                    os.unlink(temp, dir_fd=own)
+                raise
         except OSError as error:
             raise target_error(self.path, error) from error
 
-    def _append(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps(record).encode() + b"\n"
-        write_all(self._descriptor, line, self._end)
-        self._end += len(line)
+    def _append(self, *records: Mapping[str, Any]) -> None:
+        lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+        write_all(self._descriptor, lines, self._end)
+        self._end += len(lines)
 
     def _sync(self) -> None:
         os.fsync(self._descriptor)
@@ -85,15 +111,14 @@ class Journal:
 
     def fail(self) -> None:
         """Say that what is here must never be taken up again."""
-        self._end = 0
         self._append(_FAILED)
-        os.ftruncate(self._descriptor, self._end)
         self._sync()
 
     def remove(self) -> None:
         """Close the file and take it away: the manifest says as much once it is there."""
         self.close()
-        self.path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(JOURNAL_NAME, dir_fd=self.folder.descriptor)
 
 
 def is_journal(path: Path) -> bool:
@@ -112,23 +137,44 @@ def is_journal(path: Path) -> bool:
     return value == _FAILED or (isinstance(value, dict) and "plan_sha256" in value)
 
 
-def _whole_lines(path: Path, max_nbytes: int) -> tuple[int, list[Any]]:
-    """(bytes, records) of the lines before the first that a stop or a power cut left torn."""
-    records: list[Any] = []
-    end = 0
-    if os.path.lexists(path):
-        if not is_journal(path):
-            raise DestinationError(f"{quoted(path)} is not a journal of this tool; remove it")
-        if path.stat().st_size > MAX_FIRST_LINE_NBYTES + max_nbytes:
-            raise DestinationError(f"{quoted(path)} is longer than any journal of this run; --restart throws it away")
-        with open_regular(path) as stream:
-            for line in stream:
-                try:
-                    record = json.loads(line) if line.endswith(b"\n") else None
-                except (ValueError, RecursionError):
-                    break
-                if not isinstance(record, dict):
-                    break
-                records.append(record)
-                end += len(line)
-    return end, records
+def read_done(staging: Path, record: Record) -> dict[str, FileDone]:
+    """The files that an earlier attempt at this run has noted. Raises DestinationError where the folder holds another
+    run, since files cut from another source would be mixed without a trace, or one that failed."""
+    path, done, is_first = staging / JOURNAL_NAME, {}, True
+    if not os.path.lexists(path):
+        return {}
+    if path.stat().st_size > 2 * MAX_FIRST_LINE_NBYTES + (record.max_files + 8) * MAX_FILE_NBYTES:
+        raise DestinationError(f"{quoted(path)} is longer than any journal of this run; --restart throws it away")
+    for value in _records(path):
+        if value == _FAILED:
+            raise DestinationError(f"{quoted(staging)} failed its comparison with the source; --restart writes it anew")
+        if is_first and not same_run(value, record.run):
+            raise DestinationError(f"{quoted(staging)} was left by a run with another plan or source; finish that one, "
+                                   f"or --restart to throw it away")
+        is_first = False
+        with suppress(ValueError, TypeError, KeyError):  # Not whole: what it would have said is done again.
+            done[value["path"]] = FileDone.parsed(value)
+    return done
+
+
+def names_in(path: Path) -> Iterator[str]:
+    """Paths of the files that a journal names: written, or to be written beside the weights."""
+    for value in _records(path) if is_journal(path) else ():
+        names = value.get("files", [value.get("path")])
+        yield from (name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records before the first line that a stop or a power cut left torn. Raises DestinationError for a file that
+    is no journal."""
+    if not is_journal(path):
+        raise DestinationError(f"{quoted(path)} is not a journal of this tool; remove it")
+    with open_regular(path) as stream:
+        while (line := stream.readline(MAX_FIRST_LINE_NBYTES)).endswith(b"\n"):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                return
+            if not isinstance(record, dict):
+                return
+            yield record

@@ -81,6 +81,17 @@ class JsonReader:
                 self._at = entry.end() - 1
                 yield entry[1], entry[2]
 
+    def items(self) -> Iterator[Any]:
+        """The values of the array at the cursor, each parsed at once."""
+        self._pass("[")
+        if self.next() == "]":
+            self._pass("]")
+            return
+        while True:
+            yield self.value()
+            if self._pass(",]") == "]":
+                return
+
     def _key(self) -> str:
         if self.next() != '"':
             raise ValueError(f"a name in quotes is expected in {self._place(self._at)}")

@@ -24,6 +24,12 @@ DEFAULT_ALLOWED = 512 * 2**20
 MAX_BLOCK_NBYTES = 2 * 2**20
 MIN_BLOCK_NBYTES = 64 * 2**10
 
+VERIFY_BUFFERS = 2
+"""Buffers that a worker of a comparison has."""
+
+VERIFY_NBYTES = 3 * 2**20
+"""What a check at the end of a run needs beside its buffers: modules imported late, records of the source."""
+
 _MANY_WORKERS_NBYTES = 2**28
 _MAX_DEFAULT_WORKERS = 8
 

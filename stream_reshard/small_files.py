@@ -105,36 +105,41 @@ def _entries(root: Path) -> Iterator[os.DirEntry[str]]:
         raise read_error(quoted(root), error) from error
 
 
-def read_capped(root: Path, name: str, max_nbytes: int) -> bytes:
-    """The content of `root / name`. Raises SourceError where it cannot be read or has more than `max_nbytes`."""
+def read_capped(root: Path, name: str, max_nbytes: int, fixed: int = MAX_JSON_NBYTES) -> bytes:
+    """The content of `root / name`. Raises SourceError where it cannot be read or has more than `fixed` bytes, which no
+    such file has; ResourceError where it has more than `max_nbytes`, which the memory has room for."""
+    max_nbytes = min(max_nbytes, fixed)
     try:
         with open_regular(root / name) as stream:
             content = stream.read(max_nbytes + 1)
     except OSError as error:
         raise dangling(root, name) or read_error(f"{quoted(name)} in {quoted(root)}", error) from error
     if len(content) > max_nbytes:
-        raise too_long(name, max_nbytes)
+        raise too_long(name, max_nbytes, fixed)
     return content
 
 
-def too_long(name: str, max_nbytes: int) -> SourceError:
-    """The error a user sees of a file with more than `max_nbytes`."""
-    return SourceError(f"{quoted(name)} has more than {max_nbytes} bytes, the limit for such a file; parsing one takes "
-                       f"many times its size, so a larger --max-memory may raise it")
+def too_long(name: str, max_nbytes: int, fixed: int = MAX_JSON_NBYTES) -> StreamReshardError:
+    """The error a user sees of a file with more than `max_nbytes`: no such file has more than `fixed`, and where that
+    is not reached, it is the limit on memory that is too small."""
+    if max_nbytes >= fixed:
+        return SourceError(f"{quoted(name)} has more than {fixed} bytes, which no such file has")
+    return ResourceError(f"{quoted(name)} has more than {max_nbytes} bytes; parsing it takes many times its size, and "
+                         f"--max-memory leaves no more; raise it")
 
 
 def read_json(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTES,
               matters: Container[str] | None = None) -> dict[str, Any]:
-    """The JSON object in `root / name`. Raises SourceError when it is absent, too large, or not an object; where a key
-    occurs twice with different values, or holds NaN or an infinity: below the outermost keys that matter, by default
-    all."""
+    """The JSON object in `root / name`. Raises SourceError when it is absent, longer than any, or not an object; where
+    a key occurs twice with different values, or holds NaN or an infinity: below the outermost keys that matter, by
+    default all. Raises ResourceError where it has more than `max_nbytes`, which the memory has room for."""
     return read_json_with_notes(root, name, max_nbytes, matters)[0]
 
 
 def read_json_with_notes(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTES,
                          matters: Container[str] | None = None) -> tuple[dict[str, Any], list[str]]:
     """The same, with what is doubtful in it and does not matter."""
-    content = read_capped(root, name, min(max_nbytes, MAX_JSON_NBYTES))
+    content = read_capped(root, name, max_nbytes)
     try:
         value, faults, doubts = read_json_text(content, matters)
     except ValueError as error:

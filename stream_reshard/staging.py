@@ -4,24 +4,34 @@ It holds a journal while files are missing, and a manifest once all are there; e
 """
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from stream_reshard.contents import Entry, entries_below, faults
 from stream_reshard.durable import (
     TEMP_NAME, NewFile, WriteFault, exchange, make_folder, sync_folder, sync_folders, target_error)
-from stream_reshard.errors import DestinationError, SourceError, quoted
-from stream_reshard.journal import JOURNAL_NAME, Journal, is_journal
+from stream_reshard.errors import DestinationError, ResourceError, SourceError, quoted
+from stream_reshard.folder import Access, Folder
+from stream_reshard.journal import JOURNAL_NAME, Journal, Record, is_journal, read_done
+from stream_reshard.lock import Lock
+from stream_reshard.machine import file_system_of
 from stream_reshard.manifest import MANIFEST_NAME, MAX_FILE_NBYTES, FileDone, Manifest, read_manifest, same_run
-from stream_reshard.small_files import files_below
+from stream_reshard.removal import clear, stranger_error, strangers
 
 SUFFIX_NBYTES = len("..0123456789ab.replaced")
 """By how much the longest name that is put beside a destination is longer than its own."""
+
+CONFIRM_SECONDS = 1.0
+"""While jobs run, a lost lock or folder is noticed within this time and a job."""
 
 COPY_NBYTES = 2**20
 """Files that are copied pass in pieces of this size: a tokenizer can be larger than the memory that is left."""
@@ -60,13 +70,18 @@ def _manifest_of(folder: Path, run: Mapping[str, Any], max_files: int) -> Manife
 
 def finished(folder: Path, run: Mapping[str, Any], max_files: int) -> Manifest | None:
     """The manifest of a folder that is the finished output of this very run: all its files are there, each of the
-    right size. None for anything else."""
+    right size. None for anything else. Raises DestinationError where a folder in it may not be read."""
     manifest = _manifest_of(folder, run, max_files)
     if manifest is None:
         return None
-    found = {path: (folder / path).lstat().st_size for path in files_below(folder, DestinationError)
-             if path != MANIFEST_NAME}
-    return manifest if found == {path: file.nbytes for path, file in manifest.files.items()} else None
+    sizes = {path: file.nbytes for path, file in manifest.files.items()}
+    try:
+        sizes[MANIFEST_NAME] = (folder / MANIFEST_NAME).lstat().st_size
+        return None if any(faults(folder, sizes)) else manifest
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise target_error(Path(error.filename or folder), error) from error
 
 
 def _as_json(value: Mapping[str, Any]) -> Any:
@@ -74,60 +89,113 @@ def _as_json(value: Mapping[str, Any]) -> Any:
 
 
 class Staging:
-    """The staging folder of a run. The caller holds the destination's lock."""
+    """The staging folder of a run."""
 
-    def __init__(self, destination: Path, run: Mapping[str, Any], max_files: int, marker: str, restart: bool):
+    def __init__(self, destination: Path, record: Record, lock: Lock, access: Access, restart: bool):
         """Make the folder, or take up what an earlier attempt at the same run left. Raises DestinationError for
-        anything else that stands there, and for links in it: nothing is ever written through one. `marker` is the
-        file whose presence makes a folder a checkpoint; it is written last."""
-        self.marker = marker
-        self.destination, self.path, self.run = destination, staging_of(destination), _as_json(run)
+        anything else that stands there, and for links in it: nothing is ever written through one."""
+        self.record = replace(record, run=_as_json(record.run))
+        self.destination, self.path, self.lock = destination, staging_of(destination), lock
+        self._confirmed = time.monotonic()
         try:
             if self.path.is_symlink():
                 raise DestinationError(f"{quoted(self.path)} is a link; the output grows there, remove it")
-            make_folder(self.path)
-            self._refuse_links()
-            # A run that was stopped just before its last rename has left a manifest and no journal.
-            manifest = _manifest_of(self.path, self.run, max_files)
-            if not (manifest or is_journal(self.path / JOURNAL_NAME)) and any(self.path.iterdir()):
-                raise DestinationError(f"{quoted(self.path)} was not left by an interrupted run; the output grows "
-                                       f"there, move it away")
+            make_folder(self.path, access.folders)
+            self._refuse_others(access)
+            manifest = _manifest_of(self.path, self.record.run, record.max_files)
+            self._refuse_unknown(manifest, restart)
             if restart:
                 # Renamed first: a stop halfway through would leave a folder that nothing shows to be ours.
                 os.rename(self.path, discarded := _new_name_beside(destination))
-                shutil.rmtree(discarded)
-                make_folder(self.path)
+                clear(discarded, record.names)
+                make_folder(self.path, access.folders)
                 manifest = None
-            self.journal = Journal(self.path, self.run, max_files)
-            self.journal.done |= manifest.files if manifest else {}
+            self.folder = Folder(self.path, access)
+            done = read_done(self.path, self.record)
+            self.journal = Journal(self.folder, self.record, done | dict(manifest.files if manifest else {}))
             # Files may be written anew, and until they are this is no checkpoint.
-            (self.path / self.marker).unlink(missing_ok=True)
-            self._remove_temps()
+            self._unlink(record.marker)
+            for entry in entries_below(self.path):
+                if TEMP_NAME.fullmatch(entry.name):
+                    self._unlink(entry.path)  # Left by a run that was killed.
         except OSError as error:
             raise target_error(self.path, error) from error
 
-    def _refuse_links(self) -> None:
-        for path in files_below(self.path, DestinationError):
-            if not stat.S_ISREG((self.path / path).lstat().st_mode):
-                raise DestinationError(f"{quoted(self.path / path)} is a link or no file at all, and nothing is "
-                                       f"written through those; remove it")
+    def _refuse_others(self, access: Access) -> None:
+        """Raises DestinationError for links and for what another user has put there; takes from what is there what the
+        source does not let others do."""
+        status = os.stat(self.path)
+        for entry in (Entry(".", status, False), *entries_below(self.path)):
+            path = quoted(self.path / entry.path)
+            if not (entry.is_file or entry.is_folder or entry.is_mount):
+                raise DestinationError(f"{path} is a link or no file at all, and nothing is written through those; "
+                                       f"remove it")
+            if entry.status.st_uid != self.lock.uid:
+                raise DestinationError(f"{path} belongs to user {entry.status.st_uid}, and files made here to "
+                                       f"{self.lock.uid}; what another user has prepared is not taken up, move it away")
+            allowed = access.folders if entry.is_folder else access.files
+            if entry.status.st_mode & 0o077 & ~allowed:
+                with suppress(OSError):  # A file system without modes.
+                    os.chmod(self.path / entry.path, stat.S_IMODE(entry.status.st_mode) & (0o7700 | allowed))
 
-    def _remove_temps(self) -> None:
-        for path in files_below(self.path, DestinationError):
-            if TEMP_NAME.fullmatch(path.rpartition("/")[2]):
-                (self.path / path).unlink()  # Left by a run that was killed.
+    def _refuse_unknown(self, manifest: Manifest | None, restart: bool) -> None:
+        """Raises DestinationError for a folder that no run has left, one of another run that is not to be thrown away,
+        and for files in it that no run has written."""
+        # A run that was stopped just before its last rename has left a manifest and no journal.
+        is_ours = manifest or is_journal(self.path / JOURNAL_NAME) or self.lock.note == _identity(self.path)
+        if not is_ours and not all(TEMP_NAME.fullmatch(path.name) for path in self.path.iterdir()):
+            raise DestinationError(f"{quoted(self.path)} was not left by an interrupted run; the output grows there, "
+                                   f"move it away")
+        if not restart:
+            read_done(self.path, self.record)
+        for entry in strangers(self.path, self.record.names):
+            if restart or entry.is_mount:
+                raise stranger_error(self.path, entry, "--restart would take it away" if restart else
+                                     "the output grows around it")
+            raise DestinationError(f"{quoted(self.path / entry.path)} was not written by this run; move it away and "
+                                   f"run the same command again")
 
-    def write(self, name: str, content: BinaryIO, check: Callable[[], None]) -> FileDone:
-        """Write a file beside the weights, durably, and once more after an I/O error; `check` is called between
-        pieces."""
+    def _unlink(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(path, dir_fd=self.folder.descriptor)
+
+    def refuse_immovable(self) -> None:
+        """Raises DestinationError where a destination that is to be replaced cannot be renamed: overlayfs keeps folders
+        of its lower layers where they are. The trial does nothing, as no folder is renamed onto one that is not empty;
+        the kernel's overlayfs says before that whether it ever would."""
+        if self.destination.is_dir() and file_system_of(self.destination.parent) == "overlay":
+            try:
+                os.rename(self.destination, self.path)
+            except OSError as error:
+                if error.errno == errno.EXDEV:
+                    raise target_error(self.destination, error) from error
+
+    def confirm(self) -> None:
+        """Raises LockedError where the run has lost its lock, ResourceError where its folder is not there any more."""
+        is_there = self.folder.is_there()
+        self.lock.confirm()
+        if not is_there:
+            raise ResourceError(f"{quoted(self.path)} has vanished, or another folder was put in its place; nothing "
+                                f"was committed, run the same command again")
+        self._confirmed = time.monotonic()
+
+    def confirm_at_times(self) -> None:
+        """The same, but not more often than makes sense."""
+        if time.monotonic() - self._confirmed > CONFIRM_SECONDS:
+            self.confirm()
+
+    def write(self, name: str, content: BinaryIO, check: Callable[[], None], mode: int = 0o666) -> FileDone:
+        """Write a file beside the weights, durably, of this mode at most, and once more after an I/O error; `check` is
+        called between pieces."""
+        self.confirm()
         try:
-            return self._written(name, content, check)
+            return self._written(name, content, check, mode)
         except WriteFault:
             content.seek(0)
-            return self._written(name, content, check)
+            return self._written(name, content, check, mode)
 
-    def _written(self, name: str, content: BinaryIO, check: Callable[[], None]) -> FileDone:
-        with NewFile(self.path / name) as file:
+    def _written(self, name: str, content: BinaryIO, check: Callable[[], None], mode: int) -> FileDone:
+        with NewFile(self.folder, name, mode=mode) as file:
             offset = 0
             while piece := content.read(COPY_NBYTES):
                 check()
@@ -138,59 +206,88 @@ class Staging:
     def sync(self) -> None:
         """Make every name below durable: those of folders, and of files at the top. Those of tensor files are since
         their job is done (`jobs`)."""
-        sync_folders(Path(folder) for folder, folders, _ in os.walk(self.path) if folders or folder == str(self.path))
+        try:
+            folders = [entry.path for entry in entries_below(self.path) if entry.is_folder]
+        except OSError as error:
+            raise target_error(self.path, error) from error
+        sync_folders(self.folder, [".", *{path.rpartition("/")[0] or "." for path in folders}])
 
-    def refuse_strangers(self, expected: Collection[str]) -> None:
-        """Raises DestinationError where a file stands there that this run did not write: it would be committed."""
-        known = {*expected, JOURNAL_NAME, MANIFEST_NAME, self.marker}
-        for path in files_below(self.path, DestinationError):
-            if path not in known:
-                raise DestinationError(f"{quoted(self.path / path)} was not written by this run; move it away and run "
-                                       f"the same command again, or --restart")
+    def close(self) -> None:
+        """Let go of the folder; what is in it stays."""
+        self.journal.close()
+        self.folder.close()
 
     def disown(self) -> None:
         """What is here must never become the destination: no marker, and nothing to take up again."""
-        (self.path / self.marker).unlink(missing_ok=True)
-        (self.path / MANIFEST_NAME).unlink(missing_ok=True)
+        self.confirm()
+        self._unlink(self.record.marker)
+        self._unlink(MANIFEST_NAME)
         self.journal.fail()
 
-    def deliver(self, overwrite: bool, note: Callable[[list[int]], None]) -> None:
-        """Rename the folder to the destination. With `overwrite` one that is there already is replaced: in the same
-        step where the file system can swap two names, else it is missing between two renames. `note` keeps beforehand
-        which folder is the new one."""
+    def deliver(self, overwrite: bool, sizes: Mapping[str, int]) -> None:
+        """Rename the folder to the destination, if it holds files of these sizes in bytes and nothing else. With
+        `overwrite` one that is there already is replaced: in the same step where the file system can swap two names,
+        else it is missing between two renames. The lock keeps beforehand which folder is the new one: one without a
+        journal, until it has its name.
+
+        Raises LockedError or ResourceError, with the destination as it was, where the run has lost its lock, the folder
+        or a file in it."""
+        self.confirm()
+        self.lock.write_note(_identity(self.path))
         self.journal.remove()
-        sync_folder(self.path)
+        sync_folder(".", self.folder)
+        self._refuse_incomplete(sizes)
+        self.confirm()  # Last, so that as little as can be lies between it and the rename.
         if overwrite and self.destination.exists():
-            note(_identity(self.path))
-            replaced = _new_name_beside(self.destination)
-            if exchange(self.path, self.destination):
-                os.rename(self.path, replaced)
-            else:
-                os.rename(self.destination, replaced)
-                try:
-                    os.rename(self.path, self.destination)
-                except OSError:
-                    os.rename(replaced, self.destination)
-                    raise
+            self._replace()
         else:
             os.rename(self.path, self.destination)
         sync_folder(self.destination.parent)
 
+    def _refuse_incomplete(self, sizes: Mapping[str, int]) -> None:
+        """Raises the first fault, of lost files rather than of others; the folder is then as that of a run that was
+        stopped earlier."""
+        try:
+            fault = max(faults(self.path, sizes), key=lambda fault: fault.severity, default=None)
+        except FileNotFoundError:
+            fault = None  # The folder itself is gone.
+        if fault:
+            self.confirm()
+            self._unlink(self.record.marker)
+            self.journal.begin()
+            raise type(fault)(f"{fault}; nothing was committed")
+
+    def _replace(self) -> None:
+        replaced = _new_name_beside(self.destination)
+        if exchange(self.path, self.destination):
+            os.rename(self.path, replaced)
+            return
+        os.rename(self.destination, replaced)
+        try:
+            os.rename(self.path, self.destination)
+        except OSError:
+            os.rename(replaced, self.destination)
+            raise
+
 
 def _identity(folder: Path) -> list[int]:
-    status = folder.stat()
-    return [status.st_dev, status.st_ino]
+    return [folder.stat().st_ino]  # The device's number is another one after a reboot.
 
 
 def was_swapped(destination: Path, note: list[int] | None) -> bool:
     """Whether the destination is the new folder that the note of a stopped run tells of. What stands in the staging
     folder, if anything, is the old one then."""
-    return note is not None and destination.is_dir() and _identity(destination) == note
+    return note is not None and destination.is_dir() and _identity(destination) == note[-1:]
+
+
+def old_beside(destination: Path, is_swapped: bool) -> tuple[Path, ...]:
+    """Old checkpoints that the finished one at `destination` has replaced."""
+    return (*([staging_of(destination)] if is_swapped and staging_of(destination).exists() else ()),
+            *replaced_beside(destination))
 
 
 def clear_old(destination: Path, is_swapped: bool) -> tuple[Path, ...]:
-    """Remove old checkpoints that the finished one at `destination` has replaced; returns those that remain."""
-    old = [staging_of(destination)] if is_swapped and staging_of(destination).exists() else []
-    for path in [*old, *replaced_beside(destination)]:
-        shutil.rmtree(path, ignore_errors=True)
-    return tuple(path for path in [*old, *replaced_beside(destination)] if path.exists())
+    """Remove what is ours of them; returns those that remain."""
+    for path in old_beside(destination, is_swapped):
+        clear(path)
+    return old_beside(destination, is_swapped)

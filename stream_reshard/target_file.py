@@ -9,10 +9,10 @@ import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from stream_reshard.durable import NewFile, target_error
 from stream_reshard.errors import StreamReshardError
+from stream_reshard.folder import Folder
 from stream_reshard.header import TensorFile, header_of
 from stream_reshard.sharing import inner_blocks, share
 from stream_reshard.tensor_file import SourceFile
@@ -40,8 +40,8 @@ class Transport:
 class NewTensorFile(NewFile):
     """A tensor file being written: it begins with its header, and its size is known."""
 
-    def __init__(self, root: Path, file: TensorFile, transport: Transport = Transport()):
-        super().__init__(root / file.path, file.nbytes, transport.digests != "none")
+    def __init__(self, folder: Folder, file: TensorFile, transport: Transport = Transport()):
+        super().__init__(folder, file.path, file.nbytes, transport.digests != "none")
         self.file, self.transport = file, transport
         self.cloned_nbytes = 0
         """Bytes that it shares with sources."""

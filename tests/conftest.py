@@ -3,8 +3,9 @@ import shutil
 from functools import cache, partial
 
 import pytest
+from damage import bare
 from running import call, deadline
-from trees import MANIFEST, make
+from trees import make
 
 from stream_reshard import memory
 
@@ -41,12 +42,12 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def copied(made, tmp_path):
-    """copied(kind, bare): one that a test may break, without its manifest where it is bare."""
-    def copy(kind, bare=True):
-        shutil.copytree(made(kind), tmp_path / "copy")
-        if bare:
-            (tmp_path / "copy" / MANIFEST).unlink(missing_ok=True)
-        return tmp_path / "copy"
+    """copied(kind, is_bare): one that a test may break, without its manifest where it is bare."""
+    def copy(kind, is_bare=True):
+        shutil.copytree(made(kind), root := tmp_path / "copy")
+        if is_bare:
+            bare(root)
+        return root
     return copy
 
 

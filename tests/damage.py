@@ -1,5 +1,6 @@
 """Ways to break the folder of a checkpoint, or a file in it."""
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -70,6 +71,20 @@ def edit_yaml(root, old, new):
     text = (root / "config.yaml").read_text()
     assert old in text, old
     (root / "config.yaml").write_text(text.replace(old, new, 1))
+
+
+def bare(root):
+    """Without its manifest, a folder must start its own training: nothing tells that the one it was copied from holds
+    the same."""
+    (root / "stream_reshard.json").unlink(missing_ok=True)
+    start_here(root)
+
+
+def start_here(root):
+    """Have the config.yaml in a folder, if there is one, start from that folder."""
+    if (path := root / "config.yaml").exists():
+        start = f"path: {json.dumps(str(root))}"
+        path.write_text(re.sub(r"(?<=init_method:\n    )path: .*?(?=   #|\n)", lambda match: start, path.read_text()))
 
 
 def replace(path, make, *arguments):

@@ -21,7 +21,7 @@ from stream_reshard import convert, durable, staging
 from stream_reshard.cli import main
 from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
 
-OPERATIONS = ("open", "mkdir", "posix_fallocate", "pwritev", "pwrite", "ftruncate", "fsync", "close", "rename",
+OPERATIONS = ("open", "mkdir", "pwritev", "pwrite", "ftruncate", "fsync", "close", "rename",
               "unlink", "rmdir")
 """Functions of `os` that change the disk, or make a change durable."""
 
@@ -37,10 +37,11 @@ class Faults:
         for name in OPERATIONS:
             setattr(os, name, self._wrapped(name, getattr(os, name)))
         staging.exchange = self._wrapped("exchange", durable.exchange)
+        durable.fallocate = self._wrapped("fallocate", durable.fallocate)
 
     def _wrapped(self, name, real):
         def call(*args, **kwargs):
-            if not self._changes_the_disk(name, args):
+            if not self._changes_the_disk(name, args, kwargs):
                 return real(*args, **kwargs)
             self.number += 1
             done = self.act(self.number, name, lambda: real(*args, **kwargs))
@@ -51,9 +52,12 @@ class Faults:
             return done
         return call
 
-    def _changes_the_disk(self, name, args):
+    def _changes_the_disk(self, name, args, kwargs):
         if isinstance(args[0], int):
             return args[0] in self._ours
+        below = {kwargs[word] for word in ("dir_fd", "src_dir_fd") if kwargs.get(word) is not None}
+        if below:
+            return below <= self._ours and (name != "open" or bool(args[1] & (os.O_CREAT | os.O_DIRECTORY)))
         is_ours = (str(args[0]).startswith(str(self.destination))
                    or Path(args[0]) in (self.destination.parent, self.destination.parent.parent))
         if name == "open":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sources import make_source
 
-from stream_reshard import cli, header
+from stream_reshard import cli, header, staging
 from stream_reshard.cli import main
 from stream_reshard.errors import Interrupted, Problems, SourceError, shell_word
 from stream_reshard.stop import Stop
@@ -101,7 +101,7 @@ def test_an_overwritten_checkpoint_that_cannot_be_removed_is_named(tmp_path, mon
     """The new one is there and right: that is no failure."""
     source, flags = make_source(tmp_path / "hf"), ["--max-memory", "4GiB", "--overwrite"]
     assert main([str(source), str(tmp_path / "nt"), "--quiet"]) == 0
-    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors=False: None)
+    monkeypatch.setattr(staging, "clear", lambda folder: None)
     assert main([str(source), str(tmp_path / "nt"), "--tp", "2", *flags]) == 0
     left = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("left "))
     assert ".replaced: the old checkpoint could not be removed" in left and (tmp_path / "nt" / "config.yaml").exists()
@@ -284,7 +284,7 @@ def test_folders_nested_without_end(tmp_path, capsys):
     for place, runs in ((source / "other", [([source, tmp_path / "nt2"], 0)]),
                         (source / "model", [([source, tmp_path / "nt3"], 3)]),
                         (copy / "model" / "x", [([copy, tmp_path / "hf2", "--to", "hf"], 3), (["inspect", copy], 3),
-                                                ([source, copy, "--overwrite"], 4), ([source, copy], 4)]),
+                                                ([source, copy], 0)]),
                         (tmp_path / "nt4.partial", [([source, tmp_path / "nt4"], 4)])):
         (tmp_path / "deep").rename(place)
         for words, code in runs:

@@ -1,8 +1,11 @@
 """A file is whole under its final name, with the digest of what it holds, or it is not there."""
+import ctypes
+import errno
 import hashlib
 import mmap
 import os
 import random
+import shutil
 
 import pytest
 import xxhash
@@ -12,6 +15,7 @@ from stream_reshard.convert import Options, plan_conversion, run_conversion
 from stream_reshard.demo import CONFIG, write_random_source
 from stream_reshard.durable import NewFile, exchange, make_folder
 from stream_reshard.errors import DestinationError, ResourceError
+from stream_reshard.folder import Folder
 from stream_reshard.topology import Topology
 
 
@@ -27,7 +31,7 @@ def test_the_digest_is_that_of_the_content_however_it_was_written(tmp_path, monk
         random.Random(1).shuffle(pieces)
     elif order.startswith("with gaps"):
         pieces = pieces[::2] + pieces[1::2]
-    with NewFile(tmp_path / "x", size) as file:
+    with NewFile(Folder(tmp_path), "x", size) as file:
         for at, piece in pieces:
             file.write(at, [piece[:30], piece[30:]])
         digest = file.commit()
@@ -37,7 +41,7 @@ def test_the_digest_is_that_of_the_content_however_it_was_written(tmp_path, monk
 
 
 def test_nothing_is_there_before_the_commit_nor_after_a_failure(tmp_path):
-    with pytest.raises(RuntimeError), NewFile(tmp_path / "x", 10) as file:
+    with pytest.raises(RuntimeError), NewFile(Folder(tmp_path), "x", 10) as file:
         file.write(0, [b"01234"])
         assert [path.suffix for path in tmp_path.iterdir()] == [".part"]
         raise RuntimeError
@@ -46,7 +50,7 @@ def test_nothing_is_there_before_the_commit_nor_after_a_failure(tmp_path):
 
 def test_a_file_of_that_name_stands_until_the_new_one_is_whole(tmp_path):
     (tmp_path / "x").write_text("old")
-    with NewFile(tmp_path / "x") as file:
+    with NewFile(Folder(tmp_path), "x") as file:
         file.write(0, [b"new"])
         assert (tmp_path / "x").read_text() == "old"
         file.commit()
@@ -55,13 +59,68 @@ def test_a_file_of_that_name_stands_until_the_new_one_is_whole(tmp_path):
 
 def test_a_size_that_no_disk_has_is_refused_at_once(tmp_path):
     with pytest.raises(ResourceError, match="free some space|raise the limit|No space|too large"):
-        NewFile(tmp_path / "x", 2**62).__enter__()
+        NewFile(Folder(tmp_path), "x", 2**62).__enter__()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, None])
+def test_a_file_system_that_cannot_reserve_blocks_gets_the_size_alone(tmp_path, monkeypatch, code):
+    """No byte is written for it. None: the C library has no such call."""
+    def refusing(descriptor, mode, offset, nbytes):
+        ctypes.set_errno(code)
+        return -1
+
+    monkeypatch.setattr(durable, "_fallocate", refusing if code else None)
+    monkeypatch.setattr(os, "posix_fallocate", None)
+    with NewFile(Folder(tmp_path), "x", 10**7) as file:
+        status = os.fstat(file._descriptor)
+        assert (status.st_size, status.st_blocks) == (10**7, 0)
+        file.write(0, [b"x" * 10])
+        file.commit()
+    assert (tmp_path / "x").stat().st_size == 10**7
+
+
+def test_blocks_are_reserved_and_a_full_disk_shows_at_once(tmp_path, monkeypatch):
+    codes = [errno.EINTR, errno.ENOSPC]
+
+    def failing(descriptor, mode, offset, nbytes):
+        ctypes.set_errno(codes.pop(0))
+        return -1
+
+    with NewFile(Folder(tmp_path), "x", 2**20) as file:
+        assert os.fstat(file._descriptor).st_size == 2**20
+    monkeypatch.setattr(durable, "_fallocate", failing)
+    with pytest.raises(ResourceError, match="No space left on device; free some space"):
+        NewFile(Folder(tmp_path), "x", 2**20).__enter__()
+    assert not codes and not list(tmp_path.iterdir())
+
+
+def test_the_folder_that_is_held_is_never_made_anew(tmp_path):
+    """Nor is another one that stands under its path written to; the folders below it are made."""
+    (tmp_path / "held").mkdir()
+    folder = Folder(tmp_path / "held")
+    with NewFile(folder, "a/b/c/x") as file:
+        file.write(0, [b"x"])
+        file.commit()
+    assert (tmp_path / "held" / "a" / "b" / "c" / "x").read_bytes() == b"x" and folder.is_there()
+    (tmp_path / "held").rename(tmp_path / "moved")
+    assert not folder.is_there()
+    (tmp_path / "held").mkdir()
+    assert not folder.is_there()
+    with NewFile(folder, "y") as file:
+        file.commit()
+    assert (tmp_path / "moved" / "y").exists() and not list((tmp_path / "held").iterdir())
+    for name in ("moved", "held"):
+        shutil.rmtree(tmp_path / name)
+    for path in ("x", "a/b/c/x"):
+        with pytest.raises(ResourceError, match="removed while the run went on"):
+            NewFile(folder, path).__enter__()
     assert not list(tmp_path.iterdir())
 
 
 def test_many_pieces_are_gathered(tmp_path):
     pieces = [bytes([i % 251]) for i in range(5 * durable.MAX_PIECES + 3)]
-    with NewFile(tmp_path / "x") as file:
+    with NewFile(Folder(tmp_path), "x") as file:
         file.write(0, pieces)
         file.commit()
     assert (tmp_path / "x").read_bytes() == b"".join(pieces)
@@ -72,7 +131,7 @@ def test_a_gathered_write_may_stop_anywhere(tmp_path, monkeypatch, length):
     """Inside its first piece, inside a later one, or between two."""
     pieces, real = [b"abcdefg", b"", b"hijklmnopqrstu", b"v", b"wxyz012"], os.pwritev
     monkeypatch.setattr(durable.os, "pwritev", lambda file, parts, at: real(file, [b"".join(parts)[:length]], at))
-    with NewFile(tmp_path / "x") as file:
+    with NewFile(Folder(tmp_path), "x") as file:
         file.write(0, pieces)
         assert file.commit() == xxhash.xxh3_128(b"".join(pieces)).hexdigest()
     assert (tmp_path / "x").read_bytes() == b"".join(pieces)
@@ -121,14 +180,14 @@ def test_a_folder_that_nobody_may_list_can_stand_above(tmp_path):
 def test_errors_of_the_destination_say_whether_to_choose_another_or_to_try_again(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DestinationError, match="file/x': (Not a directory|File exists)"):
-        NewFile(tmp_path / "file" / "x").__enter__()
+        NewFile(Folder(tmp_path), "file/x").__enter__()
 
 
 def test_no_page_is_sent_to_the_disk_twice(tmp_path, monkeypatch):
     page, begun = mmap.PAGESIZE, []
     monkeypatch.setattr(durable, "start_writeback", lambda descriptor, offset, nbytes: begun.append((offset, nbytes)))
     sizes = [648, *[durable._WRITEBACK_NBYTES] * 5, durable._WRITEBACK_NBYTES + 100]
-    with NewFile(tmp_path / "x", sum(sizes)) as file:
+    with NewFile(Folder(tmp_path), "x", sum(sizes)) as file:
         offset = 0
         for size in sizes:
             file.write(offset, [bytes(size)])
@@ -152,7 +211,10 @@ def test_every_name_is_made_durable_after_the_last_change_in_its_folder(tmp_path
     def changing(name, call):
         def changed(*arguments, **words):
             result = call(*arguments, **words)
-            pending.update(os.path.dirname(path) for path in map(os.fspath, arguments[:2 if name == "rename" else 1]))
+            below = words.get("dir_fd", words.get("src_dir_fd"))
+            above = os.readlink(f"/proc/self/fd/{below}") if below is not None else ""
+            pending.update(os.path.dirname(os.path.join(above, path))
+                           for path in arguments[:2 if name == "rename" else 1])
             return result
         monkeypatch.setattr(os, name, changed)
 

@@ -12,6 +12,7 @@ from stream_reshard.cli import main
 from stream_reshard.convert import Options, plan_conversion, run_conversion
 from stream_reshard.demo import CONFIG, write_random_source
 from stream_reshard.errors import Interrupted, Refused, ResourceError, SourceError
+from stream_reshard.folder import Folder
 from stream_reshard.staging import staging_of
 from stream_reshard.stop import Stop
 from stream_reshard.topology import Topology
@@ -98,10 +99,10 @@ def test_a_source_that_changed_since_the_stop_is_refused(tmp_path, source, capsy
 def test_a_stop_just_before_the_last_rename_goes_on(tmp_path, source, monkeypatch):
     real, destination = os.rename, tmp_path / "nt"
 
-    def failing(old, new):
+    def failing(old, new, **below):
         if new == destination:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        real(old, new)
+        real(old, new, **below)
 
     monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(ResourceError):
@@ -199,12 +200,12 @@ def test_an_io_error_is_met_by_writing_the_file_anew(tmp_path, source, monkeypat
     """Once: after a failed fsync the kernel may have dropped the pages, and a second one would say that all is well."""
     plan, real, failed = conversion(source, tmp_path / "nt", num_workers=1), getattr(os, call), []
 
-    def failing(first, *arguments):
+    def failing(first, *arguments, **below):
         name = first if call == "rename" else os.readlink(f"/proc/self/fd/{first}")
         if not failed and "o_proj" in str(name) and str(name).endswith(".part"):
             failed.append(str(name))
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(first, *arguments)
+        return real(first, *arguments, **below)
 
     monkeypatch.setattr(os, call, failing)
     run_conversion(plan)
@@ -255,8 +256,8 @@ def test_a_stop_does_not_wait_for_the_end_of_a_job(tmp_path, source, monkeypatch
 
     monkeypatch.setattr(durable.os, "pwritev", asking)
     largest = max(plan.plan.jobs, key=lambda job: job.nbytes)
-    work = jobs.Work(plan.plan, staging_of(tmp_path / "nt"), Lanes(1, 64), plan.identities, {}, stop)
     staging_of(tmp_path / "nt").mkdir()
+    work = jobs.Work(plan.plan, Folder(staging_of(tmp_path / "nt")), Lanes(1, 64), plan.identities, {}, stop)
     with pytest.raises(Interrupted, match="interrupted by SIGTERM"):
         jobs.run_job(work, largest)
     assert len(after) <= len(largest.files) < largest.nbytes / 64 / 10

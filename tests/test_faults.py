@@ -140,7 +140,7 @@ def failed(case, point):
 
 
 CODES = {"open": (errno.ENOSPC, errno.EIO, errno.EMFILE), "mkdir": (errno.ENOSPC, errno.EDQUOT),
-         "posix_fallocate": (errno.ENOSPC, errno.EFBIG), "pwritev": (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT),
+         "fallocate": (errno.ENOSPC, errno.EFBIG), "pwritev": (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT),
          "pwrite": (errno.ENOSPC, errno.EIO), "ftruncate": (errno.EIO,), "fsync": (errno.EIO, errno.ENOSPC),
          "close": (errno.EIO,), "rename": (errno.EIO, errno.ENOSPC), "unlink": (errno.EIO,), "rmdir": ()}
 """What each call can fail with, in real life."""

@@ -124,8 +124,8 @@ def test_a_destination_that_cannot_be_written(tmp_path, capsys, how):
 
 STRACED = [("fsync", "error=EIO"), ("fsync", "error=ENOSPC"), ("pwritev2", "error=ENOSPC"), ("pwritev2", "error=EIO"),
            ("pwritev2", "retval=100"), ("pwrite64", "error=EIO"), ("fallocate", "error=ENOSPC"),
-           ("rename", "error=EIO"), ("openat", "signal=KILL"), ("pwritev2", "signal=KILL"), ("fsync", "signal=KILL"),
-           ("rename", "signal=KILL"), ("fsync", "signal=TERM"), ("pwritev2", "signal=INT")]
+           ("renameat", "error=EIO"), ("openat", "signal=KILL"), ("pwritev2", "signal=KILL"), ("fsync", "signal=KILL"),
+           ("renameat", "signal=KILL"), ("fsync", "signal=TERM"), ("pwritev2", "signal=INT")]
 """System call, and what is injected into it. `retval=100` is a write that lies: it writes nothing and says 100."""
 
 
@@ -151,7 +151,8 @@ def test_faults_injected_into_system_calls(tmp_path, call, fault, when):
 
 @pytest.mark.parametrize("umask", [0o002, 0o022, 0o027, 0o077])
 def test_modes_follow_the_umask(tmp_path, umask):
-    make_source(tmp_path / "hf")
+    for path in make_source(tmp_path / "hf").iterdir():
+        path.chmod(0o666)  # Else the modes of the source count too (test_private.py).
     before = os.umask(umask)
     try:
         assert main([str(tmp_path / "hf"), str(tmp_path / "nt"), *FLAGS]) == 0
@@ -236,3 +237,59 @@ def test_where_names_cannot_be_swapped_two_renames_do(tmp_path, monkeypatch):
     case = Case(tmp_path, (*FLAGS, "--overwrite"),
                 before=lambda case: main([str(case.source), str(case.destination), "--quiet"]))
     assert case.tree() == case.wanted and case.run(plain)[0] == 0 and case.beside() == []
+
+
+@needs_root
+@needs_strace
+@pytest.mark.heavy
+def test_where_blocks_cannot_be_reserved_nothing_is_written_for_them(tmp_path):
+    """ext2 knows no fallocate; the C library's own way around that writes a byte into every block."""
+    image, mounted, source = tmp_path / "image", tmp_path / "mnt", tmp_path / "hf"
+    with open(image, "wb") as stream:
+        stream.truncate(64 * 2**20)
+    make_source(source, config={"vocab_size": 1000})
+    mounted.mkdir()
+    for command in (["mkfs.ext2", "-q", "-F", image], ["mount", "-o", "loop", image, mounted]):
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no ext2 on a loop device here")
+    try:
+        trace = tmp_path / "trace"
+        command = ["strace", "-f", "-o", trace, "-e", "trace=fallocate,ftruncate,pwrite64,pwritev,pwritev2",
+                   sys.executable, "-m", "stream_reshard", source, mounted / "nt", "--tp", "2", "--quiet"]
+        subprocess.run(command, cwd=ROOT, check=True)
+        lines = trace.read_text().splitlines()
+        assert any("fallocate(" in line and "EOPNOTSUPP" in line for line in lines)
+        assert any("ftruncate(" in line for line in lines)
+        assert not [line for line in lines if "write" in line and line.endswith(" = 1")], "one-byte writes"
+        assert main(["verify", str(source), str(mounted / "nt"), "--quiet"]) == 0
+    finally:
+        subprocess.run(["umount", "-l", mounted], check=True)
+
+
+@needs_root
+@pytest.mark.parametrize("flags, code", [(("--overwrite",), 4), (("--restart",), 4), ((), 4), ("elsewhere", 0)], ids=str)
+def test_a_lower_layer_of_overlayfs(tmp_path, mounted, capsys, flags, code):
+    """Its folders cannot be renamed: one line with the cure, before anything is converted."""
+    disk, source = mounted("size=20m"), make_source(tmp_path / "hf")
+    for name in ("lower", "upper", "work", "merged"):
+        (disk / name).mkdir()
+    assert main([str(source), str(disk / "lower" / "nt"), *FLAGS]) == 0
+    shutil.copytree(disk / "lower" / "nt", disk / "lower" / "half.partial")
+    (disk / "lower" / "half.partial" / "stream_reshard.journal").write_text('{"plan_sha256": ""}\n')
+    layers = f"lowerdir={disk}/lower,upperdir={disk}/upper,workdir={disk}/work"
+    if subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, disk / "merged"],
+                      capture_output=True).returncode:
+        pytest.skip("no overlayfs here")
+    try:
+        destination = disk / "merged" / {"--overwrite": "nt", "--restart": "half"}.get((*flags, "")[0], "new")
+        words = flags if code else ()
+        if not flags:
+            destination = disk / "merged" / "nt"
+        assert main([str(source), str(destination), *FLAGS, "--tp", "1", *words]) == code
+        err = capsys.readouterr().err
+        if flags and code:
+            assert "overlayfs keeps folders of lower layers where they are" in err and err.count("\n") == 1, err
+        assert code or main(["verify", str(source), str(destination), "--quiet"]) == 0
+        assert not list(disk.glob("upper/nt.partial/model"))
+    finally:
+        subprocess.run(["umount", "-l", disk / "merged"], check=True)

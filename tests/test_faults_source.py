@@ -88,7 +88,7 @@ def changed(case, point):
                                                                                marks=pytest.mark.heavy)])
 def test_a_source_that_changes_under_the_run(tmp_path, figures, number):
     case = Case(tmp_path / "count")
-    last = max(at for at, name in enumerate(case.operations(), 1) if name == "posix_fallocate")  # Of a tensor file.
+    last = max(at for at, name in enumerate(case.operations(), 1) if name == "fallocate")  # Of a tensor file.
     points = [(change, at) for change in CHANGES for at in random.Random(1).sample(range(2, last), number)]
     figures("changes of the source", *campaign(tmp_path, Case, changed, points))
 

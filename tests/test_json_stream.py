@@ -33,6 +33,8 @@ def in_pieces(text):
         for key in reader.keys():
             if key == "weight_map" and reader.next() == "{":
                 value[key] = dict(reader.entries())
+            elif reader.next() == "[":
+                value[key] = list(reader.items())
             else:
                 value[key] = reader.value()
     if reader.next():

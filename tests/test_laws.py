@@ -17,6 +17,7 @@ from stream_reshard.architectures import FAMILIES, build_model
 from stream_reshard.box import Box
 from stream_reshard.convert import Options, plan_conversion, run_conversion
 from stream_reshard.errors import Refused, StreamReshardError
+from stream_reshard.folder import Folder
 from stream_reshard.header import pack_header, placed
 from stream_reshard.jobs import Work, run_job
 from stream_reshard.lanes import Lanes
@@ -155,7 +156,7 @@ def test_result_does_not_depend_on_the_block_size(tmp_path, block_nbytes, rope):
     for name, nbytes in (("a", block_nbytes), ("b", 2**22)):
         (tmp_path / name).mkdir()
         for job in conversion.plan.jobs:
-            run_job(Work(conversion.plan, tmp_path / name, Lanes(1, nbytes), conversion.identities), job)
+            run_job(Work(conversion.plan, Folder(tmp_path / name), Lanes(1, nbytes), conversion.identities), job)
     files = [file.path for file in conversion.plan.target.files]
     assert all((tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes() for path in files)
 

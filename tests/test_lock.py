@@ -54,6 +54,83 @@ def test_a_lock_of_another_machine_is_respected_until_a_person_breaks_it(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+THIS = HERE | {"pids": lock._namespace(), "token": "other"}
+"""What a run of this version leaves."""
+
+RULES = [
+    ("alive", {"pid": os.getppid(), "started": lock._started(os.getppid())}, "ext4", False),
+    ("alive, on FUSE", {"pid": os.getppid(), "started": lock._started(os.getppid())}, "fuse.bindfs", False),
+    ("its number belongs to a later process", {"pid": os.getppid(), "started": 1}, "ext4", True),
+    ("the same, on FUSE", {"pid": os.getppid(), "started": 1}, "fuse", True),
+    ("dead", {"started": 5}, "nfs4", True),
+    ("another namespace", {"pids": "pid:[1]", "pid": os.getppid()}, "ext4", True),
+    ("another namespace, overlay", {"pids": "pid:[1]"}, "overlay", True),
+    ("another namespace, on NFS", {"pids": "pid:[1]"}, "nfs4", False),
+    ("another namespace, on FUSE", {"pids": "pid:[1]"}, "fuse.sshfs", False),
+    ("another namespace, on a disk by FUSE", {"pids": "pid:[1]"}, "fuseblk", False),
+    ("another namespace, nobody knows where", {"pids": "pid:[1]"}, "unknown", False),
+    ("no boot id there", {"boot": ""}, "ext4", False),
+    ("this process, by another lock", {"pid": os.getpid()}, "ext4", True),
+    ("written before namespaces were noted, alive", {"pid": os.getppid(), "pids": ..., "token": ...}, "ext4", False),
+    ("written before namespaces were noted, dead", {"pids": ..., "token": ...}, "ext4", True)]
+
+
+@pytest.mark.parametrize("changes, kind, taken", [pytest.param(*row[1:], id=row[0]) for row in RULES])
+def test_who_is_held_for_alive(tmp_path, monkeypatch, changes, kind, taken):
+    """The kernel's lock is free in all of these."""
+    monkeypatch.setattr(lock, "file_system_of", lambda path: kind)
+    left = {key: value for key, value in (THIS | changes).items() if value is not ...}
+    (tmp_path / "lock").write_text(json.dumps(left).ljust(1024))
+    if taken:
+        with Lock(tmp_path / "lock"):
+            pass
+        assert not (tmp_path / "lock").exists()
+        return
+    with pytest.raises(LockedError, match=f"process {left['pid']} on"):
+        Lock(tmp_path / "lock").__enter__()
+    assert json.loads((tmp_path / "lock").read_text()) == left
+
+
+def test_two_hosts_without_a_boot_id_are_not_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_boot", lambda: "")
+    (tmp_path / "lock").write_text(json.dumps(THIS | {"boot": ""}))
+    with pytest.raises(LockedError, match="--break-lock"):
+        Lock(tmp_path / "lock").__enter__()
+    with Lock(tmp_path / "lock", break_lock=True):
+        pass
+
+
+def test_the_dead_whom_nobody_buried_are_dead(tmp_path):
+    """A process that was killed keeps its number until its parent asks for it; in containers often for ever."""
+    if not (pid := os.fork()):
+        os._exit(0)
+    assert until(lambda: lock._started(pid) == 0)
+    (tmp_path / "lock").write_text(json.dumps(THIS | {"pid": pid, "started": 7}))
+    with Lock(tmp_path / "lock"):
+        pass
+    os.waitpid(pid, 0)
+
+
+LOSSES = {
+    "removed": lambda path: path.unlink(),
+    "another file": lambda path: (path.unlink(), path.write_text(json.dumps(FOREIGN))),
+    "another run in the same file": lambda path: path.write_text(json.dumps(FOREIGN)),
+    "emptied": lambda path: os.truncate(path, 0),
+    "nonsense": lambda path: path.write_text("nonsense"),
+    "a link": lambda path: (path.rename(path.with_name("moved")), path.symlink_to("moved"))}
+
+
+@pytest.mark.parametrize("lose", LOSSES.values(), ids=LOSSES.keys())
+def test_a_lock_that_is_lost_is_noticed_and_left_alone(tmp_path, lose):
+    with Lock(tmp_path / "lock") as held:
+        held.confirm()
+        lose(tmp_path / "lock")
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(LockedError, match="this run has lost its lock( to process 4194303|, which somebody)"):
+            held.confirm()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("break_lock", [False, True])
 def test_the_living_are_never_robbed(tmp_path, break_lock):
     with Lock(tmp_path / "lock"):
@@ -103,10 +180,9 @@ def _race(folder):
         except FileExistsError:
             wrong += 1
         alone.unlink(missing_ok=True)
-        if entered % 3:
-            held.__exit__(None, None, None)
-        else:
-            os.close(held._descriptor)  # The file stays, as after a kill.
+        if entered % 3 == 0:  # As after a kill.
+            os.pwrite(held._descriptor, json.dumps(HERE).encode().ljust(lock._RECORD_NBYTES), 0)
+        held.__exit__(None, None, None)
     return entered, wrong
 
 

@@ -37,11 +37,13 @@ def test_one_model_is_equal_in_whatever_form(made, verify, source, copy, flags):
         assert np.array_equal(*(oracle.values(key, here.bits.itemsize) for oracle in (here, there))), key
 
 
+@pytest.mark.parametrize("nbytes", [256, 32], ids=["rows", "parts of rows"])
 @pairs
 def test_one_changed_weight_is_named_with_its_place_and_values(made, copied, verify, differs, monkeypatch, source, copy,
-                                                               flags):
-    """First in one parameter, then in each: a line for each, and no other. There is no manifest; rows come in bands."""
-    monkeypatch.setattr(memory, "MAX_BLOCK_NBYTES", 256)
+                                                               flags, nbytes):
+    """First in one parameter, then in each: a line for each, and no other. There is no manifest; what is compared at a
+    time are a few rows, or parts of them."""
+    monkeypatch.setattr(memory, "MAX_BLOCK_NBYTES", nbytes)
     flags = ("--dtype", "bfloat16") if copy == "float_cast" else flags
     root, chooser, theirs = copied(copy), random.Random(f"{source} {copy}"), Oracle(made(source))
     before = Oracle(root)
@@ -107,13 +109,13 @@ def test_what_was_allowed_at_the_conversion_need_not_be_allowed_again(tmp_path, 
     ("vocab_size: 11", "vocab_size: 12", 0),
     ("vocab_size: 11", "vocab_size: 13", 5), ("rope_interleaved: false", "rope_interleaved: true", 5)])
 def test_an_edited_config_yaml_may_say_anything_but_another_model(made, copied, verify, differs, old, new, code):
-    edit_yaml(root := copied("tp2pp2", bare=False), old, new)
+    edit_yaml(root := copied("tp2pp2", is_bare=False), old, new)
     differs(made("hf"), root, ["'config.yaml' has", "--edited"])
     assert verify(made("hf"), root, "--edited", "config.yaml")[0] == code
 
 
 def test_what_nfs_keeps_of_removed_files_is_not_there(made, copied, verify):
-    root = copied("tp2pp2", bare=False)
+    root = copied("tp2pp2", is_bare=False)
     for folder in (root, root / "model" / "model" / "lm_head"):
         (folder / ".nfs00000000a1b2c3d40000001f").write_text("still open elsewhere")
     assert verify(made("hf"), root)[0] == 0
@@ -123,7 +125,7 @@ def test_what_nfs_keeps_of_removed_files_is_not_there(made, copied, verify):
                                   ".nfs00000000a1b2c3d40000001f0", "x.nfs00000000a1b2c3d40000001f"])
 def test_what_only_begins_like_that_is_there(made, copied, verify, name):
     """NFS writes 24 digits (fs/nfs/unlink.c); all else is a file of somebody."""
-    root = copied("tp2pp2", bare=False)
+    root = copied("tp2pp2", is_bare=False)
     (root / name).write_text("mine")
     code, _, problems = verify(made("hf"), root)
     assert code == 5 and f"'{name}' is extra" in "".join(problems)

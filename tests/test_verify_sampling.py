@@ -2,7 +2,7 @@
 import shutil
 
 import pytest
-from damage import edit_header, every, poke
+from damage import bare, edit_header, every, poke
 from running import call
 from trees import MANIFEST, raw_of
 
@@ -25,13 +25,13 @@ def read_by(verify, monkeypatch, *arguments):
 
 
 def test_quick_finds_a_flip_by_the_digest_and_reads_no_weight_of_the_source(made, copied, verify, differs, monkeypatch):
-    root = copied("tp2pp2", bare=False)
+    root = copied("tp2pp2", is_bare=False)
     read, (code, out, _) = read_by(verify, monkeypatch, made("hf"), root, "--quick")
     assert code == 0 and "no weight compared" in out
     assert {row[0] for row in read} == {root} and {row[1] for row in read} > {"config.yaml", "model_config.json"}
     poke(every(root, "o_proj")[0], -1)
     differs(made("hf"), root, ["o_proj", MANIFEST], "--quick")
-    (root / MANIFEST).unlink()
+    bare(root)
     assert verify(made("hf"), root, "--quick")[0] == 0
     edit_header(root, '"BF16"', '"F16"')
     differs(made("hf"), root, ["F16"], "--quick")
@@ -40,7 +40,7 @@ def test_quick_finds_a_flip_by_the_digest_and_reads_no_weight_of_the_source(made
 def test_a_sample_is_chosen_by_the_seed_and_holds_of_every_parameter(made, copied, verify, monkeypatch):
     """A changed weight in it is found; one outside is not, not even by a digest, but by the whole."""
     monkeypatch.setattr(memory, "MAX_BLOCK_NBYTES", 256)
-    source, root = made("hf"), copied("tp2pp2", bare=False)
+    source, root = made("hf"), copied("tp2pp2", is_bare=False)
     (bare := shutil.copytree(root, root.with_name("bare")) / MANIFEST).unlink()
     ours, theirs = {}, {}
     for name, copy, part, seed in (("one", root, "10%", 1), ("again", root, "10%", 1), ("other", root, "10%", 2),

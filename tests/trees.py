@@ -23,7 +23,8 @@ SAID = {"rope_theta": 5e5, "initializer_range": 0.01, "pad_token_id": 3}
 OLD = {"initializer_range": 0.01}
 """The same for release 0.4, which has one rope_theta."""
 
-FLOAT = {"extra": {key: array.astype(np.float32)
+FLOAT = {"config": SAID | {"torch_dtype": "float32"},
+         "extra": {key: array.astype(np.float32)
                    for key, array in make_tensors(shapes_of("llama", CONFIG, False)).items()}}
 """A float32 model of whole numbers up to 65535: too long for bfloat16, which must round them."""
 
@@ -31,7 +32,8 @@ ROUNDED = {"extra": {key: ((bits := array.view(np.uint32)) + 0x7FFF + (bits >> 1
                      for key, array in FLOAT["extra"].items()}}
 """The same rounded to bfloat16, to nearest even, without torch."""
 
-RAISED = {"extra": {key: (array.astype(np.uint32) << 16).view(np.float32) for key, array in ROUNDED["extra"].items()}}
+RAISED = {"config": FLOAT["config"],
+          "extra": {key: (array.astype(np.uint32) << 16).view(np.float32) for key, array in ROUNDED["extra"].items()}}
 """And that in float32 again."""
 
 KINDS = {

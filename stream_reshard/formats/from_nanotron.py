@@ -15,7 +15,7 @@ from stream_reshard.layouts.nanotron_config import (
 from stream_reshard.layouts.nanotron_folder import litter_notes, not_committed
 from stream_reshard.layouts.nanotron_layout import NanotronLayout
 from stream_reshard.layouts.nanotron_source import format_of, layout_of_files, read_weight_files
-from stream_reshard.manifest import read_manifest
+from stream_reshard.manifest import open_manifest
 
 
 def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
@@ -52,7 +52,7 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
 
 def _facts_of(root: Path, max_nbytes: int) -> Mapping[str, Any]:
     """The facts that a manifest tells, if there is one. Raises SourceError."""
-    manifest = read_manifest(root, max_nbytes)
+    manifest = open_manifest(root, max_nbytes)
     return manifest.facts if manifest else {}
 
 

@@ -5,7 +5,8 @@ import io
 import math
 from pathlib import Path
 
-from stream_reshard.durable import NewFile
+from stream_reshard.durable import NewFile, make_folder, target_error
+from stream_reshard.folder import Folder
 from stream_reshard.forward.result import Comparison, Row
 
 _FLOOR = 1e-9
@@ -34,7 +35,12 @@ def draw(comparison: Comparison, path: Path) -> None:
     picture = io.BytesIO()
     FigureCanvasAgg(figure).print_png(picture)
     content = picture.getbuffer()
-    with NewFile(path, len(content), is_digested=False) as file:
+    try:
+        make_folder(path.parent)
+        folder = Folder(path.parent.resolve())
+    except OSError as error:
+        raise target_error(path, error) from error
+    with NewFile(folder, path.name, len(content), is_digested=False) as file:
         file.write(0, [content])
         file.commit()
 

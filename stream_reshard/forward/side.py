@@ -12,7 +12,7 @@ from stream_reshard.forward.hugging_face_tensors import HuggingFaceTensors
 from stream_reshard.forward.nanotron_config import NanotronConfig, read_nanotron_config
 from stream_reshard.forward.nanotron_tensors import NanotronTensors
 from stream_reshard.layouts.causes import no_checkpoint
-from stream_reshard.manifest import read_manifest
+from stream_reshard.manifest import open_manifest
 
 if TYPE_CHECKING:
     from stream_reshard.forward.steps import Model
@@ -79,7 +79,7 @@ def open_side(root: Path, max_nbytes: int, allow: Collection[str] = ()) -> Side:
     with everything that keeps the model from being run."""
     problems = Problems()
     side: Side | None = None
-    manifest = problems.collect(read_manifest, root, max_nbytes)
+    manifest = problems.collect(open_manifest, root, max_nbytes)
     facts: Mapping[str, Any] = manifest.facts if manifest else {"vocab_size": None, "dtype": "keep", "allowed": ()}
     if (root / "model" / "model").is_dir():
         may_be_moved = MOVED_STAGES in {*allow, *facts["allowed"]}

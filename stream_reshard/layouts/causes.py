@@ -129,7 +129,7 @@ def _cache_folder(root: Path) -> Cause | None:
     if whole is None or not (whole / "snapshots").is_dir():
         return None
     try:
-        commit = read_capped(whole, "refs/main", 100).decode("ascii", "replace").strip()
+        commit = read_capped(whole, "refs/main", 100, 100).decode("ascii", "replace").strip()
     except StreamReshardError:
         commit = ""
     found = [commit] if commit and "/" not in commit and (whole / "snapshots" / commit).is_dir() else sorted(

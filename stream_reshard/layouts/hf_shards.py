@@ -125,7 +125,7 @@ def _from_index(root: Path, model: Model | None, max_nbytes: int) -> Shards:
     except ValueError as error:
         raise misplaced(root, INDEX_NAME, "JSON") or SourceError(f"{INDEX_NAME} is not valid JSON: {error}") from error
     except TooLong as error:
-        raise too_long(INDEX_NAME, error.limit) from error
+        raise too_long(INDEX_NAME, error.limit, MAX_JSON_NBYTES) from error
     # Shards by name, whatever the order in which the index came to them.
     order = sorted(range(len(index.shards)), key=index.shards.__getitem__)
     rank = {old: new for new, old in enumerate(order)}

@@ -30,8 +30,11 @@ DEFAULT_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "rope_scaling": (None,), "rope_seq_len_interpolation_factor": (None, 1, 1.0), "sliding_window_size": (None,),
-    "moe_config": (None,), "_use_qkv_packed": (True,)}
-"""Settings that change what the weights mean, and the values at which they do not."""
+    "moe_config": (None,), "_use_qkv_packed": (True,), "flex_attention_mask": (None,),
+    "_attn_implementation": ("flash_attention_2", "sdpa", "ring_flash_triton", "ring", "llama3_ring_attention")}
+"""Settings that change what the weights mean, and the values at which they do not (the first is Nanotron's own). Of the
+attention functions flex_attention alone sees what comes later, or nothing beyond a document (nanotron/nn/attention.py);
+one that is unknown ends the training."""
 
 
 def is_nanotron(root: Path) -> bool:
@@ -76,6 +79,10 @@ class NanotronModelConfig:
     """Whether a head is kept as (pair, half); None where it is not said."""
     extras: Mapping[str, Limit]
     """Settings beyond the common ones that change the forward pass, by name."""
+    says_rope_theta: bool = True
+    """Whether the base of the rotary embedding is said. The config of release 0.4 has no such field."""
+    is_whole: bool = False
+    """Whether every field is there, as where Nanotron itself saves it."""
 
 
 def interleaves_by_default(config: NanotronModelConfig, versions: Collection[str | None]) -> bool:
@@ -100,7 +107,8 @@ def parse_model_config(raw: Mapping[str, Any], name: str) -> NanotronModelConfig
     interleaved = reader.flag("rope_interleaved", False) if "rope_interleaved" in raw else None
     reader.problems.raise_if_any()
     extras = {limit.name: limit for limit in _extras(raw, config)}
-    return NanotronModelConfig(config_class, family, config, interleaved, extras)
+    return NanotronModelConfig(config_class, family, config, interleaved, extras, "rope_theta" in raw,
+                               "_attn_implementation" in raw)
 
 
 def _family(raw: Mapping[str, Any], name: str) -> tuple[str, Family]:

@@ -25,6 +25,10 @@ _NUMBER = r"(?:np\.int64\((\d{1,15})\)|(\d{1,15}))"
 _SHAPE = re.compile(rf"\({_NUMBER}(?:, {_NUMBER})*,?\)", re.ASCII)
 _SLICE = re.compile(r"(?:(\d{1,15}),(\d{1,15})|None,None),(?:None|1)", re.ASCII)
 _FIELDS = {"version", "unsharded_shape", "local_global_slices_pairs"}
+KNOWN_VERSIONS = ("1.2", "1.3", "1.4", "1.5")
+"""Format versions whose files mean what is written here. Main reads none that is later (nanotron/serialize/weights.py),
+files before 1.2 have no slices."""
+
 _VERSION = re.compile(r"\d{1,3}\.\d{1,3}", re.ASCII)
 
 MAX_PAIRS = 64
@@ -98,6 +102,9 @@ def parse_weight_file(file: TensorFile) -> WeightFile:
                               f"finds {quoted(sorted(metadata))}")
         if not _VERSION.fullmatch(metadata["version"]):
             raise SourceError(f"{quoted(metadata['version'])} is not a format version")
+        if metadata["version"] not in KNOWN_VERSIONS:
+            raise SourceError(f"the format version {quoted(metadata['version'])} is not known: what a file of it means "
+                              f"may be anything; known are {', '.join(KNOWN_VERSIONS)}")
         unsharded = parse_shape(metadata["unsharded_shape"])
         pairs = parse_pairs(metadata["local_global_slices_pairs"], shape, unsharded)
         return WeightFile(file, parameter, place, metadata["version"], unsharded, pairs)

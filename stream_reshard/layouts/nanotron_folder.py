@@ -70,7 +70,7 @@ def followed(root: Path, is_copy: bool = False) -> tuple[Path, list[str]]:
 
 def _latest(root: Path) -> str:
     """The name of the folder that latest.txt names. Nanotron takes whatever Python's int() takes."""
-    text = read_capped(root, LATEST_NAME, _MAX_LATEST_NBYTES).decode("utf-8", "backslashreplace")
+    text = read_capped(root, LATEST_NAME, _MAX_LATEST_NBYTES, _MAX_LATEST_NBYTES).decode("utf-8", "backslashreplace")
     try:
         return str(int(text))
     except ValueError as error:

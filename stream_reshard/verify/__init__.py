@@ -1,11 +1,17 @@
 """Verify: prove that two folders hold the same model, whatever their formats and topologies, in bounded memory.
 
-- checkpoint:   a checkpoint as matrices that can be read by rows
+- checkpoint:   a checkpoint as matrices that can be read in blocks
 - hugging_face: a Hugging Face folder as such
-- nanotron:     a Nanotron folder as such, through the slice metadata in its own headers and Nanotron's own rules
+- groups:       the files of one Nanotron parameter, by Nanotron's own rules
+- nanotron:     a Nanotron folder as such, through the slice metadata in its own headers
 - compare:      one parameter of both, element by element
-- agreement:    configs, file sets, manifests
+- files:        which files there must be, and which may not be
+- agreement:    settings, dtypes, digests
 - token_ids:    ids of special tokens
+- how:          what is compared, by the wish of a user
+- look:         everything but the weights
+- start:        where a training by config.yaml takes its weights from
+- training:     config.yaml against the weights beside it
 - side:         one of the two folders, whatever its format
 - tasks:        the parts that read files, and running them
 
@@ -16,55 +22,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stream_reshard import memory
-from stream_reshard.errors import DifferenceError, Problems, ResourceError, StreamReshardError, UsageError, quoted
+from stream_reshard.errors import DifferenceError, Problems, ResourceError
 from stream_reshard.layouts.base import TORCH_DTYPES
-from stream_reshard.layouts.nanotron_config import NEUTRAL
-from stream_reshard.layouts.limits import ALLOWABLE
-from stream_reshard.layouts.nanotron import STAGES
-from stream_reshard.manifest import MAX_MANIFEST_NBYTES
+from stream_reshard.small_files import MAX_JSON_NBYTES
 from stream_reshard.stop import Stop
-from stream_reshard.verify.agreement import (
-    WITHOUT_EFFECT, config_differences, file_set_differences, has_yaml, parameter_differences, training_config_problems)
 from stream_reshard.verify.checkpoint import Checkpoint
-from stream_reshard.verify.compare import Rule, shape_difference
-from stream_reshard.verify.nanotron import topology_of
+from stream_reshard.verify.compare import compared_as, is_widening
+from stream_reshard.verify.files import FilesOfManifest
+from stream_reshard.verify.how import How, cast_to, check_names, rule_of, true_vocab_size, with_vocabulary
+from stream_reshard.verify.look import Found, look
 from stream_reshard.verify.side import Side, open_side
 from stream_reshard.verify.tasks import Task, digest_tasks, run, shared, weight_tasks
-from stream_reshard.verify.token_ids import id_differences
+from stream_reshard.verify.training import has_yaml
 
-PADDING = "padding"
-"""What `allow` calls padding rows that are not zero: Nanotron itself leaves them to chance."""
+__all__ = ["How", "lines", "verify"]
 
-
-@dataclass(frozen=True)
-class How:
-    """What of two checkpoints is compared, and with what means."""
-
-    max_memory: int = memory.DEFAULT_ALLOWED
-    """Limit on the peak resident set of the process tree, in bytes."""
-    num_workers: int | None = None
-    """Parts that are compared at the same time. None: as many as measured best."""
-    quick: bool = False
-    """Compare structure, configs and digests only; no weight of the source is read."""
-    sample: float = 1.0
-    """Part of the weights that is compared, above 0; below 1, digests of tensor files are left out too."""
-    seed: int = 0
-    """Chooses the sample."""
-    dtype: str = "keep"
-    """What the source is cast to before it is compared; `keep` also takes the word of the copy's manifest."""
-    allow: tuple[str, ...] = ()
-    """Names of settings that may differ, beside those that the copy's manifest names."""
-    edited: tuple[str, ...] = ()
-    """Paths of files in the copy that were edited on purpose: their digests are not compared."""
-    ignored: tuple[str, ...] = ()
-    """Paths in the copy that are not part of it."""
-    is_own: bool = False
-    """Whether both folders were read or written by this very run: their small files need no cap then."""
+MAX_DIFFERENCES = 1000
+"""More are not kept: where every weight differs, their number says it."""
 
 
 def verify(source: Path, copy: Path, how: How = How(), stop: Stop | None = None,
@@ -76,28 +54,37 @@ def verify(source: Path, copy: Path, how: How = How(), stop: Stop | None = None,
     names in `how` that mean nothing.
     """
     stop = stop or Stop()
-    allowed = min(how.max_memory, memory.machine_limit())
-    limit = MAX_MANIFEST_NBYTES if how.is_own else memory.parse_limit(allowed, memory.resident())
-    problems, found = Problems(), Problems()
-    original = open_side(source, limit, problems, how.allow)
+    allowed = how.plan.allowed if how.plan else min(how.max_memory, memory.machine_limit())
+    problems, found = Problems(), Found()
+    original = open_side(source, _parse_limit(how, allowed), problems, how.allow)
+    _raise_limits(problems)
     problems.raise_if_any()
-    other = open_side(copy, limit, found, how.allow)
-    _check_names(other, how)
-    budget = _budget(original, other, how, allowed)
-    found.extend(_structure_problems(original, other, how, budget))
+    original = with_vocabulary(original, how)
+    other = open_side(copy, _parse_limit(how, allowed), found.differences, how.allow, is_copy=True)
+    check_names(other, how)
+    told = look(original, other, how, allowed, found)
+    _raise_limits(found.differences)
+    budget = how.plan or _budget(original, other, how, allowed)
+    num_elements = num_digests = num_more = 0
+    tasks, num_tasks = _tasks(original, other, told, how, budget, stop)
     with stop.awaited():
-        done = list(run(list(_tasks(original, other, how, budget, stop)), budget.num_workers, stop, progress))
-    found.extend(task.difference for task in done if task.difference)
-    for problem in found:
-        if isinstance(problem, ResourceError):
-            raise problem  # Nothing is known then, least of all a difference.
-    Problems([DifferenceError(str(problem)) for problem in found]).raise_if_any()
+        for task in run(tasks, num_tasks, budget.num_workers, stop, progress):
+            num_elements, num_digests = num_elements + task.num_elements, num_digests + task.is_digest
+            if task.difference and len(found.differences) < MAX_DIFFERENCES:
+                found.differences.append(task.difference)
+            else:
+                num_more += task.difference is not None
+    if num_more:
+        found.differences.append(DifferenceError(f"and {num_more} more"))
+    Problems([DifferenceError(str(problem), kind=problem.kind, num_more=problem.num_more)
+              for problem in found.differences]).raise_if_any()
     assert original.checkpoint and other.checkpoint, "what could not be opened has problems"
-    num_elements = other.checkpoint.num_elements(_vocab_size(original.checkpoint, other.checkpoint))
-    return {"equal": True, "num_files": len(other.checkpoint.files), "num_elements": num_elements,
-            "num_elements_compared": sum(task.num_elements for task in done),
-            "num_digests": sum(task.is_digest for task in done), "has_manifest": other.manifest is not None,
-            "config_yaml_was_read": has_yaml(), "quick": how.quick, "sample": how.sample, "seed": how.seed}
+    return {"equal": True, "num_files": len(other.checkpoint.paths),
+            "num_elements": other.checkpoint.num_elements(true_vocab_size(original.checkpoint, other.checkpoint)),
+            "num_elements_compared": num_elements, "num_digests": num_digests,
+            "has_manifest": other.manifest is not None, "cast": _cast_text(original.checkpoint, other, how),
+            "accepted": found.accepted, "notes": found.notes, "config_yaml_was_read": has_yaml(), "quick": how.quick,
+            "sample": how.sample, "seed": how.seed}
 
 
 def lines(facts: dict[str, Any]) -> Iterator[str]:
@@ -111,28 +98,35 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
         yield f"verified {facts['num_files']} files, {facts['num_elements']} weights: all equal"
     yield (f"digests  {facts['num_digests']} files as the manifest says" if facts["has_manifest"] else
            "digests  none: the folder has no manifest of this tool")
+    if facts["cast"]:
+        yield f"cast     {facts['cast']}"
+    yield from (f"accepted {text}" for text in facts["accepted"])
+    yield from (f"note     {text}" for text in facts["notes"])
     if not facts["config_yaml_was_read"]:
         yield "note     config.yaml was not read, only its digest compared: PyYAML is not installed"
 
 
-def _check_names(other: Side, how: How) -> None:
-    """Raises UsageError for names that mean nothing: what they should have let through would be missed."""
-    names = dict.fromkeys([*ALLOWABLE, *NEUTRAL, *WITHOUT_EFFECT, PADDING, STAGES])
-    for name in how.allow:
-        if name not in names:
-            raise UsageError(f"--allow {quoted(name)}: the names are {', '.join(names)}")
-    for path in how.edited:
-        if not os.path.lexists(other.root / path):
-            raise UsageError(f"--edited {quoted(path)}: there is no such file in {quoted(other.root)}")
+def _parse_limit(how: How, allowed: int) -> int:
+    """Bytes of JSON that may be parsed at once, in what is left of the memory now."""
+    return MAX_JSON_NBYTES * 8 if how.plan else memory.parse_limit(allowed, memory.resident())
+
+
+def _raise_limits(problems: Problems) -> None:
+    """Raises a ResourceError that is among the problems: nothing is known then, least of all a difference."""
+    for problem in problems:
+        if isinstance(problem, ResourceError):
+            raise problem
 
 
 def _budget(original: Side, other: Side, how: How, allowed: int) -> memory.MemoryPlan:
-    source, copy = original.checkpoint, other.checkpoint
-    casts = bool(source and copy and not how.quick and any(
-        source.weights[name].dtype != copy.weights[name].dtype and (
-            _cast_to(other, how) or copy.weights[name].parameter.is_float32) for name in shared(source, copy)))
+    source, copy, casts = original.checkpoint, other.checkpoint, False
+    if source is not None and copy is not None and not how.quick:
+        rule = rule_of(source, copy, other, how, 0)
+        pairs = ((source.weights.dtype_of(name), compared_as(name, source, copy, rule))
+                 for name in shared(source, copy))
+        casts = any(theirs != dtype and not is_widening(theirs, dtype) for theirs, dtype in pairs)
     workers = memory.chosen_workers(how.num_workers, allowed)
-    budget = memory.plan_memory(allowed, memory.resident(), workers, casts, num_buffers=2)
+    budget = memory.plan_memory(allowed, memory.resident(), workers, casts, memory.VERIFY_BUFFERS)
     if budget.projected > budget.allowed:
         raise ResourceError(f"--max-memory {memory.human(allowed)} cannot be kept: the comparison would reach "
                             f"{memory.human(budget.projected)} with {workers} workers"
@@ -140,50 +134,36 @@ def _budget(original: Side, other: Side, how: How, allowed: int) -> memory.Memor
     return budget
 
 
-def _structure_problems(original: Side, other: Side, how: How, budget: memory.MemoryPlan
-                        ) -> Iterator[StreamReshardError]:
-    """Everything in which the two differ without a look at the weights."""
+def _tasks(original: Side, other: Side, told: FilesOfManifest | None, how: How, budget: memory.MemoryPlan,
+           stop: Stop) -> tuple[Iterator[Task], int]:
+    """(the parts of the comparison that read files, how many there are)."""
     source, copy = original.checkpoint, other.checkpoint
-    if copy is None:
-        return
-    yield from file_set_differences(other.root, other.manifest, [file.path for file in copy.files], how.ignored)
-    if source is None:
-        return
-    yield from config_differences(source, copy, {*how.allow, *other.allowed})
-    yield from id_differences(source, copy, how.allow)
-    yield from parameter_differences(source, copy)
-    if how.quick:
-        rule = _rule(source, copy, other, how, budget)
-        yield from filter(None, (shape_difference(name, source, copy, rule) for name in shared(source, copy)))
-    if (topology := topology_of(copy.files)) is not None:
-        problems, limit = Problems(), memory.yaml_limit(budget.allowed, budget.reserved)
-        found = problems.collect(lambda: list(training_config_problems(other.root, copy, topology, limit)))
-        yield from [*problems, *(found or ())]
-
-
-def _tasks(original: Side, other: Side, how: How, budget: memory.MemoryPlan, stop: Stop) -> Iterator[Task]:
-    source, copy = original.checkpoint, other.checkpoint
-    told = dict(other.told(without=[os.path.normpath(path) for path in how.edited]))
-    if how.sample < 1:
-        for file in copy.files if copy else ():
-            told.pop(file.path, None)
+    left_out = [*map(os.path.normpath, how.edited), *(copy.paths if copy and how.sample < 1 else ())]
+    num_digests = 0
+    if told is not None:
+        for path in left_out:
+            told.take(path)
+        num_digests = told.num_there
     if source is None or copy is None or how.quick:
-        return digest_tasks(other.root, told, budget.block_nbytes, stop)
-    rule = _rule(source, copy, other, how, budget)
-    return weight_tasks(source, copy, rule, told, budget.block_nbytes, stop)
+        return _then_digests(iter(()), other, told, budget, stop), num_digests
+    rule = rule_of(source, copy, other, how, budget.block_nbytes // 4)
+    tasks = weight_tasks(source, copy, rule, told, budget.block_nbytes, stop)
+    return _then_digests(tasks, other, told, budget, stop), num_digests + sum(1 for _ in shared(source, copy))
 
 
-def _rule(source: Checkpoint, copy: Checkpoint, other: Side, how: How, budget: memory.MemoryPlan) -> Rule:
-    return Rule(budget.block_nbytes // 4, _vocab_size(source, copy), _cast_to(other, how), how.sample, how.seed,
-                PADDING not in how.allow)
+def _then_digests(tasks: Iterator[Task], other: Side, told: FilesOfManifest | None, budget: memory.MemoryPlan,
+                  stop: Stop) -> Iterator[Task]:
+    yield from tasks
+    if told is not None:
+        yield from digest_tasks(other.root, told, budget.block_nbytes, stop)
 
 
-def _cast_to(other: Side, how: How) -> str | None:
-    """The safetensors dtype that the source is cast to; None where it is compared as it is."""
-    names = {torch: name for name, torch in TORCH_DTYPES.items()}
-    return names.get(how.dtype if how.dtype != "keep" else other.dtype)
-
-
-def _vocab_size(source: Checkpoint, copy: Checkpoint) -> int:
-    """Rows of the embedding without padding, as far as either folder says them."""
-    return copy.vocab_size or source.vocab_size or min(copy.config.vocab_size, source.config.vocab_size)
+def _cast_text(source: Checkpoint, other: Side, how: How) -> str | None:
+    """What the source was cast to before it was compared, and who wanted it; None where it had that dtype."""
+    dtype = cast_to(other, how)
+    others = {source.weights.dtype_of(name) for name in source.weights} - {dtype}
+    if dtype is None or not others:
+        return None
+    names = " and ".join(sorted(TORCH_DTYPES.get(name, name) for name in others))
+    who = "DST's manifest" if how.dtype == "keep" else "--dtype"
+    return f"{names} to {TORCH_DTYPES[dtype]}, as {who} says"

@@ -6,22 +6,23 @@ planner is used here, neither its slices nor its arithmetic: a wrong plan cannot
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from stream_reshard.box import Box
-from stream_reshard.header import ITEMSIZE, StoredTensor, TensorFile
+from stream_reshard.header import ITEMSIZE, StoredTensor
 from stream_reshard.layouts.limits import Limit
-from stream_reshard.model import ModelConfig, Parameter
+from stream_reshard.model import Model, ModelConfig, Parameter
 from stream_reshard.tensor_file import SourceFile
+from stream_reshard.topology import Topology
 
-
-PER_TENSOR = 100
-"""Bytes of a header that take as much memory as what is held here of one tensor."""
+Block = tuple[int, int, int, int]
+"""(first row, past the last, first column, past the last) of a matrix."""
 
 
 @dataclass(frozen=True)
@@ -95,39 +96,77 @@ def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
     return (*shape, 1) if len(shape) == 1 else (shape[0], shape[1])
 
 
+class Weights(Mapping[str, Weight]):
+    """The parameters of a checkpoint, by name. A large one has many, so each is made when it is asked for."""
+
+    @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        """Nothing is made to answer this."""
+
+    @abstractmethod
+    def dtype_of(self, name: str) -> str:
+        """safetensors' name of the dtype of a parameter."""
+
+    @abstractmethod
+    def paths_of(self, name: str) -> Sequence[str]:
+        """The files that a parameter stands in."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """One of the two checkpoints that are compared."""
 
     root: Path
-    config: ModelConfig
-    """Of Nanotron's, `vocab_size` is the padded one."""
+    model: Model
+    """Of Nanotron's, the vocabulary is the padded one."""
     vocab_size: int | None
     """Rows of the embedding without padding, where the folder says it."""
     extras: Mapping[str, Limit]
-    """Settings beyond `config` that change the forward pass, by name."""
-    interleaved: bool
+    """Settings beyond the config that change the forward pass, by name."""
+    paths: Collection[str]
+    """Those of the weight files."""
+    weights: Weights
+    unsaid: Collection[str] = ()
+    """Settings of the config that this format has no word for."""
+    dtype: str | None = None
+    """The dtype that the config tells its readers to load the weights in, under torch's name; None where it says
+    nothing."""
+    topology: Topology | None = None
+    """That of the names of the files. None where they are not Nanotron's."""
+    interleaved: bool = False
     """Whether rotary embedding interleaves the rows of a head."""
-    interleaved_by_default: bool
+    interleaved_by_default: bool = False
     """The same, for a config that does not say it."""
-    files: tuple[TensorFile, ...]
-    weights: Mapping[str, Weight]
-    """By parameter."""
+    num_moved: int = 0
+    """Files on other stages than Nanotron's balancing gives them, where that is allowed."""
+    is_whole: bool = False
+    """Whether it is Nanotron itself that saved the config of the model: it writes every field."""
     knows_ids: bool = True
     """False where the token ids are no more than what Nanotron's config could hold of those of the model."""
     padding_id: int | None = None
     """The token id for padding in a Nanotron config, which stops the training of that row on every rank."""
 
+    @property
+    def config(self) -> ModelConfig:
+        """What the config says of the model."""
+        return self.model.config
+
+    @property
+    def is_nanotron(self) -> bool:
+        """Whether it is one of Nanotron's."""
+        return self.topology is not None
+
     def num_elements(self, vocab_size: int) -> int:
         """Weights that the files hold, without padding."""
-        return sum(weight.num_true_rows(vocab_size) * weight.num_columns for weight in self.weights.values())
+        return replace(self.model, config=replace(self.config, vocab_size=vocab_size)).num_elements
 
 
 class Opened:
     """A weight opened for reading; a context manager."""
 
-    def __init__(self, root: Path, weight: Weight):
-        self.weight = weight
+    def __init__(self, root: Path, weight: Weight, max_nbytes: int):
+        """What is read at once has about `max_nbytes`, twice that where it is interleaved."""
+        self.weight, self._max_nbytes = weight, max_nbytes
         self._stack = ExitStack()
         try:
             self._files = {path: self._stack.enter_context(SourceFile(root, path))
@@ -136,41 +175,43 @@ class Opened:
             self._stack.close()
             raise
 
-    def rows(self, first: int, last: int) -> np.ndarray:
-        """Rows first to last in Hugging Face's order, as unsigned integers of the elements' bits."""
+    def block(self, first: int, last: int, left: int, right: int) -> np.ndarray:
+        """Rows first to last in Hugging Face's order, columns left to right, as unsigned integers of the elements'
+        bits."""
+        if not self.weight.interleaved:
+            return self._kept(first, last, left, right)
         kept = self.weight.kept_rows(first, last)
-        lowest = int(kept.min())
-        band = self._kept_rows(lowest, int(kept.max()) + 1)
-        return band[kept - lowest] if self.weight.interleaved else band
+        lowest, highest = int(kept.min()), int(kept.max()) + 1
+        if (highest - lowest) * (right - left) * ITEMSIZE[self.weight.dtype] <= 2 * self._max_nbytes:
+            return self._kept(lowest, highest, left, right)[kept - lowest]
+        return np.concatenate([self._kept(row, row + 1, left, right) for row in map(int, kept)])
 
-    def _kept_rows(self, first: int, last: int) -> np.ndarray:
-        weight = self.weight
-        band: np.ndarray = np.empty((last - first, weight.num_columns), f"u{ITEMSIZE[weight.dtype]}")
+    def _kept(self, first: int, last: int, left: int, right: int) -> np.ndarray:
+        """The same, in the order in which the format keeps the rows."""
+        weight, window = self.weight, Box((first, left), (last, right))
+        block: np.ndarray = np.empty(window.shape, f"u{ITEMSIZE[weight.dtype]}")
         for piece in weight.pieces:
-            start, stop = max(first, piece.origin.start[0]), min(last, piece.origin.stop[0])
-            if start < stop and piece.is_transposed:
-                band[start - first:stop - first] = self._columns(piece, start, stop).T
-            elif start < stop:
-                down = piece.local.start[0] - piece.origin.start[0]
-                columns = slice(piece.origin.start[1], piece.origin.stop[1])
-                stored = self._stored_rows(piece.tensor, start + down, stop + down)
-                band[start - first:stop - first, columns] = stored[:, piece.local.start[1]:piece.local.stop[1]]
-        return band
+            if common := piece.origin.overlap(window):
+                (top, begin), (bottom, end) = (common.seen_from(window).start, common.seen_from(window).stop)
+                inside = common.seen_from(piece.origin)
+                if piece.is_transposed:
+                    inside = Box(inside.start[::-1], inside.stop[::-1])
+                corner = tuple(map(sum, zip(inside.start, piece.local.start)))
+                stored = self._stored(piece.tensor, Box(corner, tuple(map(sum, zip(corner, inside.shape)))))
+                block[top:bottom, begin:end] = stored.T if piece.is_transposed else stored
+        return block
 
-    def _columns(self, piece: Piece, first: int, last: int) -> np.ndarray:
-        """What a transposed piece has of rows first to last, as it stands there: a run of elements in each row."""
-        tensor, top = piece.tensor, piece.local.start[0]
-        tile: np.ndarray = np.empty((piece.local.shape[0], last - first), f"u{tensor.itemsize}")
-        for row, view in enumerate(tile):
-            index = (top + row) * tensor.shape[-1] + piece.local.start[1] + first - piece.origin.start[0]
-            self._files[tensor.file].read_into(view.data.cast("B"), tensor.begin + index * tensor.itemsize)
-        return tile
-
-    def _stored_rows(self, tensor: StoredTensor, first: int, last: int) -> np.ndarray:
-        rows: np.ndarray = np.empty((last - first, matrix_of(tensor.shape)[1]), f"u{tensor.itemsize}")
-        row_nbytes = rows.shape[1] * tensor.itemsize
-        self._files[tensor.file].read_into(rows.data.cast("B"), tensor.begin + first * row_nbytes)
-        return rows
+    def _stored(self, tensor: StoredTensor, place: Box) -> np.ndarray:
+        """A box of (rows, columns) of a tensor: in one go where its rows are whole, else a run of each row."""
+        part: np.ndarray = np.empty(place.shape, f"u{tensor.itemsize}")
+        width = matrix_of(tensor.shape)[1] if len(tensor.shape) < 3 else tensor.shape[-1]
+        (top, left), file = place.start, self._files[tensor.file]
+        if place.shape[1] == width:
+            file.read_into(part.data.cast("B"), tensor.begin + top * width * tensor.itemsize)
+            return part
+        for row, view in enumerate(part):
+            file.read_into(view.data.cast("B"), tensor.begin + ((top + row) * width + left) * tensor.itemsize)
+        return part
 
     def __enter__(self) -> Opened:
         return self
@@ -179,7 +220,10 @@ class Opened:
         self._stack.close()
 
 
-def bands(num_rows: int, row_nbytes: int, band_nbytes: int) -> Iterator[tuple[int, int]]:
-    """(first, last) rows of bands of about `band_nbytes`, at least one row each."""
-    step = max(1, band_nbytes // row_nbytes)
-    return ((first, min(first + step, num_rows)) for first in range(0, num_rows, step))
+def blocks(num_rows: int, num_columns: int, itemsize: int, max_nbytes: int) -> Iterator[Block]:
+    """Blocks of about `max_nbytes` in the order of their elements: so many whole rows, or parts of one."""
+    num_elements = max(1, max_nbytes // itemsize)
+    step, width = max(1, num_elements // num_columns), min(num_columns, num_elements)
+    for first in range(0, num_rows, step):
+        for left in range(0, num_columns, width):
+            yield first, min(first + step, num_rows), left, min(left + width, num_columns)

@@ -1,38 +1,64 @@
 """A Hugging Face checkpoint as verify sees it: every parameter is one stored matrix."""
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from stream_reshard.box import Box
-from stream_reshard.errors import Problems, SourceError, quoted
-from stream_reshard.layouts.hf_shards import Shards
-from stream_reshard.layouts.hugging_face import open_folder
+from stream_reshard.errors import Problems, SourceError
 from stream_reshard.layouts.hf_limits import limits, quantization_limits
+from stream_reshard.layouts.hugging_face import HuggingFaceLayout, open_folder
 from stream_reshard.tensor_file import same_bytes
-from stream_reshard.verify.checkpoint import PER_TENSOR, Checkpoint, Piece, Weight, matrix_of
+from stream_reshard.verify.checkpoint import Checkpoint, Piece, Weight, Weights, matrix_of
 
 
 def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems) -> Checkpoint | None:
     """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared."""
-    config, _, layout = open_folder(root, max_header_nbytes, problems, partial(_check_number, root, max_header_nbytes))
+    config, _, layout = open_folder(root, max_header_nbytes, problems)
     if config is None or layout is None:
         return None
-    weights = {}
-    for parameter in layout.model.stored():
-        tensor = layout.tensor_of(layout.model.number_of(parameter.name))
-        whole = Box.whole(matrix_of(parameter.matrix_shape))
-        assert tensor, "a layout has every parameter that is stored"
-        weights[parameter.name] = Weight(parameter, whole.stop[0], (Piece(whole, tensor, whole),))
     for tensor, other in layout.tied():
         if not same_bytes(root, tensor, other):
             problems.append(SourceError(f"{tensor.key} differs from {other.key}, to which it is tied"))
     extras = {limit.name: limit for limit in (*limits(config), *quantization_limits(config))
               if limit.name != "hidden_act"}
-    return Checkpoint(root, config.model, config.model.vocab_size, extras, False, False, tuple(layout.files), weights)
+    return Checkpoint(root, layout.model, config.model.vocab_size, extras, layout.shards, _Weights(layout),
+                      dtype=_loaded_as(config.raw))
 
 
-def _check_number(root: Path, max_header_nbytes: int, shards: Shards) -> None:
-    if shards.num_tensors * PER_TENSOR > max_header_nbytes:
-        raise SourceError(f"{quoted(root)} has {shards.num_tensors} tensors, too many to be compared within "
-                          f"--max-memory; raise it")
+def _loaded_as(raw: Mapping[str, Any]) -> str | None:
+    """What a config says of the dtype: transformers takes `dtype`, else the older `torch_dtype`
+    (transformers/configuration_utils.py)."""
+    told = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
+    return None if told in (None, "auto") else str(told).removeprefix("torch.")
+
+
+class _Weights(Weights):
+    """The parameters of a layout of shards, of which the layout keeps a few bytes each."""
+
+    def __init__(self, layout: HuggingFaceLayout):
+        self._layout = layout
+        self._numbers = {parameter.name: layout.model.number_of(parameter.name) for parameter in layout.model.stored()}
+
+    def __getitem__(self, name: str) -> Weight:
+        number = self._numbers[name]
+        parameter, tensor = self._layout.model.parameter(number), self._layout.tensor_of(number)
+        assert tensor, "a layout has every parameter that is stored"
+        whole = Box.whole(matrix_of(parameter.matrix_shape))
+        return Weight(parameter, whole.stop[0], (Piece(whole, tensor, whole),))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers
+
+    def dtype_of(self, name: str) -> str:
+        return self._layout.dtype_at(self._numbers[name])
+
+    def paths_of(self, name: str) -> tuple[str]:
+        return (self._layout.shards[self._layout.places[self._numbers[name]]],)

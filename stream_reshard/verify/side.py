@@ -2,17 +2,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from stream_reshard.errors import Problems, explained
 from stream_reshard.layouts.causes import no_checkpoint
 from stream_reshard.layouts.hf_config import CONFIG_NAME
+from stream_reshard.layouts.limits import ALLOWABLE
 from stream_reshard.layouts.nanotron import STAGES
 from stream_reshard.layouts.nanotron_config import is_nanotron
-from stream_reshard.manifest import FileDone, Manifest, read_manifest
-from stream_reshard.small_files import files_below
+from stream_reshard.manifest import StoredManifest, open_manifest
 from stream_reshard.verify.checkpoint import Checkpoint
 from stream_reshard.verify.hugging_face import open_hugging_face
 from stream_reshard.verify.nanotron import open_nanotron
@@ -24,7 +24,7 @@ class Side:
     """A folder, opened."""
 
     root: Path
-    manifest: Manifest | None = None
+    manifest: StoredManifest | None = None
     """None where it has none, or a broken one."""
     checkpoint: Checkpoint | None = None
     """None where nothing in it can be compared."""
@@ -36,37 +36,39 @@ class Side:
 
     @property
     def allowed(self) -> Collection[str]:
-        """The settings that were accepted when it was made."""
-        return self.manifest.facts["allowed"] if self.manifest else ()
-
-    def told(self, without: Collection[str]) -> Mapping[str, FileDone]:
-        """The files of its manifest that are there, by path. A path in a manifest is a name to look up among those
-        found, never one to open."""
-        found = set(files_below(self.root)) - set(without)
-        return {path: file for path, file in (self.manifest.files if self.manifest else {}).items()
-                if path in found and (self.root / path).is_file()}
+        """The settings that were accepted when it was made: names that a user of this tool could accept. Any other that
+        a manifest holds means nothing."""
+        return allowed_by(self.manifest)
 
 
-def open_side(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str] = ()) -> Side:
+def allowed_by(manifest: StoredManifest | None) -> Collection[str]:
+    """The names in a manifest of what was accepted, as far as they mean anything."""
+    return {*ALLOWABLE, STAGES}.intersection(manifest.facts["allowed"] if manifest else ())
+
+
+def open_side(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str] = (),
+              is_copy: bool = False) -> Side:
     """Open a folder; everything wrong goes to `problems`, but for what is in `allow` or its manifest accepts. No header
-    or small file may have more than `max_nbytes`."""
+    or small file may have more than `max_nbytes`. Of a copy with many files that its manifest does not name, most are
+    not opened: that they are there is a difference already."""
     found = Problems()
-    side = _opened(root, max_nbytes, found, allow)
+    side = _opened(root, max_nbytes, found, allow, is_copy)
     problems.extend(explained(found))
     return side
 
 
-def _opened(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str]) -> Side:
+def _opened(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str], is_copy: bool) -> Side:
     if not os.path.isdir(root):
         problems.append(no_checkpoint(root))
         return Side(root)
-    manifest = problems.collect(read_manifest, root, max_nbytes)
+    manifest = problems.collect(open_manifest, root, max_nbytes)
     if os.path.isfile(root / CONFIG_NAME) and not is_nanotron(root):
         return Side(root, manifest, open_hugging_face(root, max_nbytes, problems))
     if is_nanotron(root):
         vocab_size = manifest.facts["vocab_size"] if manifest else None
-        is_moved = STAGES in {*allow, *(manifest.facts["allowed"] if manifest else ())}
-        checkpoint = open_nanotron(root, vocab_size, max_nbytes, problems, is_moved)
+        is_moved = STAGES in {*allow, *allowed_by(manifest)}
+        checkpoint = open_nanotron(root, vocab_size, max_nbytes, problems, is_moved,
+                                   manifest.files if manifest and is_copy else None)
         return Side(root, manifest, checkpoint and with_ids_of(manifest, checkpoint))
     problems.append(no_checkpoint(root))
     return Side(root, manifest)

@@ -1,7 +1,7 @@
 """The parts of a comparison that read files: digests, and the weights one by one; and running them."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -14,31 +14,31 @@ from stream_reshard.tensor_file import digest_of
 from stream_reshard.verify.agreement import digest_difference
 from stream_reshard.verify.checkpoint import Checkpoint
 from stream_reshard.verify.compare import Compared, Rule, compare
+from stream_reshard.verify.files import FilesOfManifest
 
 Task = Callable[[], Compared]
 
 
-def weight_tasks(source: Checkpoint, copy: Checkpoint, rule: Rule, told: Mapping[str, FileDone],
+def weight_tasks(source: Checkpoint, copy: Checkpoint, rule: Rule, told: FilesOfManifest | None,
                  buffer_nbytes: int, stop: Stop) -> Iterator[Task]:
     """Every parameter that both have; the digest of a file that the manifest has `told` comes just before the first
     weight in it, so that the second reading finds it in memory."""
-    left = dict(told)
     for name in shared(source, copy):
-        for path in dict.fromkeys(piece.tensor.file for piece in copy.weights[name].pieces):
-            if path in left:
-                yield partial(_digest, copy.root, left.pop(path), buffer_nbytes, stop)
+        if told is not None:
+            for path in copy.weights.paths_of(name):
+                if file := told.take(path):
+                    yield partial(_digest, copy.root, file, buffer_nbytes, stop)
         yield partial(compare, name, source, copy, rule, stop)
-    yield from digest_tasks(copy.root, left, buffer_nbytes, stop)
 
 
-def digest_tasks(root: Path, told: Mapping[str, FileDone], buffer_nbytes: int, stop: Stop) -> Iterator[Task]:
-    """The digests that the manifest has `told`."""
-    return (partial(_digest, root, file, buffer_nbytes, stop) for file in told.values())
+def digest_tasks(root: Path, told: FilesOfManifest, buffer_nbytes: int, stop: Stop) -> Iterator[Task]:
+    """The digests that the manifest has `told` and that were not compared yet."""
+    return (partial(_digest, root, file, buffer_nbytes, stop) for file in told.rest())
 
 
-def shared(source: Checkpoint, copy: Checkpoint) -> list[str]:
+def shared(source: Checkpoint, copy: Checkpoint) -> Iterator[str]:
     """Names of the parameters that both have."""
-    return [name for name in copy.weights if name in source.weights]
+    return (name for name in copy.weights if name in source.weights)
 
 
 def _digest(root: Path, file: FileDone, buffer_nbytes: int, stop: Stop) -> Compared:
@@ -49,13 +49,14 @@ def _digest(root: Path, file: FileDone, buffer_nbytes: int, stop: Stop) -> Compa
     return Compared(0, digest_difference(root, file, digest), is_digest=True)
 
 
-def run(tasks: list[Task], num_workers: int, stop: Stop, progress: Callable[[int, int], None]) -> Iterator[Compared]:
+def run(tasks: Iterable[Task], num_tasks: int, num_workers: int, stop: Stop,
+        progress: Callable[[int, int], None]) -> Iterator[Compared]:
     """What each task saw, as they finish; `progress(done, total)` counts tasks."""
     executor = ThreadPoolExecutor(num_workers) if num_workers > 1 else None
     try:
         with closing(engines.run_all(lambda task: task(), tasks, stop, executor)) as results:
             for num_done, (_, compared) in enumerate(results, 1):
-                progress(num_done, len(tasks))
+                progress(num_done, num_tasks)
                 stop.check()
                 yield compared
     finally:

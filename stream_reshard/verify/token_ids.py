@@ -7,17 +7,18 @@ from dataclasses import replace
 from stream_reshard.architectures import FAMILIES
 from stream_reshard.errors import DifferenceError, quoted
 from stream_reshard.layouts.nanotron_config import ids_written, with_known_ids
-from stream_reshard.manifest import Manifest
+from stream_reshard.manifest import StoredManifest
 from stream_reshard.model import TOKEN_IDS, TokenId, first_id
 from stream_reshard.verify.checkpoint import Checkpoint
 
 
-def with_ids_of(manifest: Manifest | None, checkpoint: Checkpoint) -> Checkpoint:
+def with_ids_of(manifest: StoredManifest | None, checkpoint: Checkpoint) -> Checkpoint:
     """A Nanotron checkpoint with the token ids that its manifest tells of the model, where it has one that does."""
     config, padding_id = checkpoint.config, first_id(checkpoint.config.pad_token_id)
     family = next(family for family in FAMILIES.values() if family.name == config.family)
     known = with_known_ids(config, family, manifest.facts.get("token_ids") if manifest else None)
-    return replace(checkpoint, config=known or config, knows_ids=known is not None, padding_id=padding_id)
+    model = replace(checkpoint.model, config=known or config)
+    return replace(checkpoint, model=model, knows_ids=known is not None, padding_id=padding_id)
 
 
 def id_differences(source: Checkpoint, copy: Checkpoint, allowed: Collection[str]) -> Iterator[DifferenceError]:

@@ -1,0 +1,109 @@
+"""The things that stand below a folder, told without following links or entering other file systems."""
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from stream_reshard.errors import DestinationError, ResourceError, StreamReshardError, quoted
+
+_ESCAPED = re.compile(rb"\\([0-7]{3})")
+
+_SILLY_RENAME = re.compile(r"\.nfs[0-9a-f]{24}")
+"""Name of a removed file that is still open somewhere, as the client of NFS makes it from an inode number and a counter
+(nfs_sillyrename in fs/nfs/dir.c of Linux)."""
+
+
+class Entry(NamedTuple):
+    """A file, folder, link or mount point below a folder."""
+
+    path: str
+    """Relative, with forward slashes."""
+    status: os.stat_result
+    """Of itself, links not followed."""
+    is_mount: bool
+    """Something is mounted there; what is below is not told."""
+
+    @property
+    def is_folder(self) -> bool:
+        """A folder of this file system."""
+        return stat.S_ISDIR(self.status.st_mode) and not self.is_mount
+
+    @property
+    def is_file(self) -> bool:
+        """A regular file of this file system."""
+        return stat.S_ISREG(self.status.st_mode) and not self.is_mount
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.path.rpartition("/")[2]
+
+
+def entries_below(root: Path) -> Iterator[Entry]:
+    """Everything below a folder, a folder before what is in it, for one lstat each. Raises OSError where it, or a
+    folder in it, cannot be listed; what vanishes meanwhile is left out."""
+    mounts, device, waiting = mounts_below(root), os.stat(root).st_dev, [""]
+    while waiting:
+        folder = waiting.pop()
+        for entry in _listed(root, folder):
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            is_folder = stat.S_ISDIR(status.st_mode)
+            is_mount = path in mounts or (is_folder and status.st_dev != device)
+            yield Entry(path, status, is_mount)
+            if is_folder and not is_mount:
+                waiting.append(path)
+
+
+def _listed(root: Path, folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(root / folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except FileNotFoundError:
+        if not folder:
+            raise
+        return []
+
+
+def mounts_below(root: Path) -> set[str]:
+    """Relative paths of mount points below a folder, also of folders and files that are mounted a second time (bind
+    mounts), by the kernel's own list (proc(5), mountinfo)."""
+    above = os.fsencode(root.resolve()).rstrip(b"/") + b"/"
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return set()
+    points = (_ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), line.split(b" ")[4]) for line in lines)
+    return {os.fsdecode(point[len(above):]) for point in points if point.startswith(above)}
+
+
+def is_silly_rename(name: str) -> bool:
+    """True for the name under which NFS keeps a removed file that is still open somewhere."""
+    return _SILLY_RENAME.fullmatch(name) is not None
+
+
+def faults(folder: Path, sizes: Mapping[str, int]) -> Iterator[StreamReshardError]:
+    """Differences of a folder from files of these sizes in bytes: DestinationError for what is more, ResourceError for
+    what is not as it was written. Raises OSError as `entries_below` does."""
+    num_found = 0
+    for entry in entries_below(folder):
+        nbytes, path = sizes.get(entry.path), quoted(folder / entry.path)
+        if nbytes is not None:
+            num_found += 1
+            if not entry.is_file:
+                yield ResourceError(f"{path} is no file any more; something else was put in its place")
+            elif entry.status.st_size != nbytes:
+                yield ResourceError(f"{path} has {entry.status.st_size} bytes, and {nbytes} were written")
+        elif not entry.is_folder and not is_silly_rename(entry.name):
+            yield DestinationError(f"{path} was not written by this run; move it away and run the same command again")
+    if num_found < len(sizes):
+        missing = next((path for path in sizes if not os.path.lexists(folder / path)), ".")
+        yield ResourceError(f"{quoted(folder / missing)} has vanished; {len(sizes) - num_found} of {len(sizes)} files "
+                            f"are not there")
