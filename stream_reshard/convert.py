@@ -25,6 +25,7 @@ from stream_reshard.identity import Identity
 from stream_reshard.journal import JOURNAL_NAME
 from stream_reshard.lanes import MAX_UNUSED, NUM_BUFFERS
 from stream_reshard.layouts.base import TORCH_DTYPES
+from stream_reshard.layouts.nanotron_names import NAMING
 from stream_reshard.machine import NETWORK_FILE_SYSTEMS, file_system_of, free_descriptors
 from stream_reshard.notes import main_dtype, notes_of
 from stream_reshard.options import Options
@@ -111,8 +112,8 @@ class Conversion:
         facts = {"vocab_size": config.vocab_size, "dtype": dtype, "allowed": sorted(accepted),
                  "ignored_tensors": dict(self.source.ignored or {}), "token_ids": config.token_ids,
                  "router_dtype": self.source.router_dtype if dtype == "keep" else None}
-        return Output(self.plan, destination, texts, self.target.marker, _digest(texts, destination), self.copies,
-                      self.identities, facts)
+        return Output(self.plan, destination, texts, self.target.marker, _digest(texts, destination), NAMING,
+                      self.copies, self.identities, facts)
 
     @property
     def is_done(self) -> bool:
@@ -191,7 +192,7 @@ def _check_destination(conversion: Conversion, problems: Problems) -> None:
             f"{quoted(output.destination)} holds this conversion, complete, but was made at another place, which "
             f"{', '.join(names)} names; change it there, or --overwrite makes the folder anew"))
     elif manifest is None:
-        problems.extend(occupation_problems(output.destination, options.overwrite))
+        problems.extend(occupation_problems(output.destination, options.overwrite, NAMING))
         problems.extend(_disk_problems(conversion, output.destination))
 
 

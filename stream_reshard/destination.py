@@ -7,9 +7,8 @@ from itertools import chain
 from pathlib import Path
 
 from stream_reshard.errors import DestinationError, Problems, SourceError, StreamReshardError, quoted
-from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME
 from stream_reshard.manifest import MANIFEST_NAME, open_manifest
-from stream_reshard.removal import removal_problems
+from stream_reshard.removal import Naming, removal_problems
 from stream_reshard.small_files import files_below, links_in, real_path
 from stream_reshard.staging import SUFFIX_NBYTES, replaced_beside, staging_of
 
@@ -53,36 +52,34 @@ def destination_problems(source: Path, destination: Path, overwrite: bool) -> It
         yield DestinationError(f"{quoted(parent)} cannot be written to")
 
 
-def occupation_problems(destination: Path, overwrite: bool) -> Iterator[StreamReshardError]:
+def occupation_problems(destination: Path, overwrite: bool, naming: Naming) -> Iterator[StreamReshardError]:
     """Things in the destination, or beside it, that may not be replaced or removed."""
     for folder in replaced_beside(destination):
-        yield from removal_problems(folder, "the clearing of replaced folders")
+        yield from removal_problems(folder, naming, "the clearing of replaced folders")
     if not os.path.isdir(destination) or not any(destination.iterdir()):
         return
     if not overwrite:
         yield DestinationError(f"{quoted(destination)} is not empty; Nanotron would merge stale files without a word; "
                                f"choose another DST, empty it, or --overwrite it")
-    elif _is_checkpoint(destination):
-        yield from removal_problems(destination, "--overwrite")
+    elif naming.is_checkpoint(destination) or _has_manifest(destination):
+        yield from removal_problems(destination, naming, "--overwrite")
     else:
         yield DestinationError(f"{quoted(destination)} is not empty and does not look like a Nanotron checkpoint "
-                               f"({MODEL_CONFIG_NAME} and model/), nor was it made by this tool ({MANIFEST_NAME}); "
+                               f"(model_config.json and model/), nor was it made by this tool ({MANIFEST_NAME}); "
                                f"--overwrite replaces those only")
 
 
-def _is_checkpoint(destination: Path) -> bool:
-    if (destination / MODEL_CONFIG_NAME).is_file() and (destination / "model").is_dir():
-        return True
+def _has_manifest(destination: Path) -> bool:
     try:
         return open_manifest(destination) is not None
     except SourceError:
         return False
 
 
-def refuse_occupied(destination: Path, overwrite: bool) -> None:
+def refuse_occupied(destination: Path, overwrite: bool, naming: Naming) -> None:
     """Raises Refused where something stands in the destination that may not be replaced."""
     problems = Problems()
-    problems.extend(occupation_problems(destination, overwrite))
+    problems.extend(occupation_problems(destination, overwrite, naming))
     problems.raise_if_any()
 
 

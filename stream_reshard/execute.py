@@ -32,7 +32,7 @@ from stream_reshard.lock import Lock
 from stream_reshard.manifest import MANIFEST_NAME, FileDone, Manifest, with_files
 from stream_reshard.moving import Moved
 from stream_reshard.plan import Job, Plan
-from stream_reshard.removal import is_weights
+from stream_reshard.removal import Naming
 from stream_reshard.sharing import can_share_all
 from stream_reshard.small_files import open_regular
 from stream_reshard.staging import Staging, clear_old, finished, lock_of, old_beside, was_swapped
@@ -54,6 +54,8 @@ class Output:
     """The file whose presence makes a folder a checkpoint; written last."""
     documents_sha256: str
     """Digest of the documents, wherever the destination is: some of them name it."""
+    naming: Naming
+    """Names of files that may be removed where no manifest tells."""
     copies: Mapping[str, Companion]
     """Files to copy, by name."""
     identities: Mapping[str, Identity]
@@ -88,7 +90,7 @@ class Output:
     @property
     def record(self) -> Record:
         """The beginning of its journal."""
-        tensor_files = [path for path in self.plan.target.paths if not is_weights(path)]
+        tensor_files = [path for path in self.plan.target.paths if not self.naming.is_weights(path)]
         return Record(self.run, self.marker, [*self.documents, *self.copies, *tensor_files], self.max_files)
 
     @property
@@ -151,7 +153,7 @@ def run(output: Output, how: How) -> Done:
         make_folder(destination.parent)
         with Lock(lock_of(destination), how.break_lock) as lock, how.stop.awaited():
             if is_swapped := was_swapped(destination, lock.note):
-                clear_old(destination, is_swapped)
+                clear_old(destination, is_swapped, output.naming)
                 lock.write_note(None)
             manifest = output.finished()
             if manifest and not output.moved(manifest) and (is_swapped or not how.overwrite):
@@ -160,7 +162,8 @@ def run(output: Output, how: How) -> Done:
             else:
                 done = _write(output, how, lock)
             is_over = lock.is_ours()  # Else what is beside the destination may be another run's.
-            return replace(done, leftovers=(clear_old if is_over else old_beside)(destination, is_swapped=False))
+            leftovers = clear_old(destination, False, output.naming) if is_over else old_beside(destination, False)
+            return replace(done, leftovers=leftovers)
     except OSError as error:
         raise target_error(destination, error) from error
 
@@ -177,9 +180,9 @@ def _confirm(output: Output, how: How, manifest: Manifest) -> None:
 
 
 def _write(output: Output, how: How, lock: Lock) -> Done:
-    refuse_occupied(output.destination, how.overwrite)
+    refuse_occupied(output.destination, how.overwrite, output.naming)
     access = access_to(output.shards) & access_to_replaced(output.destination)
-    staging = Staging(output.destination, output.record, lock, access, how.restart)
+    staging = Staging(output.destination, output.record, lock, access, output.naming, how.restart)
     try:
         staging.refuse_immovable()
         done = _run_jobs(output, how, staging)
@@ -190,7 +193,7 @@ def _write(output: Output, how: How, lock: Lock) -> Done:
         staging.write(output.marker, io.BytesIO(output.documents[output.marker]), how.stop.check)
         if how.check:
             _check(output, how.check, staging)
-        refuse_occupied(output.destination, how.overwrite)  # Much may have happened there since.
+        refuse_occupied(output.destination, how.overwrite, output.naming)  # Much may have happened there since.
         staging.deliver(how.overwrite, sizes)
         return done
     finally:

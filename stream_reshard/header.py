@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,3 +267,8 @@ def _check_with_library(path: str, text: bytes, size: int, full: Path | None) ->
         raise SourceError(f"{quoted(path)}: safetensors refuses it: {error}") from error
     finally:
         os.close(descriptor)
+
+_WORD = r"[A-Za-z0-9_][A-Za-z0-9_.\-+=@,() ]*"
+
+SHARD_NAME = re.compile(rf"(?:{_WORD}/)*{_WORD}\.safetensors")
+"""A path below the folder, with forward slashes; no part of it begins with a dot."""

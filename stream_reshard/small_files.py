@@ -27,6 +27,16 @@ _SILLY_RENAME = re.compile(r"\.nfs[0-9a-f]{24}")
 """The name that NFS gives to a file which was removed while open (fs/nfs/unlink.c: 16 digits of the file, 8 of a
 counter)."""
 
+_LITTER = re.compile(r"\._.*|\.DS_Store|\.localized|(?i:thumbs\.db|ehthumbs\.db|desktop\.ini)", re.DOTALL)
+_LITTER_FOLDERS = frozenset({"__MACOSX", ".AppleDouble", ".Spotlight-V100", ".Trashes", ".fseventsd", "@eaDir"})
+"""What macOS, Windows and network drives leave in folders, without being asked."""
+
+
+def is_litter(path: str) -> bool:
+    """Whether a file, by its path, was left by the desktop of a system rather than by a user or a program."""
+    *folders, name = path.split("/")
+    return bool(_LITTER.fullmatch(name)) or not _LITTER_FOLDERS.isdisjoint(folders)
+
 
 def read_error(name: str, error: OSError, kind: type[StreamReshardError] = SourceError) -> StreamReshardError:
     """The error a user sees when a file or folder cannot be read: ResourceError where it may be readable later, else

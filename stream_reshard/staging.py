@@ -25,7 +25,7 @@ from stream_reshard.journal import JOURNAL_NAME, Journal, Record, is_journal, re
 from stream_reshard.lock import Lock
 from stream_reshard.machine import file_system_of
 from stream_reshard.manifest import MANIFEST_NAME, MAX_FILE_NBYTES, FileDone, Manifest, read_manifest, same_run
-from stream_reshard.removal import clear, stranger_error, strangers
+from stream_reshard.removal import Naming, clear, stranger_error, strangers
 
 SUFFIX_NBYTES = len("..0123456789ab.replaced")
 """By how much the longest name that is put beside a destination is longer than its own."""
@@ -91,12 +91,12 @@ def _as_json(value: Mapping[str, Any]) -> Any:
 class Staging:
     """The staging folder of a run."""
 
-    def __init__(self, destination: Path, record: Record, lock: Lock, access: Access, restart: bool):
+    def __init__(self, destination: Path, record: Record, lock: Lock, access: Access, naming: Naming, restart: bool):
         """Make the folder, or take up what an earlier attempt at the same run left. Raises DestinationError for
         anything else that stands there, and for links in it: nothing is ever written through one."""
         self.record = replace(record, run=_as_json(record.run))
         self.destination, self.path, self.lock = destination, staging_of(destination), lock
-        self._confirmed = time.monotonic()
+        self._confirmed, self._naming = time.monotonic(), naming
         try:
             if self.path.is_symlink():
                 raise DestinationError(f"{quoted(self.path)} is a link; the output grows there, remove it")
@@ -107,7 +107,7 @@ class Staging:
             if restart:
                 # Renamed first: a stop halfway through would leave a folder that nothing shows to be ours.
                 os.rename(self.path, discarded := _new_name_beside(destination))
-                clear(discarded, record.names)
+                clear(discarded, naming, record.names)
                 make_folder(self.path, access.folders)
                 manifest = None
             self.folder = Folder(self.path, access)
@@ -148,7 +148,7 @@ class Staging:
                                    f"move it away")
         if not restart:
             read_done(self.path, self.record)
-        for entry in strangers(self.path, self.record.names):
+        for entry in strangers(self.path, self._naming, self.record.names):
             if restart or entry.is_mount:
                 raise stranger_error(self.path, entry, "--restart would take it away" if restart else
                                      "the output grows around it")
@@ -286,8 +286,8 @@ def old_beside(destination: Path, is_swapped: bool) -> tuple[Path, ...]:
             *replaced_beside(destination))
 
 
-def clear_old(destination: Path, is_swapped: bool) -> tuple[Path, ...]:
+def clear_old(destination: Path, is_swapped: bool, naming: Naming) -> tuple[Path, ...]:
     """Remove what is ours of them; returns those that remain."""
     for path in old_beside(destination, is_swapped):
-        clear(path)
+        clear(path, naming)
     return old_beside(destination, is_swapped)

@@ -12,6 +12,7 @@ from faults import Case, campaign, clean_error, kill, tree_of
 from stream_reshard import removal, staging
 from stream_reshard.cli import main
 from stream_reshard.contents import mounts_below
+from stream_reshard.layouts.nanotron_names import NAMING
 from stream_reshard.staging import staging_of
 
 MIDDLE = 200
@@ -153,7 +154,7 @@ def test_nothing_crosses_a_mount_point(shared, tmp_path, capsys, name, how):
         assert main([str(shared.source), str(shared.destination), *shared.flags, *flags]) == 4
         err = capsys.readouterr().err
         assert "is a mount point" in err and f"{point}'" in err and "unmount it" in err, err
-        removal.clear(root)
+        removal.clear(root, NAMING)
         kept = point if how == "file" else point / "optimizer_config.json"
         assert kept.read_text() == "mine", "what appears after the check is not entered either"
     finally:

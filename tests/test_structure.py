@@ -6,14 +6,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "stream_reshard"
 
-ORDER = ("errors", "box", "topology", "stop", "folder", "durable", "json_text", "stand_ins", "small_files", "identity",
-         "json_stream", "header", "names", "model",
-         "architectures", "layouts", "transfer", "alignment", "proof", "plan", "machine", "memory", "casts",
-         "tensor_file", "sharing", "target_file", "lanes", "moving", "companions", "manifest", "contents", "access", "lock",
-         "journal", "removal", "staging", "jobs", "engines", "destination", "execute", "verify", "forward",
-         "source_digests", "documents", "options", "formats", "notes", "convert", "report",
-         "inspect", "diff", "api", "demo",
-         "flags", "cli", "__main__")
+ORDER = ("errors", "box", "topology", "stop", "folder", "durable", "json_text", "stand_ins", "small_files",
+         "identity", "json_stream", "header", "names", "model", "architectures", "machine", "memory", "manifest",
+         "contents", "access", "lock", "journal", "removal", "layouts", "transfer", "alignment", "proof", "plan",
+         "casts", "tensor_file", "sharing", "target_file", "lanes", "moving", "companions", "staging", "jobs",
+         "engines", "destination", "execute", "verify", "forward", "source_digests", "documents", "options",
+         "formats", "notes", "convert", "report", "inspect", "diff", "api", "demo", "flags", "cli", "__main__")
 """A module imports only what stands before it."""
 
 

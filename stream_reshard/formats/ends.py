@@ -15,6 +15,7 @@ from stream_reshard.formats.to_hugging_face import ToHuggingFace
 from stream_reshard.formats.to_nanotron import ToNanotron
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.nanotron_config import is_nanotron
+from stream_reshard.layouts.nanotron_names import NAMING
 from stream_reshard.layouts.limits import limit_problems
 from stream_reshard.options import Options
 from stream_reshard.small_files import check_readable
@@ -34,7 +35,7 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target]:
         if source.model is not None:
             problems.extend(target.problems(source.model))
     if problems and options.destination is not None:
-        problems.extend(occupation_problems(options.destination, options.overwrite))
+        problems.extend(occupation_problems(options.destination, options.overwrite, NAMING))
     problems.raise_if_any()
     assert source and target, "without them there is a problem"
     return source, target

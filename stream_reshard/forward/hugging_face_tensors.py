@@ -7,7 +7,7 @@ from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.forward.hugging_face_config import HuggingFaceConfig
 from stream_reshard.forward.settings import DTYPES
 from stream_reshard.header import StoredTensor, read_header
-from stream_reshard.layouts.hf_shards import SHARD_NAME
+from stream_reshard.header import SHARD_NAME
 from stream_reshard.small_files import read_json
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"

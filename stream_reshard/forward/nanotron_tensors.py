@@ -15,7 +15,7 @@ from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.forward.nanotron_config import NanotronConfig
 from stream_reshard.forward.settings import DTYPES
 from stream_reshard.header import StoredTensor, read_header
-from stream_reshard.layouts.nanotron_folder import is_litter
+from stream_reshard.small_files import is_litter
 
 EMBEDDING = "token_position_embeddings.pp_block.token_embedding.weight"
 FINAL_NORM = "final_layer_norm.pp_block.weight"

@@ -18,7 +18,7 @@ from typing import Any
 
 from stream_reshard.box import has_twins
 from stream_reshard.errors import Cause, Problems, Refused, SourceError, StreamReshardError, quoted
-from stream_reshard.header import MAX_HEADER_NBYTES, TensorFile, read_header
+from stream_reshard.header import MAX_HEADER_NBYTES, SHARD_NAME, TensorFile, read_header
 from stream_reshard.json_stream import JsonReader, TooLong
 from stream_reshard.layouts.causes import no_weights, unfinished
 from stream_reshard.layouts.hf_config import INDEX_NAME, SINGLE_NAME
@@ -26,10 +26,6 @@ from stream_reshard.model import Model
 from stream_reshard.small_files import (
     MAX_JSON_NBYTES, dangling, misplaced, open_regular, read_error, read_json, too_long)
 from stream_reshard.stand_ins import answer
-
-_WORD = r"[A-Za-z0-9_][A-Za-z0-9_.\-+=@,() ]*"
-SHARD_NAME = re.compile(rf"(?:{_WORD}/)*{_WORD}\.safetensors")
-"""A path below the folder, with forward slashes; no part of it begins with a dot."""
 
 MAX_PROBLEMS = 1000
 """More of one kind are not listed: a hostile index must not fill the memory with what is wrong with it."""

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,22 +9,12 @@ from stream_reshard.errors import Cause, SourceError, quoted
 from stream_reshard.layouts.causes import above, no_checkpoint
 from stream_reshard.layouts.hf_config import CONFIG_NAME
 from stream_reshard.layouts.nanotron_config import MODEL_CONFIG_NAME, is_nanotron
-from stream_reshard.small_files import dangling, files_below, misplaced, read_capped
+from stream_reshard.small_files import dangling, files_below, is_litter, misplaced, read_capped
 
 LATEST_NAME = "latest.txt"
 """Beside the folders of steps, Nanotron's trainer keeps the number of the last one in it (trainer.py)."""
 
 _MAX_LATEST_NBYTES = 1000
-
-_LITTER = re.compile(r"\._.*|\.DS_Store|\.localized|(?i:thumbs\.db|ehthumbs\.db|desktop\.ini)", re.DOTALL)
-_LITTER_FOLDERS = frozenset({"__MACOSX", ".AppleDouble", ".Spotlight-V100", ".Trashes", ".fseventsd", "@eaDir"})
-"""What macOS, Windows and network drives leave in folders, without being asked."""
-
-
-def is_litter(path: str) -> bool:
-    """Whether a file, by its path, was left by the desktop of a system rather than by a user or a program."""
-    *folders, name = path.split("/")
-    return bool(_LITTER.fullmatch(name)) or not _LITTER_FOLDERS.isdisjoint(folders)
 
 
 def weight_paths(root: Path) -> Iterator[str]:
