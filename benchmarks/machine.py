@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stream_reshard.memory import machine_limit
+from stream_reshard.machine.memory import machine_limit
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | {
     "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}

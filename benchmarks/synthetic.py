@@ -12,11 +12,12 @@ import json
 import os
 from pathlib import Path
 
-from stream_reshard.architectures import FAMILIES, build_model
-from stream_reshard.header import ITEMSIZE, pack_header
-from stream_reshard.layouts.hf_config import CONFIG_NAME, read_config
-from stream_reshard.layouts.hf_shards import INDEX_NAME
-from stream_reshard.model import Parameter
+from stream_reshard.formats.hugging_face.config import CONFIG_NAME, read_config
+from stream_reshard.formats.hugging_face.index import INDEX_NAME
+from stream_reshard.model.architectures import FAMILIES, build_model
+from stream_reshard.model.parameters import Parameter
+from stream_reshard.storage.dtypes import ITEMSIZE
+from stream_reshard.storage.header import pack_header
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
           "rope_theta": 10000.0, "tie_word_embeddings": False, "max_position_embeddings": 4096, "bos_token_id": 1,

@@ -23,20 +23,22 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stream_reshard import memory, report
-from stream_reshard.convert import Conversion, plan_conversion, run_conversion
+from stream_reshard.convert import report
+from stream_reshard.convert.conversion import Conversion, plan_conversion, run_conversion
 from stream_reshard.errors import DifferenceError
-from stream_reshard.execute import Done
-from stream_reshard.layouts.nanotron_folder import followed, litter_notes
-from stream_reshard.machine import io_counters
+from stream_reshard.formats.nanotron.folder import litter_notes
+from stream_reshard.formats.registry import followed
+from stream_reshard.machine import memory
+from stream_reshard.machine.kernel import io_counters
+from stream_reshard.machine.stop import Stop
+from stream_reshard.model.topology import Topology
 from stream_reshard.options import Options
-from stream_reshard.plan import Job
-from stream_reshard.stop import Stop
-from stream_reshard.topology import Topology
+from stream_reshard.plan.plan import Job
+from stream_reshard.run.output import Done
 
 if TYPE_CHECKING:
-    from stream_reshard.forward import ForwardPlan
-    from stream_reshard.forward.result import Comparison
+    from stream_reshard.check.forward import ForwardPlan
+    from stream_reshard.check.forward.result import Comparison
 
 __all__ = ["Conversion", "ForwardResult", "Result", "Stop", "described", "described_forward", "diff", "facts_of",
            "inspect", "plan", "plan_forward", "run", "run_forward", "verify"]
@@ -163,8 +165,8 @@ def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_AL
     sample=0.1, seed=1, num_workers=2. Raises Refused with every difference (a DifferenceError each: file, parameter,
     first index, both values).
     """
-    from stream_reshard.verify import How
-    from stream_reshard.verify import verify as compare
+    from stream_reshard.check.weights import How
+    from stream_reshard.check.weights import verify as compare
     (root, notes), (other, more) = followed(Path(source)), followed(Path(copy), is_copy=True)
     facts = compare(root, other, How(_nbytes(max_memory), **choices), stop, progress)
     return facts | {"notes": [*notes, *more, *litter_notes(root), *litter_notes(other), *facts["notes"]]}
@@ -179,7 +181,7 @@ def plan_forward(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFA
     `plot`: a .png file to draw. `choices`: fields of `forward.How` by name, such as num_tokens=64, seed=1,
     tolerance=1e-3, dtype="bfloat16". For people `described_forward` tells it. Raises Refused.
     """
-    from stream_reshard import forward
+    from stream_reshard.check import forward
     how = forward.How(text=None if text is None else Path(text), plot=None if plot is None else Path(plot),
                       max_memory=_nbytes(max_memory), **choices)
     return forward.plan_forward(followed(Path(source))[0], followed(Path(copy), is_copy=True)[0], how)
@@ -187,7 +189,7 @@ def plan_forward(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFA
 
 def described_forward(plan: ForwardPlan) -> str:
     """A plan of a forward pass as text: what will be done, and what memory it needs."""
-    from stream_reshard.forward import report
+    from stream_reshard.check.forward import report
     return "\n".join(report.plan_lines(plan))
 
 
@@ -204,19 +206,19 @@ class ForwardResult:
     @property
     def facts(self) -> dict[str, Any]:
         """Differences by layer and of the logits, as JSON."""
-        from stream_reshard.forward import report
+        from stream_reshard.check.forward import report
         return report.as_json(self.plan, self.comparison, self.seconds, self.peak_nbytes)
 
     @property
     def lines(self) -> Iterator[str]:
         """The same for a person."""
-        from stream_reshard.forward import report
+        from stream_reshard.check.forward import report
         return report.lines(self.plan, self.comparison, self.seconds, self.peak_nbytes)
 
     @property
     def difference(self) -> DifferenceError | None:
         """Where the two begin to differ by more than is tolerated; None where they agree."""
-        from stream_reshard.forward import report
+        from stream_reshard.check.forward import report
         return report.finding(self.plan, self.comparison)
 
 
@@ -228,7 +230,7 @@ def run_forward(plan: ForwardPlan, progress: Callable[[int, int], None] = lambda
     `progress(done, total)` counts layers. Raises DifferenceError where the two do not go through the same steps;
     numbers that differ are told by the result.
     """
-    from stream_reshard import forward
+    from stream_reshard.check import forward
     begin = time.monotonic()
     comparison = forward.run_forward(plan, progress, stop)
     return ForwardResult(plan, comparison, time.monotonic() - begin, memory.peak_resident())
@@ -238,7 +240,7 @@ def run_forward(plan: ForwardPlan, progress: Callable[[int, int], None] = lambda
 def inspect(folder: Folder, values: bool = False, stop: Stop | None = None) -> dict[str, Any]:
     """What a checkpoint folder of either format holds: family, sizes, dtypes, topology, stages, versions, faults; with
     `values` every weight is read, and NaN and infinities are counted. Raises SourceError."""
-    from stream_reshard.inspect import inspect as look
+    from stream_reshard.check.inspect import inspect as look
     root, notes = followed(Path(folder))
     facts = look(root, values, stop)
     return facts | {"notes": [*notes, *facts["notes"]]}
@@ -248,6 +250,6 @@ def inspect(folder: Folder, values: bool = False, stop: Stop | None = None) -> d
 def diff(one: Folder, other: Folder) -> dict[str, Any]:
     """In what the layouts of two checkpoints of one model differ, tensor by tensor: {"same", "differences",
     "num_more"}. No weight is read. Raises Refused."""
-    from stream_reshard.diff import diff as compare
+    from stream_reshard.check.diff import diff as compare
     (left, notes), (right, more) = followed(Path(one)), followed(Path(other))
     return compare(left, right) | {"notes": [*notes, *more, *litter_notes(left), *litter_notes(right)]}

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stream_reshard import memory
-from stream_reshard.topology import Topology
+from stream_reshard.machine import memory
+from stream_reshard.model.topology import Topology
 
 
 _NANOTRON_FLAGS = {"rope": "--rope", "vocab_multiple": "--vocab-multiple", "config_class": "--nanotron-config",

@@ -7,7 +7,7 @@ from damage import bare
 from running import call, deadline
 from trees import make
 
-from stream_reshard import memory
+from stream_reshard.machine import memory
 
 _KEY = pytest.StashKey[list]()
 

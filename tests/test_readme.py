@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from sources import make_source
 
-from stream_reshard.demo import CONFIG, write_random_source
-from stream_reshard.flags import COMMANDS, parser_of
-from stream_reshard.layouts.limits import ALLOWABLE
+from stream_reshard.cli.demo import CONFIG, write_random_source
+from stream_reshard.cli.flags import COMMANDS, parser_of
+from stream_reshard.formats.unsupported import ALLOWABLE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

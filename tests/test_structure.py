@@ -4,41 +4,58 @@ import subprocess
 import sys
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "stream_reshard"
+from stream_reshard import WINGS
 
-ORDER = ("errors", "box", "topology", "stop", "folder", "durable", "json_text", "stand_ins", "small_files",
-         "identity", "json_stream", "header", "names", "model", "architectures", "machine", "memory", "manifest",
-         "contents", "access", "lock", "journal", "removal", "layouts", "transfer", "alignment", "proof", "plan",
-         "casts", "tensor_file", "sharing", "target_file", "lanes", "moving", "companions", "staging", "jobs",
-         "engines", "destination", "execute", "verify", "forward", "source_digests", "documents", "options",
-         "formats", "notes", "convert", "report", "inspect", "diff", "api", "demo", "flags", "cli", "__main__")
-"""A module imports only what stands before it."""
+PACKAGE = Path(__file__).parents[1] / "stream_reshard"
+FORMATS = ("hugging_face", "nanotron")
+
+
+def modules():
+    """(path, its parts below the package) of every module but the package's own face."""
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] not in ("__init__", "__main__"):
+            yield path, parts
 
 
 def imported(path):
-    """Names of this package's own modules that a file imports."""
+    """The modules of this package that a file imports, as parts below the package."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "stream_reshard":
-            rest = node.module.split(".")[1:]
-            yield from rest[:1] or [alias.name for alias in node.names if not alias.name.startswith("__")]
+            rest = tuple(node.module.split(".")[1:])
+            yield from ((*rest, alias.name) for alias in node.names if not alias.name.startswith("__"))
+
+
+def test_every_entry_is_a_wing():
+    entries = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()} - {"__pycache__", "__init__", "__main__", "py.typed"}
+    assert entries == set(WINGS) and len(WINGS) < 16
 
 
 def test_imports_run_one_way():
-    for path in PACKAGE.rglob("*.py"):
-        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if own == "__init__":
-            continue
+    """A wing imports only what stands behind it in the one list."""
+    for path, (own, *_) in modules():
+        for other, *_ in imported(path):
+            assert WINGS.index(other) >= WINGS.index(own), f"{path} imports {other}"
+
+
+def test_what_wings_know_of_each_other():
+    """No format imports another; who moves bytes knows layouts, not formats; the forward pass shares nothing with the planner."""
+    for path, parts in modules():
         for other in imported(path):
-            assert ORDER.index(other) < ORDER.index(own) or other == own, f"{path.name} imports {other}"
+            if parts[0] == "formats" and parts[1] in FORMATS:
+                assert other[:1] != ("formats",) or other[1] not in set(FORMATS) - {parts[1]}, path
+            if parts[0] == "run" and other[0] == "formats":
+                assert other[1] == "layout", path
+            if parts[:2] == ("check", "forward"):
+                assert other[0] != "plan" and (other[0] != "formats" or other[1] == "causes"), path
 
 
 def test_the_command_line_uses_nothing_but_the_interface():
     """What it does, others can do: beside words and signals it has no means of its own."""
-    assert set(imported(PACKAGE / "cli.py")) <= {"api", "flags", "errors", "stop", "memory", "staging", "demo",
-                                                 "verify", "diff"}
-    source = (PACKAGE / "cli.py").read_text()
-    for module in ("verify", "diff"):
-        assert f"from stream_reshard.{module} import lines\n" in source
+    wings = {other[0] for other in imported(PACKAGE / "cli" / "commands.py")}
+    assert wings <= {"api", "cli", "errors", "machine", "destination", "check"}
+    assert {other for other in imported(PACKAGE / "cli" / "commands.py") if other[0] in ("destination", "check")} <= {
+        ("destination", "staging", "staging_of"), ("check", "weights", "lines"), ("check", "diff", "lines")}
 
 
 def test_files_and_functions_are_short():

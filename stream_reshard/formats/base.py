@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from stream_reshard.architectures import Family
 from stream_reshard.errors import Problems
-from stream_reshard.identity import Identity
-from stream_reshard.layouts.base import Layout
-from stream_reshard.layouts.limits import Limit
-from stream_reshard.model import Model, ModelConfig
+from stream_reshard.formats.layout import Layout
+from stream_reshard.formats.unsupported import Limit
+from stream_reshard.model.architectures import Family
+from stream_reshard.model.parameters import Model, ModelConfig
+from stream_reshard.storage.identity import Identity
 
 
 @dataclass(frozen=True)

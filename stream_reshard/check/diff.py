@@ -1,0 +1,62 @@
+"""Diff: in what two layouts of one model differ, tensor by tensor. No weight is read."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from stream_reshard.errors import Problems, quoted
+from stream_reshard.formats.base import Source
+from stream_reshard.formats.differences import layout_differences
+from stream_reshard.formats.nanotron.config import ids_written
+from stream_reshard.formats.registry import is_nanotron, open_any
+from stream_reshard.machine import memory
+from stream_reshard.model.parameters import ModelConfig
+
+MAX_LISTED = 1000
+"""Differences that are told; of more only how many."""
+
+
+def diff(one: Path, other: Path) -> dict[str, Any]:
+    """The differences between two checkpoints, in words. Raises Refused where one of them makes no sense."""
+    problems = Problems()
+    limit = memory.parse_limit(min(memory.DEFAULT_ALLOWED, memory.machine_limit()), memory.resident())
+    opened: dict[Path, Source | None] = {}
+    vocab_size = None
+    for root in sorted((one, other), key=is_nanotron):
+        # Nanotron does not know its vocabulary without padding: beside Hugging Face it has that of the other.
+        opened[root] = source = open_any(root, limit, vocab_size if is_nanotron(root) else None, problems, False)
+        vocab_size = source.config.vocab_size if source and not is_nanotron(root) else None
+    problems.raise_if_any()
+    left, right = opened[one], opened[other]
+    assert left and right, "otherwise there are problems"
+    found, num_more = list[str](), 0
+    for difference in _differences(left, right):
+        if len(found) < MAX_LISTED:
+            found.append(difference)
+        else:
+            num_more += 1
+    return {"same": not found, "differences": found, "num_more": num_more}
+
+
+def lines(facts: dict[str, Any]) -> Iterator[str]:
+    """What `diff` found, for a person."""
+    yield from facts["differences"]
+    if facts["num_more"]:
+        yield f"and {facts['num_more']} more"
+    if facts["same"]:
+        yield "the same layout: files, names, versions, slices and dtypes"
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    """The settings of a config, by name; of its token ids only those that every format can hold."""
+    settings = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "unsaid_ids"}
+    return settings | ids_written(config)
+
+
+def _differences(one: Source, other: Source) -> Iterator[str]:
+    mine, theirs = _settings(one.config), _settings(other.config)
+    yield from (f"{key}: {quoted(mine[key])} and {quoted(theirs[key])}" for key in mine if mine[key] != theirs[key])
+    assert one.layout and other.layout, "without them there are problems"
+    yield from layout_differences(one.layout, other.layout)

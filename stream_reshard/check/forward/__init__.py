@@ -1,0 +1,196 @@
+"""Forward: prove that two checkpoints compute the same, by running both over the same tokens, layer by layer.
+
+- tokens:                 what both read
+- side:                   one of the two folders, whatever its format
+- settings:               values of a config, checked
+- hugging_face(_config, _tensors): what transformers computes, and from what
+- nanotron(_config, _tensors):     what Nanotron's ranks compute, and from what
+- weights:                matrices multiplied by bands of rows
+- steps:                  what a forward pass shows of itself
+- compare, result:        the two passes side by side
+- report, plot:           the outcome as text, JSON, picture
+
+Neither pass uses the planner, the layouts or the table of names, nor the other's arithmetic: what is shared is the
+reader of files. Both are float32 on a CPU. Only `run_forward` imports torch.
+"""
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stream_reshard.check.forward.result import Comparison
+from stream_reshard.check.forward.side import Side, open_side
+from stream_reshard.check.forward.tokens import random_tokens, tokens_of
+from stream_reshard.errors import DifferenceError, Problems, Refused, ResourceError, UsageError, quoted
+from stream_reshard.machine import memory
+from stream_reshard.machine.stop import Stop
+from stream_reshard.storage.dtypes import import_torch
+
+_MAX_BAND_NBYTES = 8 * 2**20
+_MIN_BAND_NBYTES = 2**18
+_MAX_HEAD_ROWS = 4096
+_SLACK_NBYTES = 48 * 2**20
+"""What the libraries that multiply matrices keep for themselves, and all the small things."""
+_PLOT_NBYTES = 64 * 2**20
+"""What importing matplotlib and drawing add."""
+
+
+@dataclass(frozen=True)
+class How:
+    """What is run, and with what means."""
+
+    text: Path | None = None
+    """Whose first tokens are read; None: random ones."""
+    num_tokens: int = 128
+    """At most so many."""
+    seed: int = 0
+    """Chooses random tokens."""
+    tolerance: float = 1e-4
+    """What a difference may be, relative to the largest value of a token."""
+    dtype: str = "keep"
+    """What weights of the source are rounded to first; `keep` also takes the word of the copy's manifest."""
+    allow: tuple[str, ...] = ()
+    """`stages`: layers of the copy may stand on other stages than Nanotron's balancing gives them."""
+    max_memory: int = memory.DEFAULT_ALLOWED
+    """Limit on the peak resident set of the process tree, in bytes."""
+    num_threads: int | None = None
+    """That multiply matrices; None: what torch chooses."""
+    plot: Path | None = None
+    """The picture to be drawn."""
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """Two checkpoints that will be run, and what it needs."""
+
+    how: How
+    source: Side
+    copy: Side
+    tokens: tuple[int, ...]
+    dtype: str
+    """What weights of the source are rounded to first, or `keep`."""
+    vocab_size: int
+    """Rows of the head that are compared."""
+    allowed: int
+    reserved: int
+    to_import: int
+    """What importing torch, and matplotlib, will add."""
+    band_nbytes: int
+    """Of a matrix as it is stored: so much is read at a time."""
+
+    @property
+    def num_parts(self) -> int:
+        """Of the work, for a progress bar: embedding, layers, final norm, logits."""
+        return self.source.config.num_layers + 3
+
+    @property
+    def activations_nbytes(self) -> int:
+        """What both passes hold of the tokens."""
+        return 4 * sum(len(self.tokens) * side.config.num_features + len(self.tokens) ** 2 * side.config.num_scores
+                       for side in (self.source, self.copy))
+
+    @property
+    def num_head_rows(self) -> int:
+        """Rows of the vocabulary whose logits are held at a time."""
+        return min(self.vocab_size, max(1, self.band_nbytes // (2 * self.source.config.hidden_size)), _MAX_HEAD_ROWS)
+
+    @property
+    def projected(self) -> int:
+        """What the process tree will reach, in bytes: a band as it is stored and in float32, logits of both sides in
+        several forms, the activations."""
+        logits = 48 * len(self.tokens) * self.num_head_rows
+        return (self.reserved + self.to_import + _SLACK_NBYTES + 3 * self.band_nbytes + logits
+                + self.activations_nbytes)
+
+
+def plan_forward(source: Path, copy: Path, how: How = How()) -> ForwardPlan:
+    """Open both folders, find every tensor, choose the tokens; reads headers and configs only, and imports no torch.
+
+    Raises Refused or SourceError with everything that keeps the source from being run, Refused with a DifferenceError
+    for everything that keeps the copy, UsageError, ResourceError where the limit on memory cannot be kept.
+    """
+    _check(how)
+    allowed = min(how.max_memory, memory.machine_limit())
+    limit = memory.parse_limit(allowed, memory.resident())
+    ours = open_side(source, limit)
+    try:
+        theirs = open_side(copy, limit, how.allow)
+    except Refused as refused:
+        raise Refused(DifferenceError(str(problem)) for problem in refused.problems) from refused
+    vocab_size = min(size for size in (ours.vocab_size, theirs.vocab_size, ours.config.vocab_size,
+                                       theirs.config.vocab_size) if size is not None)
+    number = min(how.num_tokens, ours.config.max_num_tokens, theirs.config.max_num_tokens)
+    tokens = (random_tokens(number, vocab_size, how.seed) if how.text is None else
+              tokens_of(how.text, (source, copy), number, vocab_size))
+    dtype = how.dtype if how.dtype != "keep" else theirs.dtype
+    to_import = 0 if "torch" in sys.modules else memory.TORCH_NBYTES
+    to_import += _PLOT_NBYTES if how.plot and "matplotlib" not in sys.modules else 0
+    return _fitted(ForwardPlan(how, ours, theirs, tuple(tokens), dtype, vocab_size, allowed, memory.resident(),
+                               to_import, _MAX_BAND_NBYTES))
+
+
+def _check(how: How) -> None:
+    """Raises Refused with everything that cannot be done, before any file is opened."""
+    problems = Problems()
+    if importlib.util.find_spec("torch") is None:
+        problems.collect(import_torch, "a forward pass")
+    if how.num_tokens < 2:
+        problems.append(UsageError(f"--tokens {how.num_tokens}: two at least are needed"))
+    if not how.tolerance > 0:
+        problems.append(UsageError(f"--tolerance {how.tolerance:g} is not above 0; rounding alone is a difference"))
+    problems.collect(memory.chosen_workers, how.num_threads, how.max_memory)
+    if how.plot is not None:
+        problems.collect(_check_plot, how.plot)
+    problems.raise_if_any()
+
+
+def _check_plot(path: Path) -> None:
+    if path.suffix != ".png" or path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"--plot {quoted(path)} is not the name of a .png file in a folder that can be written to")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install 'stream_reshard[plot]', or leave it out")
+
+
+def _fitted(plan: ForwardPlan) -> ForwardPlan:
+    """The plan with the largest bands that keep the limit. Raises ResourceError where none do."""
+    while plan.projected > plan.allowed and plan.band_nbytes > _MIN_BAND_NBYTES:
+        plan = replace(plan, band_nbytes=plan.band_nbytes // 2)
+    if plan.projected > plan.allowed:
+        raise ResourceError(
+            f"--max-memory {memory.human(plan.allowed)} cannot be kept: a forward pass of {len(plan.tokens)} tokens "
+            f"would reach {memory.human(plan.projected)}, {memory.human(plan.activations_nbytes)} of it for the "
+            f"tokens; raise it, or lower --tokens")
+    return plan
+
+
+def run_forward(plan: ForwardPlan, progress: Callable[[int, int], None] = lambda done, total: None,
+                stop: Stop | None = None) -> Comparison:
+    """Run both models and draw the plot. `progress(done, total)` counts parts of the work.
+
+    Raises DifferenceError where the two do not go through the same steps, SourceError where a file shrank meanwhile,
+    ResourceError where one cannot be read, Interrupted.
+    """
+    torch, stop = import_torch("a forward pass"), stop or Stop()
+    from stream_reshard.check.forward.compare import compare
+    from stream_reshard.check.forward.weights import Bands, Weights
+    bands, dtype = Bands(plan.band_nbytes), None if plan.dtype == "keep" else getattr(torch, plan.dtype)
+    source = plan.source.model(Weights(plan.source.root, bands, stop, dtype))
+    copy = plan.copy.model(Weights(plan.copy.root, bands, stop))
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(plan.how.num_threads or num_threads)
+        with stop.awaited():
+            comparison = compare(source, copy, plan.tokens, (plan.vocab_size, plan.copy.config.vocab_size),
+                                 plan.how.tolerance, plan.num_head_rows, stop,
+                                 lambda done: progress(done, plan.num_parts))
+    finally:
+        torch.set_num_threads(num_threads)
+    progress(plan.num_parts, plan.num_parts)
+    if plan.how.plot is not None:
+        from stream_reshard.check.forward.plot import draw
+        draw(comparison, plan.how.plot)
+    return comparison

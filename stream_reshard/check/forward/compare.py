@@ -1,0 +1,136 @@
+"""Running two models over the same tokens, step beside step, and measuring how far they are apart."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from stream_reshard.check.forward.result import Comparison, Difference, LogitsDifference, Row
+from stream_reshard.check.forward.steps import FINAL_NORM, HIDDEN, Model, Step
+from stream_reshard.errors import DifferenceError
+from stream_reshard.machine.stop import Stop
+
+
+def compare(source: Model, copy: Model, tokens: Sequence[int], vocab_sizes: tuple[int, int], tolerance: float,
+            band: int, stop: Stop, progress: Callable[[int], None] = lambda done: None) -> Comparison:
+    """Run both. `vocab_sizes`: rows of the head that are compared, and all that the copy has; `band`: rows of the head
+    taken at a time. `progress(done)` counts what is done: embedding, layers, logits.
+
+    Raises DifferenceError where they do not go through the same steps.
+    """
+    rows: list[Row] = []
+    first: Difference | None = None
+    with torch.inference_mode():
+        for theirs, ours in zip_longest(source.steps(tokens), copy.steps(tokens)):
+            stop.check()
+            found = difference(theirs, ours)
+            if first is None and found.relative > tolerance:
+                first = found
+            if ours.layer is None or ours.name == HIDDEN:
+                rows.append(Row(found, first))
+                first = None
+                progress(len(rows))
+        assert ours.name == FINAL_NORM, "a pass ends with the final norm"
+        logits = _LogitsComparison(tokens)
+        whole, padded = vocab_sizes
+        for begin in range(0, whole, band):
+            stop.check()
+            end = min(begin + band, whole)
+            logits.add(begin, source.logits(theirs.value, begin, end), copy.logits(ours.value, begin, end))
+        for begin in range(whole, padded, band):
+            logits.add_padding(copy.logits(ours.value, begin, min(begin + band, padded)))
+    return Comparison(len(tokens), tolerance, tuple(rows), logits.result())
+
+
+def difference(theirs: Step | None, ours: Step | None) -> Difference:
+    """How far a step of the copy (`ours`) is from that of the source. Raises DifferenceError where they are not one."""
+    if theirs is None or ours is None or (theirs.layer, theirs.name) != (ours.layer, ours.name):
+        titles = [step.title if step else "nothing" for step in (theirs, ours)]
+        raise DifferenceError(f"the two do not compute the same: where the source has {titles[0]}, the copy has "
+                              f"{titles[1]}")
+    if theirs.value.shape != ours.value.shape:
+        raise DifferenceError(f"{ours.title} makes {ours.value.shape[1]} features in the copy, "
+                              f"{theirs.value.shape[1]} in the source")
+    apart = (ours.value - theirs.value).abs_()
+    relative = _relative(apart.amax(-1), theirs.value.abs().amax(-1))
+    token = int(relative.argmax())
+    feature = int(apart[token].nan_to_num(nan=math.inf).argmax())
+    weight = ours.weight
+    if weight and ours.num_parts > 1:
+        weight += f", tensor-parallel rank {feature * ours.num_parts // apart.shape[1]} of {ours.num_parts}"
+    return Difference(ours.layer, ours.title, _number(apart.max()), _number(apart.mean()), float(relative[token]),
+                      token, feature, weight, (theirs.settings, ours.settings))
+
+
+def _relative(apart: Tensor, scale: Tensor) -> Tensor:
+    """Per token; infinite where something is no number."""
+    return (apart / scale.clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num(nan=math.inf)
+
+
+def _number(value: Tensor) -> float:
+    return math.inf if math.isnan(value) else float(value)
+
+
+class _LogitsComparison:
+    """Takes the vocabulary band by band; keeps a few numbers per token."""
+
+    def __init__(self, tokens: Sequence[int]):
+        number = len(tokens)
+        self._next = torch.tensor([*tokens[1:], -1])
+        """The token after each one; -1 after the last."""
+        self._apart, self._scale = torch.zeros(number), torch.zeros(number)
+        self._sum, self._count = 0.0, 0
+        self._weighted = torch.zeros(number, dtype=torch.float64)
+        """Mean of (source - copy) by the source's probabilities, over what was seen."""
+        self._log_sums = torch.full((2, number), -math.inf, dtype=torch.float64)
+        self._with_padding: Tensor | None = None
+        """Of the copy, rows of padding included."""
+        self._best = torch.full((2, number), -math.inf)
+        self._argmax = torch.full((2, number), -1)
+        self._chosen = torch.zeros(2, number, dtype=torch.float64)
+        """Logits of the next tokens."""
+
+    def add(self, first: int, source: Tensor, copy: Tensor) -> None:
+        """Logits of a band of the vocabulary that begins with row `first`: (num_tokens, rows) each."""
+        apart = (source - copy).abs()
+        self._apart = torch.maximum(self._apart, apart.amax(-1).nan_to_num(nan=math.inf))
+        self._scale = torch.maximum(self._scale, source.abs().amax(-1))
+        self._sum += float(apart.sum())
+        self._count += apart.numel()
+        inside = (self._next >= first) & (self._next < first + source.shape[1])
+        places = inside.nonzero().flatten()
+        for side, logits in enumerate((source, copy)):
+            best, index = logits.max(-1)
+            better = best > self._best[side]
+            self._best[side][better], self._argmax[side][better] = best[better], index[better] + first
+            self._chosen[side, places] = logits[places, self._next[places] - first].double()
+        before = self._log_sums[0].clone()
+        for side, logits in enumerate((source, copy)):
+            self._log_sums[side] = torch.logaddexp(self._log_sums[side], logits.double().logsumexp(-1))
+        now = self._log_sums[0]
+        shares = (source.double() - now[:, None]).exp_()
+        self._weighted = self._weighted * (before - now).exp() + (shares * (source.double() - copy.double())).sum(-1)
+
+    def add_padding(self, copy: Tensor) -> None:
+        """Logits of rows that stand for no token; only the copy has them."""
+        before = self._log_sums[1] if self._with_padding is None else self._with_padding
+        self._with_padding = torch.logaddexp(before, copy.double().logsumexp(-1))
+
+    def result(self) -> LogitsDifference:
+        """What all bands together say."""
+        divergence = (self._weighted - (self._log_sums[0] - self._log_sums[1])).clamp_min(0)
+        return LogitsDifference(
+            _number(self._apart.max()), self._sum / self._count, float(_relative(self._apart, self._scale).max()),
+            float(divergence.mean()), float(divergence.max()), self._num_same_argmax(),
+            (self._perplexity(0, self._log_sums[0]), self._perplexity(1, self._log_sums[1])),
+            None if self._with_padding is None else self._perplexity(1, self._with_padding))
+
+    def _num_same_argmax(self) -> int:
+        """A token after which nothing is a number has no likeliest one."""
+        return int(((self._argmax[0] == self._argmax[1]) & (self._argmax[0] >= 0)).sum())
+
+    def _perplexity(self, side: int, log_sums: Tensor) -> float:
+        return float((log_sums - self._chosen[side])[:-1].mean().exp())

@@ -1,0 +1,100 @@
+"""What became of a forward pass: for a person, and as JSON."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from stream_reshard.check.forward import ForwardPlan
+from stream_reshard.check.forward.result import Comparison, Difference
+from stream_reshard.errors import DifferenceError, quoted, shown
+from stream_reshard.machine.memory import human
+
+
+def plan_lines(plan: ForwardPlan) -> Iterator[str]:
+    """What will be done, and what it needs."""
+    how = plan.how
+    what = f"random tokens, seed {how.seed}" if how.text is None else f"tokens of {shown(how.text)}"
+    cast = "" if plan.dtype == "keep" else f", SRC rounded to {plan.dtype}"
+    yield f"forward  {len(plan.tokens)} {what}, {plan.source.config.num_layers} layers, float32 on CPU{cast}"
+    for name, side in (("SRC", plan.source), ("DST", plan.copy)):
+        yield f"{name}      {shown(side.root)}, {side.title}"
+    yield (f"memory   reserved {human(plan.reserved)}, libraries {human(plan.to_import)}, tokens "
+           f"{human(plan.activations_nbytes)}, matrices by bands of {human(plan.band_nbytes)}; projected "
+           f"{human(plan.projected)} of {human(plan.allowed)} allowed")
+
+
+def lines(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int) -> Iterator[str]:
+    """The table of layers, the logits, what it took."""
+    yield f"{'':<14}{'largest':>10}{'mean':>10}{'relative':>10}   first step beyond tolerance"
+    for row in comparison.rows:
+        output, first = row.output, row.first
+        name = output.title if output.layer is None else f"layer {output.layer}"
+        where = f"   {first.title}" if first else ""
+        yield f"{name:<14}{output.largest:>10.2g}{output.mean:>10.2g}{output.relative:>10.2g}{where}"
+    logits = comparison.logits
+    yield f"{'logits':<14}{logits.largest:>10.2g}{logits.mean:>10.2g}{logits.relative:>10.2g}"
+    yield (f"likeliest token the same after {logits.num_same_argmax} of {comparison.num_tokens}; KL divergence "
+           f"{logits.kl_mean:.2g} nats in the mean, {logits.kl_largest:.2g} at most")
+    num_padding = plan.copy.config.vocab_size - plan.vocab_size
+    padded = (f" ({logits.perplexity_with_padding:.6g} with its {num_padding} rows of padding)"
+              if logits.perplexity_with_padding is not None else "")
+    yield f"perplexity {logits.perplexities[0]:.6g} in SRC, {logits.perplexities[1]:.6g} in DST{padded}"
+    if comparison.agrees:
+        worst = max(logits.relative, *(row.output.relative for row in comparison.rows))
+        yield f"the same   up to {worst:.2g}, {comparison.tolerance:g} is allowed"
+    yield f"done       in {seconds:.1f} s, peak memory {human(peak)} of {human(plan.projected)} projected"
+
+
+def finding(plan: ForwardPlan, comparison: Comparison) -> DifferenceError | None:
+    """Where the two begin to differ, as an error; None where they agree."""
+    if comparison.agrees:
+        return None
+    name, tail = quoted(plan.copy.root), f"; --tolerance is {comparison.tolerance:g}"
+    first = comparison.first
+    if first is None:
+        logits = comparison.logits
+        return DifferenceError(f"{name}: the logits differ by {logits.largest:.3g}, relative {logits.relative:.3g}, "
+                               f"although all before agrees: lm_head{tail}")
+    made = f", made by {first.weight}" if first.weight else ""
+    settings = (f"; SRC has {first.settings[0]}, DST {first.settings[1]}" if first.settings[0] != first.settings[1]
+                else "")
+    return DifferenceError(f"{name}: the first difference is at {first.title}: {_magnitude(first)} at token "
+                           f"{first.token}, feature {first.feature}{made}{settings}{tail}")
+
+
+def _magnitude(difference: Difference) -> str:
+    if math.isinf(difference.largest):
+        return "not a number"
+    return f"{difference.largest:.3g}, relative {difference.relative:.3g}"
+
+
+def as_json(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int) -> dict[str, Any]:
+    """The same as one document; sizes in bytes, and null for what is no number."""
+    logits, first = comparison.logits, comparison.first
+    return {
+        "agrees": comparison.agrees, "tolerance": comparison.tolerance,
+        "num_tokens": comparison.num_tokens, "text": None if plan.how.text is None else str(plan.how.text),
+        "seed": plan.how.seed, "dtype": plan.dtype,
+        "first_difference": None if first is None else _facts(first) | {
+            "made_by": first.weight, "settings": list(first.settings)},
+        "layers": [_facts(row.output) | {"first_difference": row.first.title if row.first else None}
+                   for row in comparison.rows],
+        "logits": {"largest": _finite(logits.largest), "mean": _finite(logits.mean),
+                   "relative": _finite(logits.relative), "kl_mean": _finite(logits.kl_mean),
+                   "kl_largest": _finite(logits.kl_largest), "num_same_argmax": logits.num_same_argmax},
+        "perplexity": {"source": _finite(logits.perplexities[0]), "copy": _finite(logits.perplexities[1]),
+                       "copy_with_padding": _finite(logits.perplexity_with_padding)},
+        "memory": {"allowed": plan.allowed, "reserved": plan.reserved, "projected": plan.projected,
+                   "activations_nbytes": plan.activations_nbytes, "band_nbytes": plan.band_nbytes},
+        "seconds": seconds, "peak_nbytes": peak}
+
+
+def _facts(difference: Difference) -> dict[str, Any]:
+    return {"step": difference.title, "layer": difference.layer, "largest": _finite(difference.largest),
+            "mean": _finite(difference.mean), "relative": _finite(difference.relative), "token": difference.token,
+            "feature": difference.feature}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,176 @@
+"""Inspect: what a checkpoint folder holds, of either format: from its headers alone, its values too where asked."""
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from stream_reshard.destination.manifest import MANIFEST_NAME, Manifest, read_manifest
+from stream_reshard.errors import Problems, SourceError, explained, quoted
+from stream_reshard.formats.causes import above, no_checkpoint
+from stream_reshard.formats.hugging_face.config import CONFIG_NAME
+from stream_reshard.formats.hugging_face.folder import open_folder
+from stream_reshard.formats.layout import Layout
+from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config
+from stream_reshard.formats.nanotron.folder import litter_notes
+from stream_reshard.formats.nanotron.layout import NanotronLayout
+from stream_reshard.formats.nanotron.source import agreeing, layout_of_files, scan
+from stream_reshard.formats.nanotron.target import blocks_text
+from stream_reshard.formats.nanotron.weight_files import WeightFile
+from stream_reshard.formats.registry import is_nanotron
+from stream_reshard.machine.stop import Stop
+from stream_reshard.model.parameters import ModelConfig
+from stream_reshard.storage.header import MAX_HEADER_NBYTES, StoredTensor
+from stream_reshard.storage.small_files import check_readable
+from stream_reshard.storage.source_file import SourceFile
+
+MAX_LISTED = 20
+"""Faults, and tensors with values that are no numbers, that are told; of more only how many."""
+
+_MAX_NBYTES = 10 * 2**20
+"""Cap on each header and small file."""
+
+_BLOCK_NBYTES = 2**20
+
+_EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0 << 48}
+"""The bits of the exponent: all of them set is an infinity, or NaN where any bit of the fraction is set too."""
+
+
+def inspect(root: Path, values: bool = False, stop: Stop | None = None) -> dict[str, Any]:
+    """Facts about a folder, for people and for JSON; with `values` every weight is read, in bounded memory, and NaN and
+    infinities are counted. Raises SourceError where it holds no checkpoint."""
+    check_readable(root)
+    if is_nanotron(root):
+        facts, tensors = _inspect_nanotron(root)
+    elif os.path.isfile(root / CONFIG_NAME):
+        facts, tensors = _inspect_hugging_face(root)
+    else:
+        raise no_checkpoint(root)
+    return facts | (_value_facts(root, tensors, stop or Stop()) if values else {})
+
+
+def _inspect_hugging_face(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor]]:
+    problems = Problems()
+    config, _, layout = open_folder(root, MAX_HEADER_NBYTES, problems)
+    problems.raise_if_any()
+    assert config and layout, "without them there are problems"
+    facts = {"format": "Hugging Face", **_model_facts(config.model, layout), "vocab_size": config.model.vocab_size,
+             "dtypes": layout.count_dtypes(), "num_files": layout.num_files, "nbytes": layout.nbytes,
+             "ignored": dict(layout.ignored), "has_manifest": (root / MANIFEST_NAME).is_file(), "faults": [],
+             "notes": [*config.notes, *layout.notes]}
+    return facts, layout.tensors()
+
+
+def _model_facts(config: ModelConfig, layout: Layout | None) -> dict[str, Any]:
+    return {"family": config.family, "num_parameters": layout.model.num_elements if layout else None,
+            "num_layers": config.num_hidden_layers, "heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads, "tied": config.tie_word_embeddings,
+            "rope_theta": config.rope_theta, "no_rope_layer": config.no_rope_layer}
+
+
+def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor]]:
+    problems = Problems()
+    if not os.path.isfile(root / MODEL_CONFIG_NAME) and (cause := above(root)):
+        raise cause
+    if os.path.isfile(root / MODEL_CONFIG_NAME):
+        config = problems.collect(read_model_config, root, _MAX_NBYTES)
+    else:
+        config = None
+        problems.append(SourceError(f"{MODEL_CONFIG_NAME} is missing: Nanotron does not take this folder for a "
+                                    f"checkpoint"))
+    manifest = problems.collect(read_manifest, root)
+    files = scan(root, _MAX_NBYTES, problems)
+    layout = problems.collect(_layout, root, config, manifest, files) if config else None
+    if config is None:
+        problems.extend(_holes(files.values()))
+    faults = list(map(str, explained(problems)))
+    return {"format": "Nanotron", **_nanotron_facts(config, manifest, layout), **_file_facts(files),
+            "has_manifest": manifest is not None,
+            "faults": faults[:MAX_LISTED] + [f"and {len(faults) - MAX_LISTED} more"] * (len(faults) > MAX_LISTED),
+            "notes": list(litter_notes(root))}, (file.tensor for file in files.values())
+
+
+def _layout(root: Path, config: NanotronModelConfig, manifest: Manifest | None,
+            files: Mapping[str, WeightFile]) -> NanotronLayout:
+    """What the headers tell; the vocabulary that nobody knows counts its padding. Raises Refused."""
+    vocab_size = manifest.facts["vocab_size"] if manifest else config.model.vocab_size
+    return layout_of_files(root, config, min(vocab_size, config.model.vocab_size), agreeing(root, files))
+
+
+def _nanotron_facts(config: NanotronModelConfig | None, manifest: Manifest | None,
+                    layout: NanotronLayout | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    interleaved = layout.rules.rope_interleaved if layout else config.rope_interleaved
+    return {"config_class": config.config_class, **_model_facts(config.model, layout),
+            "vocab_size": manifest.facts["vocab_size"] if manifest else None,
+            "vocab_size_padded": config.model.vocab_size, "rope_interleaved": interleaved}
+
+
+def _file_facts(files: Mapping[str, WeightFile]) -> dict[str, Any]:
+    places = [file.place for file in files.values() if file.place]
+    blocks: dict[int, dict[str, None]] = defaultdict(dict)
+    for file in sorted(files.values(), key=_depth):
+        if file.place:
+            blocks[file.place.pp].setdefault(file.parameter.split(".pp_block")[0])
+    return {"versions": sorted({file.version for file in files.values() if file.version}),
+            "topologies_tp_pp": sorted({(place.num_tp, place.num_pp) for place in places}),
+            "num_ranks": len({(place.pp, place.tp) for place in places}),
+            "stages": {str(stage): blocks_text(names) for stage, names in sorted(blocks.items())[:MAX_LISTED]},
+            "dtypes": dict(Counter(file.tensor.dtype for file in files.values())), "num_files": len(files),
+            "nbytes": sum(file.file.nbytes for file in files.values())}
+
+
+def _depth(file: WeightFile) -> tuple[int, int]:
+    """Where in the model a block stands: embedding, layers by number, the rest."""
+    name, _, layer = file.parameter.split(".pp_block")[0].partition(".")
+    first = {"token_position_embeddings": 0, "decoder": 1}.get(name, 2)
+    return first, int(layer) if layer.isdigit() and len(layer) < 9 else 0
+
+
+def _holes(files: Iterable[WeightFile]) -> Iterator[SourceError]:
+    """Parameters of which some tensor-parallel rank has no file."""
+    found: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if file.place:
+            found.setdefault((file.parameter, file.place.num_tp), set()).add(file.place.tp)
+    for (parameter, size), ranks in found.items():
+        if len(ranks) != size:
+            yield SourceError(f"{quoted(parameter)}: {len(ranks)} of {size} tensor-parallel ranks are there")
+
+
+def _value_facts(root: Path, tensors: Iterator[StoredTensor], stop: Stop) -> dict[str, Any]:
+    """How many weights are NaN or infinite, and in which tensors."""
+    num_nan = num_infinite = 0
+    where: dict[str, list[int]] = {}
+    with stop.awaited():
+        for tensor in tensors:
+            nan, infinite = _count(root, tensor, stop)
+            num_nan, num_infinite = num_nan + nan, num_infinite + infinite
+            if (nan or infinite) and len(where) < MAX_LISTED:
+                where[f"{tensor.file}: {tensor.key}"] = [nan, infinite]
+    return {"num_nan": num_nan, "num_infinite": num_infinite, "nan_and_infinite": where}
+
+
+def _count(root: Path, tensor: StoredTensor, stop: Stop) -> tuple[int, int]:
+    """(NaN, infinities) in a tensor."""
+    import numpy as np
+    if tensor.dtype not in _EXPONENT:
+        return 0, 0
+    exponent, kind = _EXPONENT[tensor.dtype], np.dtype(f"u{tensor.itemsize}")
+    fraction = kind.type((1 << 8 * tensor.itemsize - 1) - 1 - exponent)
+    nan = infinite = 0
+    with SourceFile(root, tensor.file) as file:
+        buffer = memoryview(bytearray(min(_BLOCK_NBYTES, tensor.nbytes)))
+        for offset in range(0, tensor.nbytes, _BLOCK_NBYTES):
+            stop.check()
+            view = buffer[:tensor.nbytes - offset]
+            file.read_into(view, tensor.begin + offset)
+            file.release(tensor.begin + offset, len(view))
+            bits = np.frombuffer(view, kind)
+            special = bits[(bits & kind.type(exponent)) == exponent]
+            is_nan = np.count_nonzero(special & fraction)
+            nan, infinite = nan + is_nan, infinite + len(special) - is_nan
+    return int(nan), int(infinite)

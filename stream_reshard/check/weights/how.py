@@ -1,0 +1,94 @@
+"""What of two checkpoints is compared, by the wish of a user and by what the two are."""
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stream_reshard.check.weights.agreement import WITHOUT_EFFECT
+from stream_reshard.check.weights.checkpoint import Checkpoint
+from stream_reshard.check.weights.compare import Rule
+from stream_reshard.check.weights.files import CONFIG_YAML
+from stream_reshard.check.weights.side import Side
+from stream_reshard.errors import UsageError, quoted
+from stream_reshard.formats.nanotron.config import METADATA_NAME, NEUTRAL
+from stream_reshard.formats.nanotron.rules import STAGES
+from stream_reshard.formats.unsupported import ALLOWABLE
+from stream_reshard.machine import memory
+from stream_reshard.storage.dtypes import TORCH_DTYPES
+
+PADDING = "padding"
+"""What `allow` calls padding rows that are not zero: Nanotron itself leaves them to chance."""
+
+
+@dataclass(frozen=True)
+class How:
+    """What of two checkpoints is compared, and with what means."""
+
+    max_memory: int = memory.DEFAULT_ALLOWED
+    """Limit on the peak resident set of the process tree, in bytes."""
+    num_workers: int | None = None
+    """Parts that are compared at the same time. None: as many as measured best."""
+    quick: bool = False
+    """Compare structure, configs and digests only; no weight of the source is read."""
+    sample: float = 1.0
+    """Part of the weights that is compared, above 0; below 1, digests of tensor files are left out too."""
+    seed: int = 0
+    """Chooses the sample."""
+    dtype: str = "keep"
+    """What the source is cast to before it is compared; `keep` also takes the word of the copy's manifest."""
+    vocab_size: int | None = None
+    """Rows of the embedding without padding, of a Nanotron source that does not say it."""
+    allow: tuple[str, ...] = ()
+    """Names of settings that may differ, beside those of which the copy's manifest says so and the copy nothing."""
+    edited: tuple[str, ...] = ()
+    """Paths of files in the copy that were edited on purpose: their digests are not compared."""
+    ignored: tuple[str, ...] = ()
+    """Paths in the copy that are not part of it."""
+    name: Path | None = None
+    """Where the copy will stand; None: where it stands."""
+    plan: memory.MemoryPlan | None = None
+    """The memory that was reckoned with by a run which read or wrote both folders itself; their small files need no
+    cap then."""
+
+
+def check_names(other: Side, how: How) -> None:
+    """Raises UsageError for names that mean nothing: what they should have let through would be missed."""
+    names = dict.fromkeys([*ALLOWABLE, *NEUTRAL, *WITHOUT_EFFECT, PADDING, STAGES, CONFIG_YAML, METADATA_NAME])
+    for name in how.allow:
+        if name not in names:
+            raise UsageError(f"--allow {quoted(name)}: the names are {', '.join(names)}")
+    for path in how.edited:
+        if not os.path.lexists(other.root / path):
+            raise UsageError(f"--edited {quoted(path)}: there is no such file in {quoted(other.root)}")
+
+
+def with_vocabulary(original: Side, how: How) -> Side:
+    """The source with as many rows of the embedding as a user says. Raises UsageError where that cannot be."""
+    checkpoint, told = original.checkpoint, how.vocab_size
+    if checkpoint is None or told is None:
+        return original
+    if not checkpoint.is_nanotron:
+        raise UsageError("--vocab-size is for a Nanotron SRC, which keeps no count of its true rows")
+    if checkpoint.vocab_size not in (None, told):
+        raise UsageError(f"--vocab-size {told}: the manifest of {quoted(original.root)} says {checkpoint.vocab_size}")
+    if not 0 < told <= checkpoint.config.vocab_size:
+        raise UsageError(f"--vocab-size {told}: the embedding has {checkpoint.config.vocab_size} rows")
+    return replace(original, checkpoint=replace(checkpoint, vocab_size=told))
+
+
+def rule_of(source: Checkpoint, copy: Checkpoint, other: Side, how: How, block_nbytes: int) -> Rule:
+    return Rule(block_nbytes, true_vocab_size(source, copy), cast_to(other, how), how.sample, how.seed,
+                PADDING not in how.allow, source.vocab_size is not None)
+
+
+def cast_to(other: Side, how: How) -> str | None:
+    """The safetensors dtype that the source is cast to; None where it is compared as it is."""
+    names = {torch: name for name, torch in TORCH_DTYPES.items()}
+    return names.get(how.dtype if how.dtype != "keep" else other.dtype)
+
+
+def true_vocab_size(source: Checkpoint, copy: Checkpoint) -> int:
+    """Rows of the embedding without padding. The source has the first word, so that nobody can make the copy smaller;
+    where it keeps no count, the copy's is taken, and what follows in the source must be zero."""
+    return source.vocab_size or copy.vocab_size or min(copy.config.vocab_size, source.config.vocab_size)

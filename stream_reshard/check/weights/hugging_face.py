@@ -1,0 +1,64 @@
+"""A Hugging Face checkpoint as verify sees it: every parameter is one stored matrix."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from stream_reshard.check.weights.checkpoint import Checkpoint, Piece, Weight, Weights, matrix_of
+from stream_reshard.errors import Problems, SourceError
+from stream_reshard.formats.hugging_face.folder import HuggingFaceLayout, open_folder
+from stream_reshard.formats.hugging_face.unsupported import limits, quantization_limits
+from stream_reshard.model.box import Box
+from stream_reshard.storage.source_file import same_bytes
+
+
+def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems) -> Checkpoint | None:
+    """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared."""
+    config, _, layout = open_folder(root, max_header_nbytes, problems)
+    if config is None or layout is None:
+        return None
+    for tensor, other in layout.tied():
+        if not same_bytes(root, tensor, other):
+            problems.append(SourceError(f"{tensor.key} differs from {other.key}, to which it is tied"))
+    extras = {limit.name: limit for limit in (*limits(config), *quantization_limits(config))
+              if limit.name != "hidden_act"}
+    return Checkpoint(root, layout.model, config.model.vocab_size, extras, layout.shards, _Weights(layout),
+                      dtype=_loaded_as(config.raw))
+
+
+def _loaded_as(raw: Mapping[str, Any]) -> str | None:
+    """What a config says of the dtype: transformers takes `dtype`, else the older `torch_dtype`
+    (transformers/configuration_utils.py)."""
+    told = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
+    return None if told in (None, "auto") else str(told).removeprefix("torch.")
+
+
+class _Weights(Weights):
+    """The parameters of a layout of shards, of which the layout keeps a few bytes each."""
+
+    def __init__(self, layout: HuggingFaceLayout):
+        self._layout = layout
+        self._numbers = {parameter.name: layout.model.number_of(parameter.name) for parameter in layout.model.stored()}
+
+    def __getitem__(self, name: str) -> Weight:
+        number = self._numbers[name]
+        parameter, tensor = self._layout.model.parameter(number), self._layout.tensor_of(number)
+        assert tensor, "a layout has every parameter that is stored"
+        whole = Box.whole(matrix_of(parameter.matrix_shape))
+        return Weight(parameter, whole.stop[0], (Piece(whole, tensor, whole),))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._numbers
+
+    def dtype_of(self, name: str) -> str:
+        return self._layout.dtype_at(self._numbers[name])
+
+    def paths_of(self, name: str) -> tuple[str]:
+        return (self._layout.shards[self._layout.places[self._numbers[name]]],)

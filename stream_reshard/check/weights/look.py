@@ -1,0 +1,77 @@
+"""What two folders tell without a look at the weights: in what they differ, and what of it is let pass, by whom."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from stream_reshard.check.weights.agreement import (
+    Setting, dtype_differences, parameter_differences, setting_differences, vocabulary_difference)
+from stream_reshard.check.weights.checkpoint import Checkpoint
+from stream_reshard.check.weights.compare import shape_difference
+from stream_reshard.check.weights.files import CONFIG_YAML, FilesOfManifest, file_set
+from stream_reshard.check.weights.how import How, cast_to, rule_of
+from stream_reshard.check.weights.side import Side
+from stream_reshard.check.weights.start import Folder
+from stream_reshard.check.weights.tasks import shared
+from stream_reshard.check.weights.token_ids import id_differences
+from stream_reshard.check.weights.training import training_problems
+from stream_reshard.errors import Problems, ResourceError, quoted
+from stream_reshard.formats.nanotron.rules import STAGES
+from stream_reshard.machine import memory
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a look at two folders tells without a look at the weights."""
+
+    differences: Problems = field(default_factory=Problems)
+    accepted: list[str] = field(default_factory=list)
+    """Differences that were let pass, and who wanted it."""
+    notes: list[str] = field(default_factory=list)
+    """What is right, and yet worth telling."""
+
+
+def look(original: Side, other: Side, how: How, allowed: int, found: Found) -> FilesOfManifest | None:
+    """Everything in which the two differ without a look at the weights goes to `found`; returns the files of the copy's
+    manifest."""
+    source, copy = original.checkpoint, other.checkpoint
+    told, differences = file_set(other.root, copy, other.manifest, how.ignored, how.allow)
+    if copy is not None:
+        found.differences.extend(differences)
+    if source is None or copy is None:
+        return told
+    for setting in setting_differences(source, copy):
+        _judge(setting, copy, other, how, found)
+    found.differences.extend(id_differences(source, copy, how.allow))
+    if copy.num_moved:
+        found.accepted.append(f"{STAGES}: {copy.num_moved} files stand on other stages than Nanotron's balancing gives "
+                              f"them; {_who(STAGES, how)}")
+    is_cast = cast_to(other, how) is not None
+    found.differences.extend([
+        *vocabulary_difference(source, copy), *parameter_differences(source, copy), *dtype_differences(
+            source, copy, other.dtype if "keep" == how.dtype != other.dtype else None, is_cast)])
+    if how.quick:
+        rule = rule_of(source, copy, other, how, 0)
+        found.differences.extend(filter(None, (
+            shape_difference(name, source, copy, rule) for name in shared(source, copy))))
+    if copy.is_nanotron:
+        folder = Folder(other.root, how.name or other.root, other.manifest)
+        limit = memory.yaml_limit(allowed, memory.resident())
+        problems, elsewhere = training_problems(folder, copy, limit, found.notes)
+        is_accepted = CONFIG_YAML in how.allow and not any(isinstance(p, ResourceError) for p in elsewhere)
+        found.differences.extend([*problems, *(elsewhere if not is_accepted else ())])
+        found.accepted.extend(f"{text}; {_who(CONFIG_YAML, how)}" for text in elsewhere if is_accepted)
+    return told
+
+
+def _judge(setting: Setting, copy: Checkpoint, other: Side, how: How, found: Found) -> None:
+    """Let a difference pass where a user says so; where only the copy's manifest says that one did, the copy may say
+    nothing of the setting, but nothing else than the source."""
+    if setting.name in how.allow or (setting.name in other.allowed and setting.mine is None):
+        found.accepted.append(f"{setting.name}: the source says: {setting.theirs}; {quoted(copy.root)} says: "
+                              f"{setting.mine or 'nothing'}; {_who(setting.name, how)}")
+    else:
+        found.differences.append(setting.difference(copy))
+
+
+def _who(name: str, how: How) -> str:
+    return f"--allow {name}" if name in how.allow else "as DST's manifest says"

@@ -1,0 +1,231 @@
+"""A Nanotron checkpoint, read through the slice metadata in its own headers, and held against Nanotron's own rules.
+
+At the topology it was saved for, Nanotron copies each file without looking at its header; at another one it trusts the
+headers alone. So both must say the same: every rank's file holds the part that Nanotron gives that rank (`groups`), and
+stands on the stage that `build_model` (nanotron/models/base.py) gives its block.
+"""
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from stream_reshard.check.weights.checkpoint import Checkpoint, Piece, Weight, Weights, matrix_of
+from stream_reshard.check.weights.groups import Group, HeldFile
+from stream_reshard.errors import Problems, ResourceError, SourceError, quoted
+from stream_reshard.formats.nanotron.config import (
+    METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, interleaves_by_default, read_model_config)
+from stream_reshard.formats.nanotron.folder import not_committed, weight_paths
+from stream_reshard.formats.nanotron.rules import NanotronFormat, stages_of
+from stream_reshard.formats.nanotron.weight_files import WeightFile, read_weight_file
+from stream_reshard.model.architectures import build_model
+from stream_reshard.model.box import Box
+from stream_reshard.model.parameters import Model, Parameter
+from stream_reshard.model.topology import Topology
+from stream_reshard.storage.small_files import read_json
+
+PER_FILE = 10
+"""Bytes of JSON that take as much memory to parse as what is held of one weight file, and of its parameters."""
+
+PER_PARAMETER = 5
+"""The same for a parameter that a config tells of."""
+
+MAX_UNKNOWN = 1000
+"""Headers that are read of files which a manifest does not name: they tell what became of those that it does."""
+
+MAX_LISTED = 10
+"""Files that make no sense of which a message tells; of more only how many."""
+
+
+def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, problems: Problems,
+                  may_be_moved: bool = False, known: Collection[str] | None = None) -> Checkpoint | None:
+    """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared. With
+    `may_be_moved`, blocks may stand on other stages than Nanotron's balancing gives them. Of many files that are not
+    among the `known` ones few headers are read: that they are there is a difference already."""
+    if not (root / MODEL_CONFIG_NAME).is_file():
+        problems.append(not_committed(root))
+        return None
+    config = problems.collect(read_model_config, root, max_header_nbytes)
+    files = problems.collect(_read_files, root, max_header_nbytes, problems, known)
+    if config is None or files is None:
+        return None
+    if config.model.num_hidden_layers > len(files):
+        problems.append(SourceError(f"{MODEL_CONFIG_NAME}: num_hidden_layers is {config.model.num_hidden_layers}, but "
+                                    f"there are {len(files)} weight files in all"))
+        return None
+    num_before, model = len(problems), build_model(config.family, config.model)
+    if model.num_stored * PER_PARAMETER > max_header_nbytes:
+        problems.append(ResourceError(f"{quoted(root)} has {model.num_stored} parameters, too many to be compared "
+                                      f"within --max-memory; raise it"))
+        return None
+    moved = list(_wrong_stages(files, config))
+    problems.extend(problems.collect(lambda: list(_disagreements(root, files, max_header_nbytes))) or ())
+    problems.extend(() if may_be_moved else moved)
+    by_default = interleaves_by_default(config, {file.version for file in files})
+    interleaved = bool(config.rope_interleaved) or by_default
+    weights = _Weights(root, model, files, interleaved, problems)
+    if len(problems) > num_before and not weights:
+        return None
+    is_old = all(file.version in (None, "1.2") for file in files)
+    unsaid = ["rope_theta"] if is_old and not config.says_rope_theta else []
+    topology = next((Topology(file.place.num_tp, file.place.num_pp) for file in files if file.place), Topology())
+    return Checkpoint(root, model, vocab_size, config.extras, tuple(file.path for file in files), weights, unsaid, None,
+                      topology, interleaved, by_default, len(moved), config.is_whole)
+
+
+def _read_files(root: Path, max_nbytes: int, problems: Problems, known: Collection[str] | None) -> list[HeldFile]:
+    """The weight files. Raises ResourceError where there are more than the memory has room for."""
+    files: list[HeldFile] = []
+    common: dict[Any, Any] = {}
+    num_wrong = num_unknown = 0
+    for path in weight_paths(root):
+        if known is not None and path not in known:
+            num_unknown += 1
+            if num_unknown > MAX_UNKNOWN:
+                continue
+        try:
+            files.append(_held(read_weight_file(root, path, max_nbytes), common))
+        except SourceError as error:
+            num_wrong += 1
+            error.kind = error.kind or "files that are not Nanotron's"
+            if num_wrong <= MAX_LISTED:
+                problems.append(error)
+        if len(files) * PER_FILE > max_nbytes:
+            raise ResourceError(f"{quoted(root)} has {len(files)} weight files and more, too many to be compared "
+                                f"within --max-memory; raise it")
+    if num_wrong > MAX_LISTED:
+        problems[-1].num_more += num_wrong - MAX_LISTED
+    return files
+
+
+def _held(file: WeightFile, common: dict[Any, Any]) -> HeldFile:
+    def once(value: Any) -> Any:
+        return common.setdefault(value, value)
+
+    return HeldFile(file.file.path, file.tensor.begin, once(file.parameter), once(file.place), once(file.version),
+                    once(file.tensor.dtype), once(file.tensor.shape), once(file.unsharded_shape), once(file.pairs))
+
+
+def _disagreements(root: Path, files: list[HeldFile], max_nbytes: int) -> Iterator[SourceError]:
+    """What the files say of the whole checkpoint, against each other and checkpoint_metadata.json."""
+    places = [file.place for file in files if file.place]
+    told: dict[str, set[Any]] = {"version": {file.version for file in files if file.place},
+                                 "tp": {place.num_tp for place in places}, "pp": {place.num_pp for place in places}}
+    for what, values in told.items():
+        if len(values) > 1:
+            yield SourceError(f"files with several values of {what} stand together: "
+                              f"{', '.join(sorted(map(str, values)))}; Nanotron would merge them without a word")
+    metadata = read_json(root, METADATA_NAME, max_nbytes) if os.path.lexists(root / METADATA_NAME) else None
+    for what in ("version", "tp"):
+        if metadata is not None and len(told[what]) == 1 and metadata.get(what) not in list(told[what]):
+            yield SourceError(f"{METADATA_NAME} says {what} {quoted(metadata.get(what))}, the weight files say "
+                              f"{quoted(min(told[what]))}")
+
+
+def _wrong_stages(files: list[HeldFile], config: NanotronModelConfig) -> Iterator[SourceError]:
+    """Files on another stage than their block, where all agree on how many there are."""
+    sizes = {file.place.num_pp for file in files if file.place}
+    stages = stages_of(config.model, NanotronFormat(Topology(pp=sizes.pop()))) if len(sizes) == 1 else {}
+    for file in files:
+        stage = stages.get(file.parameter.split(".pp_block")[0])
+        if file.place and stage is not None and stage != file.place.pp:
+            yield SourceError(f"{quoted(file.path)} is on stage {file.place.pp}, Nanotron's balancing looks for "
+                              f"it on stage {stage}")
+
+
+class _Weights(Weights):
+    """The parameters that groups of files hold. Of each is kept in which group it is, and behind which rows."""
+
+    def __init__(self, root: Path, model: Model, files: list[HeldFile], interleaved: bool, problems: Problems):
+        """What speaks against loading them goes to `problems`; parameters of which something does are left out."""
+        self._model, self._interleaved = model, interleaved
+        self._places: dict[str, tuple[list[HeldFile], int]] = {}
+        by_name: dict[str, list[HeldFile]] = defaultdict(list)
+        for file in files:
+            by_name[file.parameter].append(file)
+        for fused in _fused(model):
+            found = by_name.pop(fused[0].nanotron, None)
+            if found is None:
+                problems.append(SourceError(f"{fused[0].nanotron} is missing in {quoted(root)}"))
+                continue
+            faults = list(Group(fused, found).faults())
+            problems.extend(SourceError(fault) for fault in faults)
+            if not faults:
+                self._places |= zip((parameter.name for parameter in fused), ((found, row) for row in _begins(fused)))
+        problems.extend(SourceError(f"{quoted(by_name[name][0].path)} holds a parameter that the model does not have")
+                        for name in sorted(by_name))
+
+    def __getitem__(self, name: str) -> Weight:
+        files, begin = self._places[name]
+        parameter = self._model.parameter(self._model.number_of(name))
+        if parameter.stacked is not None:
+            return _stacked_weight(parameter, files[0], begin)
+        return _weight(parameter, files, begin, self._interleaved and "half" in parameter.dims)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def dtype_of(self, name: str) -> str:
+        return self._places[name][0][0].dtype
+
+    def paths_of(self, name: str) -> list[str]:
+        return [file.path for file in self._places[name][0]]
+
+
+def _fused(model: Model) -> Iterator[list[Parameter]]:
+    """The parameters of each Nanotron parameter, in the order of the forward pass; few are held at a time."""
+    waiting: dict[str, list[Parameter]] = defaultdict(list)
+    layer = None
+    for parameter in model.stored():
+        own = parameter.nanotron.split(".pp_block")[0]
+        if own != layer:
+            yield from waiting.values()
+            waiting.clear()
+            layer = own
+        waiting[parameter.nanotron].append(parameter)
+    yield from waiting.values()
+
+
+def _begins(fused: list[Parameter]) -> Iterator[int]:
+    """Behind how many rows each of them stands; of experts, whose array is (expert, column, row), in their own matrix:
+    gate's rows before up's."""
+    begin = end = 0
+    for parameter in fused:
+        if not parameter.stacked:
+            begin, end = end, end + matrix_of(parameter.matrix_shape)[0]
+        yield begin
+
+
+def _weight(parameter: Parameter, files: list[HeldFile], begin: int, interleaved: bool) -> Weight:
+    """A matrix: its rows of the unsharded array, in pieces from the files."""
+    num_rows, num_columns = matrix_of(parameter.matrix_shape)
+    window = Box((begin, 0), (begin + num_rows, num_columns))
+    pieces = []
+    for file in files:
+        for local, origin in ((_flat(here), _flat(there)) for here, there in file.pairs):
+            if common := origin.overlap(window):
+                inside = common.seen_from(origin)
+                corner = tuple(a + b for a, b in zip(local.start, inside.start))
+                stop = tuple(a + n for a, n in zip(corner, common.shape))
+                pieces.append(Piece(common.seen_from(window), file.tensor, Box(corner, stop)))
+    return Weight(parameter, num_rows, tuple(pieces), interleaved)
+
+
+def _stacked_weight(parameter: Parameter, file: HeldFile, begin: int) -> Weight:
+    """The matrix of an expert, which stands transposed."""
+    num_rows, num_columns = parameter.matrix_shape
+    top = (parameter.stacked or 0) * num_columns
+    local = Box((top, begin), (top + num_columns, begin + num_rows))
+    return Weight(parameter, num_rows, (Piece(Box.whole((num_rows, num_columns)), file.tensor, local, True),))
+
+
+def _flat(box: Box) -> Box:
+    return Box((*box.start, 0), (*box.stop, 1)) if len(box.start) == 1 else box

@@ -1,0 +1,74 @@
+"""One of the two folders that are compared: its manifest, and its checkpoint, whatever the format."""
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from stream_reshard.check.weights.checkpoint import Checkpoint
+from stream_reshard.check.weights.hugging_face import open_hugging_face
+from stream_reshard.check.weights.nanotron import open_nanotron
+from stream_reshard.check.weights.token_ids import with_ids_of
+from stream_reshard.destination.manifest import StoredManifest, open_manifest
+from stream_reshard.errors import Problems, explained
+from stream_reshard.formats.causes import no_checkpoint
+from stream_reshard.formats.hugging_face.config import CONFIG_NAME
+from stream_reshard.formats.nanotron.rules import STAGES
+from stream_reshard.formats.registry import is_nanotron
+from stream_reshard.formats.unsupported import ALLOWABLE
+
+
+@dataclass(frozen=True)
+class Side:
+    """A folder, opened."""
+
+    root: Path
+    manifest: StoredManifest | None = None
+    """None where it has none, or a broken one."""
+    checkpoint: Checkpoint | None = None
+    """None where nothing in it can be compared."""
+
+    @property
+    def dtype(self) -> str:
+        """What its weights were cast to on their way here, as far as its manifest tells; else `keep`."""
+        return self.manifest.facts["dtype"] if self.manifest else "keep"
+
+    @property
+    def allowed(self) -> Collection[str]:
+        """The settings that were accepted when it was made: names that a user of this tool could accept. Any other that
+        a manifest holds means nothing."""
+        return allowed_by(self.manifest)
+
+
+def allowed_by(manifest: StoredManifest | None) -> Collection[str]:
+    """The names in a manifest of what was accepted, as far as they mean anything."""
+    return {*ALLOWABLE, STAGES}.intersection(manifest.facts["allowed"] if manifest else ())
+
+
+def open_side(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str] = (),
+              is_copy: bool = False) -> Side:
+    """Open a folder; everything wrong goes to `problems`, but for what is in `allow` or its manifest accepts. No header
+    or small file may have more than `max_nbytes`. Of a copy with many files that its manifest does not name, most are
+    not opened: that they are there is a difference already."""
+    found = Problems()
+    side = _opened(root, max_nbytes, found, allow, is_copy)
+    problems.extend(explained(found))
+    return side
+
+
+def _opened(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str], is_copy: bool) -> Side:
+    if not os.path.isdir(root):
+        problems.append(no_checkpoint(root))
+        return Side(root)
+    manifest = problems.collect(open_manifest, root, max_nbytes)
+    if os.path.isfile(root / CONFIG_NAME) and not is_nanotron(root):
+        return Side(root, manifest, open_hugging_face(root, max_nbytes, problems))
+    if is_nanotron(root):
+        vocab_size = manifest.facts["vocab_size"] if manifest else None
+        is_moved = STAGES in {*allow, *allowed_by(manifest)}
+        checkpoint = open_nanotron(root, vocab_size, max_nbytes, problems, is_moved,
+                                   manifest.files if manifest and is_copy else None)
+        return Side(root, manifest, checkpoint and with_ids_of(manifest, checkpoint))
+    problems.append(no_checkpoint(root))
+    return Side(root, manifest)

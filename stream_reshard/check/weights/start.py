@@ -1,0 +1,125 @@
+"""Where a training by config.yaml takes its weights from: this very folder, a copy of it, or something else.
+
+Nanotron starts from `checkpoints.resume_checkpoint_path` where it leads to a checkpoint (`parse_ckpt_path`,
+nanotron/serialize/main.py), else from `model.init_method` (`_load_model_checkpoint`, nanotron/trainer.py). Of a folder
+that config.yaml names, nothing is opened but its manifest and latest.txt, and nothing of them is told but a number.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from stream_reshard.check.weights.files import CONFIG_YAML, LATEST
+from stream_reshard.destination.manifest import StoredManifest, open_manifest
+from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
+from stream_reshard.storage.small_files import read_capped
+
+_MAX_LATEST_NBYTES = 2**12
+"""latest.txt holds a number."""
+
+_STATES = {"load_optimizer": "optimizer", "load_lr_scheduler": "lr_scheduler"}
+"""What Nanotron loads beside the weights where it resumes, and from which folder, unless it is told not to."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of a checkpoint."""
+
+    root: Path
+    name: Path
+    """Where it will stand: elsewhere than now while a conversion is not committed."""
+    manifest: StoredManifest | None
+
+    def is_at(self, path: Path) -> bool:
+        """Whether a path leads here."""
+        try:
+            return os.path.abspath(path) == os.path.abspath(self.name) or os.path.samefile(path, self.root)
+        except (OSError, ValueError):
+            return False
+
+    def is_copied_at(self, path: Path) -> bool:
+        """Whether the same checkpoint stands there: all files that its manifest names, and the same manifest."""
+        other = Problems().collect(open_manifest, path) if self.manifest else None
+        if self.manifest is None or other is None or other.digest != self.manifest.digest:
+            return False
+        weights = (file for file in other.entries() if file.path.startswith("model/"))
+        try:
+            return all((path / file.path).stat().st_size == file.nbytes for file in weights)
+        except OSError:
+            return False
+
+
+def start_problems(folder: Folder, content: bytes, init_method: Any, checkpoints: Mapping[str, Any],
+                   notes: list[str]) -> Iterator[SourceError]:
+    """Why a training does not start from this folder. `content`: of config.yaml. What is right and yet worth telling
+    goes to `notes`."""
+    if not isinstance(init_method, Mapping) or init_method.keys() != {"path"}:
+        said = ", ".join(sorted(map(str, init_method))) if isinstance(init_method, Mapping) else init_method
+        yield SourceError(f"{CONFIG_YAML}: model.init_method holds {quoted(said or 'nothing')}, so the training does "
+                          f"not start from these weights; let it hold path: {quoted(folder.name)}, and nothing else")
+    else:
+        yield from _path_problems(folder, content, "model.init_method.path", init_method["path"], notes)
+    resumed = checkpoints.get("resume_checkpoint_path")
+    if resumed is not None:
+        yield from _resume_problems(folder, content, resumed, checkpoints, notes)
+
+
+def _path_problems(folder: Folder, content: bytes, key: str, told: Any, notes: list[str]) -> Iterator[SourceError]:
+    if not isinstance(told, str) or not told or "\0" in told:
+        yield SourceError(f"{CONFIG_YAML}: {key} is {_shown(told)}, not a path; let it be {quoted(folder.name)}")
+        return
+    path, cure = Path(told), f"set {key} to {quoted(folder.name)}"
+    if not path.is_absolute():
+        notes.append(f"{CONFIG_YAML}: {key} {quoted(told)} is relative: Nanotron reads it from the folder that it is "
+                     f"started in; {cure}")
+    if folder.is_at(path):
+        return
+    if folder.is_copied_at(path):
+        notes.append(f"{CONFIG_YAML}: {key} is {quoted(told)}, where the same checkpoint stands")
+    elif _is_as_made(folder, content) and not os.path.lexists(path):
+        notes.append(f"{CONFIG_YAML}: {key} is {quoted(told)}, where nothing stands: {quoted(folder.name)} was moved; "
+                     f"{cure} before training")
+    else:
+        yield SourceError(f"{CONFIG_YAML}: {key} is {quoted(told)}, so the training does not start from "
+                          f"{quoted(folder.name)}; {cure}")
+
+
+def _is_as_made(folder: Folder, content: bytes) -> bool:
+    """Whether config.yaml is what the manifest says."""
+    file = folder.manifest.files.get(CONFIG_YAML) if folder.manifest else None
+    return file is not None and file.xxh3_128 == xxhash.xxh3_128(content).hexdigest()
+
+
+def _resume_problems(folder: Folder, content: bytes, told: Any, checkpoints: Mapping[str, Any],
+                     notes: list[str]) -> Iterator[SourceError]:
+    """Where Nanotron resumes, which comes before init_method."""
+    key = "checkpoints.resume_checkpoint_path"
+    path = told if isinstance(told, str) and "\0" not in told else ""
+    if path and os.path.lexists(os.path.join(path, LATEST)):
+        step = read_capped(Path(path), LATEST, _MAX_LATEST_NBYTES, _MAX_LATEST_NBYTES)
+        try:
+            path = os.path.join(path, str(int(step)))
+        except ValueError:
+            yield SourceError(f"{CONFIG_YAML}: {key} is {quoted(path)}, whose {LATEST} holds {quoted(step[:40])}, not "
+                              f"a number")
+            return
+    elif path and "://" not in path and not os.path.exists(os.path.join(path, MODEL_CONFIG_NAME)):
+        notes.append(f"{CONFIG_YAML}: {key} {quoted(path)} holds no checkpoint, so Nanotron goes by model.init_method")
+        return
+    before = len(notes)
+    problems = list(_path_problems(folder, content, key, path or told, notes))
+    yield from problems
+    for flag, name in _STATES.items() if not problems and len(notes) == before else ():
+        if checkpoints.get(flag, True) and not (folder.root / name).is_dir():
+            yield SourceError(f"{CONFIG_YAML}: {key} leads here and {flag} is not false, but {quoted(folder.name)} has "
+                              f"no {name}/; let {key} be null: model.init_method starts from these weights")
+
+
+def _shown(value: Any) -> str:
+    return quoted(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"

@@ -1,0 +1,64 @@
+"""The parts of a comparison that read files: digests, and the weights one by one; and running them."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from stream_reshard.check.weights.agreement import digest_difference
+from stream_reshard.check.weights.checkpoint import Checkpoint
+from stream_reshard.check.weights.compare import Compared, Rule, compare
+from stream_reshard.check.weights.files import FilesOfManifest
+from stream_reshard.destination.manifest import FileDone
+from stream_reshard.machine.stop import Stop
+from stream_reshard.run import engines
+from stream_reshard.storage.source_file import digest_of
+
+Task = Callable[[], Compared]
+
+
+def weight_tasks(source: Checkpoint, copy: Checkpoint, rule: Rule, told: FilesOfManifest | None,
+                 buffer_nbytes: int, stop: Stop) -> Iterator[Task]:
+    """Every parameter that both have; the digest of a file that the manifest has `told` comes just before the first
+    weight in it, so that the second reading finds it in memory."""
+    for name in shared(source, copy):
+        if told is not None:
+            for path in copy.weights.paths_of(name):
+                if file := told.take(path):
+                    yield partial(_digest, copy.root, file, buffer_nbytes, stop)
+        yield partial(compare, name, source, copy, rule, stop)
+
+
+def digest_tasks(root: Path, told: FilesOfManifest, buffer_nbytes: int, stop: Stop) -> Iterator[Task]:
+    """The digests that the manifest has `told` and that were not compared yet."""
+    return (partial(_digest, root, file, buffer_nbytes, stop) for file in told.rest())
+
+
+def shared(source: Checkpoint, copy: Checkpoint) -> Iterator[str]:
+    """Names of the parameters that both have."""
+    return (name for name in copy.weights if name in source.weights)
+
+
+def _digest(root: Path, file: FileDone, buffer_nbytes: int, stop: Stop) -> Compared:
+    if file.xxh3_128 is None:
+        return Compared(0, digest_difference(root, file, None))
+    nbytes = (root / file.path).stat().st_size
+    digest = digest_of(root, file.path, memoryview(bytearray(min(buffer_nbytes, max(nbytes, 1)))), stop)
+    return Compared(0, digest_difference(root, file, digest), is_digest=True)
+
+
+def run(tasks: Iterable[Task], num_tasks: int, num_workers: int, stop: Stop,
+        progress: Callable[[int, int], None]) -> Iterator[Compared]:
+    """What each task saw, as they finish; `progress(done, total)` counts tasks."""
+    executor = ThreadPoolExecutor(num_workers) if num_workers > 1 else None
+    try:
+        with closing(engines.run_all(lambda task: task(), tasks, stop, executor)) as results:
+            for num_done, (_, compared) in enumerate(results, 1):
+                progress(num_done, num_tasks)
+                stop.check()
+                yield compared
+    finally:
+        if executor:
+            executor.shutdown(cancel_futures=True)

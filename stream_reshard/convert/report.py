@@ -1,0 +1,125 @@
+"""What a person reads: the plan as a table, the summary of a run; and the same as JSON."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stream_reshard.convert.conversion import Conversion
+from stream_reshard.errors import shown
+from stream_reshard.machine.memory import human
+from stream_reshard.run.output import Done
+from stream_reshard.storage.dtypes import TORCH_DTYPES
+
+_MAX_LISTED = 16
+"""Files that go along and are named."""
+
+
+def as_json(conversion: Conversion) -> dict[str, Any]:
+    """The plan as one JSON document; sizes in bytes."""
+    plan, options, target = conversion.plan, conversion.options, conversion.target.facts(conversion.plan.target)
+    config = plan.target.model.config
+    stages, rows = target.pop("stages", []), target.pop("vocab_rows", config.vocab_size)
+    return {
+        "source": {"path": str(plan.source.root), "format": plan.source.format, "family": config.family,
+                   "num_shards": plan.source.num_files, "nbytes": plan.source.nbytes},
+        "target": {"path": str(options.destination) if options.destination else None, **target,
+                   "num_files": plan.target.num_files, "nbytes": plan.nbytes, "dtype": conversion.dtype},
+        "num_parameters": plan.target.model.num_elements,
+        "vocab": {"size": config.vocab_size, "padded": rows},
+        "tied": config.tie_word_embeddings, "stages": stages,
+        "casts": {f"{TORCH_DTYPES[a]} to {TORCH_DTYPES[b]}": n for (a, b), n in plan.casts.items()},
+        "num_jobs": len(plan.jobs), "largest_job_nbytes": plan.largest_job_nbytes,
+        "memory": {"allowed": conversion.memory.allowed, "reserved": conversion.memory.reserved,
+                   "projected": conversion.memory.projected, "num_workers": conversion.memory.num_workers,
+                   "block_nbytes": conversion.memory.block_nbytes},
+        "copied": list(conversion.copies), "disk_nbytes": conversion.disk_nbytes,
+        "disk_free_nbytes": conversion.disk_free, "notes": list(conversion.notes), "plan_sha256": plan.digest}
+
+
+def plan_lines(conversion: Conversion) -> Iterator[str]:
+    """The plan for a person."""
+    facts = as_json(conversion)
+    source, target, memory = facts["source"], facts["target"], facts["memory"]
+    yield (f"source   {shown(source['path'])}  ({source['format']}, {source['family']}, "
+           f"{facts['num_parameters'] / 1e6:,.1f} M parameters, {source['num_shards']} "
+           f"{conversion.plan.source.files_word}, {human(source['nbytes'])})")
+    yield (f"target   {shown(target['path'] or '(not given)')}  ({target['format']} {conversion.target}, "
+           f"{target['dtype']})")
+    yield from conversion.target.lines(conversion.plan.target, facts)
+    vocab = facts["vocab"]
+    padding = f"padded to {vocab['padded']} with zeros" if vocab["padded"] != vocab["size"] else "no padding"
+    yield f"vocab    {vocab['size']} rows, {padding}{', head tied to the embedding' if facts['tied'] else ''}"
+    for cast, number in facts["casts"].items():
+        yield f"cast     {number} parameters from {cast}"
+    yield f"jobs     {facts['num_jobs']}, the largest writes {human(facts['largest_job_nbytes'])}"
+    yield (f"memory   reserved {human(memory['reserved'])}, projected {human(memory['projected'])} of "
+           f"{human(memory['allowed'])} allowed ({memory['num_workers']} workers)")
+    free = f", {human(facts['disk_free_nbytes'])} free" if facts["disk_free_nbytes"] is not None else ""
+    yield f"disk     {human(facts['disk_nbytes'])} in {target['num_files']} files{free}"
+    if copied := facts["copied"]:
+        more = f" and {len(copied) - _MAX_LISTED} more" if len(copied) > _MAX_LISTED else ""
+        yield f"along    {', '.join(map(shown, copied[:_MAX_LISTED]))}{more}"
+    yield from (f"note     {note}" for note in facts["notes"])
+
+
+def summary(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int], done: Done) -> dict[str, Any]:
+    """What a finished run did, as JSON; sizes in bytes. `io`: what the kernel counted meanwhile."""
+    return as_json(conversion) | {"seconds": round(seconds, 3), "peak_nbytes": peak, "num_files_kept": done.num_kept,
+                                  "leftovers": list(map(str, done.leftovers)), "num_digests": done.num_digests,
+                                  "nbytes_cloned": done.moved.cloned, "nbytes_copied": done.moved.copied,
+                                  "nbytes_strided": done.moved.strided,
+                                  "num_overflowed": done.moved.num_overflowed, "io": dict(io),
+                                  "verified": conversion.options.verify,
+                                  "next": next_step(conversion)[1]}
+
+
+def summary_lines(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int],
+                  done: Done) -> Iterator[str]:
+    """What a finished run did, for a person."""
+    memory, plan = conversion.memory, conversion.plan
+    yield (f"done     {plan.target.num_files} files, {human(plan.nbytes)} in {seconds:.1f} s "
+           f"({human(plan.nbytes / max(seconds, 1e-9))}/s), durable in "
+           f"{shown(conversion.options.destination)}")
+    yield from (f"left     {shown(path)}: the old checkpoint could not be removed" for path in done.leftovers)
+    if done.num_kept:
+        yield f"resumed  {done.num_kept} files were kept from an earlier attempt, each with the digest in its journal"
+    yield _moved_line(conversion, io, done)
+    if done.moved.num_overflowed:
+        yield (f"overflow {done.moved.num_overflowed} weights were too large for {conversion.options.dtype} and are "
+               f"infinite now; choose another --dtype")
+    if conversion.options.verify:
+        yield "verified every weight, header and file against the source, before the commit: all equal"
+    yield (f"memory   peak {human(peak)} measured, {human(memory.projected)} projected, "
+           f"{human(memory.allowed)} allowed")
+    yield _next_line(conversion)
+
+
+def _moved_line(conversion: Conversion, io: Mapping[str, int], done: Done) -> str:
+    moved = done.moved
+    line = f"moved    {human(moved.cloned)} cloned, {human(moved.copied)} copied, {human(moved.strided)} strided"
+    if io:
+        line += f"; {human(io['rchar'])} read and {human(io['wchar'])} written by calls"
+    num_without = conversion.plan.target.num_files - done.num_kept - done.num_digests
+    if num_without > 0:
+        line += f"; {num_without} files have no digest" + (
+            ", as they share blocks (--digests all reads them)" if moved.cloned else "")
+    return line
+
+
+def done_lines(conversion: Conversion) -> Iterator[str]:
+    """What a run says that found its work done."""
+    proof = "and equals the source" if conversion.options.verify else "`verify` proves it"
+    yield (f"done     {shown(conversion.options.destination)} holds this conversion already, complete; {proof}, "
+           f"--overwrite makes it anew")
+    yield _next_line(conversion)
+
+
+def next_step(conversion: Conversion) -> tuple[str, str]:
+    """(word, command) that a user wants to run next."""
+    assert conversion.options.destination is not None, "it was written"
+    return conversion.target.next_step(conversion.options.destination.resolve())
+
+
+def _next_line(conversion: Conversion) -> str:
+    word, command = next_step(conversion)
+    return f"{word:<8} {command}"

@@ -1,0 +1,276 @@
+"""Lock: one run at a time writes to a destination.
+
+A file beside the destination says who is at work. A process that lives on this machine is alive, whatever the kernel's
+lock on the file (flock) says: two mounts of one folder need not see each other's. Where processes are counted otherwise
+(another namespace, as of a container), flock decides on a local file system, as it goes with the process that holds it.
+A file from another machine is respected: only a person knows whether that run is dead (`--break-lock`).
+
+A run looks again whether the lock is still its own, by a random token in the file, before it commits anything.
+
+The file also keeps which folder a run is about to give its name, so that after a stop in the middle of that the next
+run knows which of two is the new one.
+"""
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from stream_reshard.errors import DestinationError, LockedError, quoted
+from stream_reshard.machine.kernel import NETWORK_FILE_SYSTEMS, file_system_of
+from stream_reshard.storage.durable import sync_folder, target_error, temp_name, write_all
+
+_RECORD_NBYTES, _BEGINNING = 1024, b'{"pid": '
+"""Size of what a lock file holds, and how it begins."""
+
+_CANNOT_LOCK = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+"""What network file systems without a lock service answer to flock."""
+
+
+_MINE: set[str] = set()
+"""Tokens of the locks that this process holds."""
+
+
+def _boot() -> str:
+    """Names the running kernel; nothing where it does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _namespace() -> str:
+    """Names the namespace in which processes are counted here (pid_namespaces(7)); nothing where it cannot be told."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> int | None:
+    """The time at which a process began, in ticks since the boot; 0 where it has ended and nobody has asked how; None
+    where the kernel does not tell (proc(5), /proc/PID/stat, fields 3 and 22)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _is_alive(pid: int, started: int | None) -> bool:
+    """True while a process of this namespace lives; `started` tells it from a later one of its number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass
+    now = _started(pid)
+    return now != 0 and (None in (now, started) or now == started)
+
+
+def _shares_locks(path: Path) -> bool:
+    """True where all processes of this kernel see each other's locks there, through whatever mount."""
+    kind = file_system_of(path)
+    return kind not in NETWORK_FILE_SYSTEMS and kind != "unknown" and not kind.startswith("fuse")
+
+
+def is_foreign(status: os.stat_result, folder: Path) -> bool:
+    """True where something in a folder belongs to a user as whom files made there now do not. Servers may give those to
+    another one than asked for. Raises OSError."""
+    if status.st_uid == os.geteuid():
+        return False
+    temp = folder / temp_name("owner")
+    descriptor = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        return status.st_uid != os.fstat(descriptor).st_uid
+    finally:
+        os.close(descriptor)
+        os.unlink(temp)
+
+
+class Lock:
+    """Held while the `with` block runs. Raises LockedError, naming the other run, where it is taken."""
+
+    def __init__(self, path: Path, break_lock: bool = False):
+        """`break_lock`: take it from a run that may be alive on another machine."""
+        self.path, self.break_lock = path, break_lock
+        self._descriptor = -1
+        self._mine: dict[str, Any] = {}
+        self._is_written = False
+        self.note: list[int] | None = None
+        """What the run before this one, which was stopped, or this one has noted."""
+
+    def __enter__(self) -> Lock:
+        try:
+            while not self._taken():
+                pass
+        except OSError as error:
+            if self._descriptor >= 0:
+                self.__exit__(type(error), error, None)
+            raise target_error(self.path, error) from error
+        return self
+
+    def _taken(self) -> bool:
+        """One attempt; False where the file was removed under it. Raises LockedError."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor, is_new = os.open(self.path, flags | os.O_EXCL, 0o666), True
+        except FileExistsError:
+            descriptor, is_new = os.open(self.path, flags, 0o666), False
+        try:
+            is_locked = self._flock(descriptor)
+            if not self._is_current(descriptor):
+                return False
+            owner = _owner(descriptor, self.path)
+            is_alive = is_locked is False or _is_here_and_alive(owner)
+            if is_alive or not (is_new or self._is_over(owner, is_locked)):
+                raise self._refusal(owner, is_alive)
+            if not is_new and is_foreign(os.fstat(descriptor), self.path.parent):
+                raise DestinationError(f"{quoted(self.path)} belongs to user {os.fstat(descriptor).st_uid}; the lock "
+                                       f"has to stand there, remove it if that user's run is over")
+            self._mine = {"pid": os.getpid(), "started": _started(os.getpid()), "host": socket.gethostname(),
+                          "boot": _boot(), "pids": _namespace(), "token": os.urandom(16).hex(),
+                          "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+            _MINE.add(self._mine["token"])
+            self._descriptor, descriptor = descriptor, -1
+            self.write_note(owner.get("note"))
+            return True
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def write_note(self, note: list[int] | None) -> None:
+        """Keep a note for the next run, durably, in case this one does not come to an end."""
+        self.note = note
+        content = json.dumps(self._mine | {"note": note}).encode().ljust(_RECORD_NBYTES)
+        write_all(self._descriptor, content, 0)  # Of one size always, so that no stop leaves half of it.
+        self._is_written = True
+        if note:
+            os.fsync(self._descriptor)
+            sync_folder(self.path.parent)
+
+    @staticmethod
+    def _flock(descriptor: int) -> bool | None:
+        """True: the kernel gave the lock; False: another process has it; None: this file system knows no locks."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno in _CANNOT_LOCK:
+                return None
+            raise
+
+    def _is_current(self, descriptor: int) -> bool:
+        """Whether the path still names the file that was opened: its holder removes it when it ends."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
+
+    def _is_over(self, owner: Mapping[str, Any], is_locked: bool | None) -> bool:
+        """True where the run that wrote the file has ended, as far as can be known here; it is none that lives in this
+        namespace."""
+        if self.break_lock:
+            return True
+        shows = is_locked is True and _shares_locks(self.path.parent)
+        if not owner:
+            return shows
+        if not (owner.get("boot") and _boot()):
+            return False
+        if owner["boot"] == _boot():
+            return shows or owner.get("pids", _namespace()) == _namespace()
+        return owner.get("host") == socket.gethostname()  # The same machine, started anew since.
+
+    @property
+    def uid(self) -> int:
+        """The user to whom files belong that are made here."""
+        return os.fstat(self._descriptor).st_uid
+
+    def is_ours(self) -> bool:
+        """True while the file at the path is still the one that this run holds, and says so. Raises OSError."""
+        return self._seen() is None
+
+    def confirm(self) -> None:
+        """Raises LockedError, naming the other run, where this one has lost the lock."""
+        try:
+            other = self._seen()
+        except OSError as error:
+            raise target_error(self.path, error) from error
+        if other is not None:
+            how = f" to {_who(other)}" if other else ", which somebody removed or replaced"
+            raise LockedError(f"{quoted(self.path)}: this run has lost its lock{how}; nothing was committed, and what "
+                              f"is there is left to the other run")
+
+    def _seen(self) -> dict[str, Any] | None:
+        """The record that another run has put in place of this one's lock, as far as it can be told; None where that
+        stands. The file is opened anew: that asks the server where a file system has one."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP, errno.ESTALE, errno.ENOTDIR, errno.EACCES):
+                raise
+            return {}
+        try:
+            owner = _owner(descriptor, self.path)
+            is_same = os.path.samestat(os.fstat(descriptor), os.fstat(self._descriptor))
+            return None if is_same and owner.get("token") == self._mine["token"] else owner
+        except DestinationError:
+            return {}
+        finally:
+            os.close(descriptor)
+
+    def _refusal(self, owner: Mapping[str, Any], is_alive: bool) -> LockedError:
+        who = _who(owner) if owner else "a process that has not said its name yet"
+        cure = "wait for it" if is_alive else "if that run is dead, --break-lock takes its place"
+        return LockedError(f"{quoted(self.path)}: another run writes to this destination, {who}; {cure}")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        try:
+            if self.is_ours() if self._is_written else self._is_current(self._descriptor):
+                os.unlink(self.path)
+        except OSError:
+            pass  # The next run finds it stale.
+        finally:
+            _MINE.discard(self._mine["token"])
+            os.close(self._descriptor)
+
+
+def _who(owner: Mapping[str, Any]) -> str:
+    return f"process {owner.get('pid')} on {quoted(owner.get('host'))} since {quoted(owner.get('since'))}"
+
+
+def _is_here_and_alive(owner: Mapping[str, Any]) -> bool:
+    """True while the run that wrote the file lives, counted as this process is."""
+    if not owner.get("boot") or (owner["boot"], owner.get("pids", _namespace())) != (_boot(), _namespace()):
+        return False
+    if owner["pid"] == os.getpid() and "token" in owner:
+        return owner["token"] in _MINE
+    return _is_alive(owner["pid"], owner.get("started"))
+
+
+def _owner(descriptor: int, path: Path) -> dict[str, Any]:
+    """What a lock file says; nothing where a run was stopped before it wrote. Raises DestinationError for a file that
+    no run has written: it is not ours to remove."""
+    content = os.pread(descriptor, 2 * _RECORD_NBYTES, 0)
+    if not content.strip(b"\0"):
+        return {}
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        if _BEGINNING.startswith(content) or (content.startswith(_BEGINNING) and len(content) < _RECORD_NBYTES):
+            return {}  # Torn by a stop or a full disk.
+        value = None
+    if not (isinstance(value, dict) and type(value.get("pid")) is int and 0 < value["pid"] < 2**31):
+        raise DestinationError(f"{quoted(path)} is not a lock of this tool; the lock has to stand there, move it away")
+    return value

@@ -1,0 +1,282 @@
+"""The manifest: what a finished conversion says of itself, with a digest of every file and of the manifest too.
+
+It stands beside the files (`stream_reshard.json`), never in tensor headers: Nanotron's reader is strict about those.
+Its first line is the digest of the rest, so that it cannot change without a trace either. A large checkpoint has a long
+one, so it is read in two passes, neither of which holds the text: one for its digest, one for what it says.
+"""
+from __future__ import annotations
+
+import json
+import os
+import re
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from stream_reshard.errors import SourceError, quoted
+from stream_reshard.model.parameters import parse_token_id
+from stream_reshard.storage.dtypes import ITEMSIZE
+from stream_reshard.storage.json_stream import JsonReader, TooLong
+from stream_reshard.storage.small_files import MAX_JSON_NBYTES, open_regular, read_error, too_long
+
+MANIFEST_NAME = "stream_reshard.json"
+
+MAX_MANIFEST_NBYTES = 2**28
+
+MAX_FILE_NBYTES = 1024
+"""What the manifest says of one file has fewer bytes."""
+
+_MAX_KEYS = 100
+"""No manifest has more keys at its top."""
+
+_PIECE_NBYTES = 2**18
+"""What is read at a time for the digest."""
+
+_NO_DIGEST = bytes(16)
+"""In the table for a file that has none. No digest is this one, but for a chance of 1 in 2**128."""
+
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_FIRST_LINE = re.compile(rb'\{"xxh3_128": "([0-9a-f]{32})",\n')
+
+
+@dataclass(frozen=True)
+class FileDone:
+    """A file that is durable under its final name."""
+
+    path: str
+    """Relative to the checkpoint's root, with forward slashes."""
+    nbytes: int
+    xxh3_128: str | None
+    """Digest of the whole file, in hex; None where it shares blocks with a source that were not read, or none was
+    wanted."""
+
+    @classmethod
+    def parsed(cls, value: Any) -> FileDone:
+        """From JSON. Raises ValueError where it is not one."""
+        kinds = {key: type(item) for key, item in value.items()} if isinstance(value, dict) else {}
+        digest = value["xxh3_128"] if kinds.keys() == {"path", "nbytes", "xxh3_128"} else ""
+        if (kinds.get("path"), kinds.get("nbytes")) != (str, int) or not isinstance(digest, (str, type(None))):
+            raise ValueError(f"{quoted(value)} does not describe a file")
+        if not 0 <= value["nbytes"] < 2**63:
+            raise ValueError(f"{quoted(value['nbytes'])} is not the size of a file")
+        if digest is not None and not _DIGEST.fullmatch(digest):
+            raise ValueError(f"{quoted(value['xxh3_128'])} is not a digest")
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a conversion beyond its output."""
+
+    run: Mapping[str, Any]
+    """What made it: digests of the plan and of the documents, identities of the source files. Equal for equal runs."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the output itself cannot say: its vocabulary without padding, the dtype asked for, what was allowed."""
+    files: Mapping[str, FileDone] = field(default_factory=dict)
+    """Every file of the folder but this one, by its path."""
+
+    def packed(self) -> bytes:
+        """The file's content."""
+        files = [asdict(self.files[path]) for path in sorted(self.files)]
+        rest = json.dumps({"tool": "stream_reshard", "run": self.run, "facts": self.facts, "files": files},
+                          indent=1)[2:].encode() + b"\n"
+        return b'{"xxh3_128": "%s",\n' % xxhash.xxh3_128(rest).hexdigest().encode() + rest
+
+
+def with_files(manifest: Manifest, files: Iterable[FileDone]) -> Manifest:
+    """The same manifest of these files."""
+    return Manifest(manifest.run, manifest.facts, {file.path: file for file in files})
+
+
+def same_run(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Two records of runs tell of the same run: their paths are for people only, as a remount changes them."""
+    return _without_paths(one) == _without_paths(other)
+
+
+def _without_paths(run: Mapping[str, Any]) -> dict[str, Any]:
+    copied = run.get("copied")
+    return {**run, "source": None, "copied": sorted(copied.values(), key=repr) if isinstance(copied, dict) else None}
+
+
+class FileTable:
+    """What a manifest says of each file, found by its path: some 40 bytes a file, for no path is kept. Files have the
+    numbers in which they stand there."""
+
+    def __init__(self, files: Iterable[FileDone]):
+        """Raises ValueError where a file is named twice."""
+        keys, self._sizes, self._digests = array("Q"), array("Q"), bytearray()
+        for file in files:
+            keys.append(_key(file.path))
+            self._sizes.append(file.nbytes)
+            self._digests += bytes.fromhex(file.xxh3_128) if file.xxh3_128 else _NO_DIGEST
+        self._numbers = array("I", sorted(range(len(keys)), key=keys.__getitem__))
+        self._keys = array("Q", map(keys.__getitem__, self._numbers))
+        if any(map(int.__eq__, self._keys, self._keys[1:])):
+            raise ValueError("a file is named twice")
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __contains__(self, path: str) -> bool:
+        return self.number_of(path) is not None
+
+    def number_of(self, path: str) -> int | None:
+        """The number of a file; None where the manifest does not name it."""
+        at = bisect_left(self._keys, key := _key(path))
+        return self._numbers[at] if at < len(self._keys) and self._keys[at] == key else None
+
+    def get(self, path: str) -> FileDone | None:
+        """What the manifest says of a file; None where it does not name it."""
+        if (number := self.number_of(path)) is None:
+            return None
+        digest = bytes(self._digests[16 * number:16 * number + 16])
+        return FileDone(path, self._sizes[number], None if digest == _NO_DIGEST else digest.hex())
+
+
+def _key(path: str) -> int:
+    """A path in 64 bits, by a hash for which nobody finds another path."""
+    return int.from_bytes(blake2b(path.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class StoredManifest:
+    """A manifest as it stands in a folder. Its digest is right; whether its files are is for others to see."""
+
+    root: Path
+    digest: str
+    facts: Mapping[str, Any]
+    """As those of `Manifest`."""
+    files: FileTable
+
+    def entries(self) -> Iterator[FileDone]:
+        """What it says of each file, in the order of their paths, read once more. Raises as `open_manifest`."""
+        for kind, value in _parts(self.root, MAX_FILE_NBYTES * 64, MAX_JSON_NBYTES):
+            if kind == "files":
+                yield value
+
+
+def open_manifest(root: Path, max_nbytes: int = 2**21) -> StoredManifest | None:
+    """The manifest of a folder, in a few bytes per file; None where it has none. Raises SourceError where it is not
+    what was written, ResourceError where one value in it has more than `max_nbytes`."""
+    if not os.path.lexists(root / MANIFEST_NAME):
+        return None
+    digest, facts = _checked_digest(root), {}
+
+    def files() -> Iterator[FileDone]:
+        for kind, value in _parts(root, max_nbytes, max_nbytes):
+            if kind == "files":
+                yield value
+            elif kind == "facts":
+                facts.update(value)
+
+    with _Complaints(root):
+        table = FileTable(files())
+        return StoredManifest(root, digest, _checked(facts), table)
+
+
+def read_manifest(root: Path, max_nbytes: int = MAX_MANIFEST_NBYTES) -> Manifest | None:
+    """The manifest of a folder, whole and in memory; None where it has none. Raises SourceError where it is not what
+    was written, or has more than `max_nbytes`."""
+    if not os.path.lexists(root / MANIFEST_NAME):
+        return None
+    _checked_digest(root, max_nbytes)
+    found: dict[str, Any] = {"run": {}, "facts": {}}
+    files = []
+    for kind, value in _parts(root, max_nbytes, max_nbytes, whole_run=True):
+        if kind == "files":
+            files.append(value)
+        else:
+            found[kind] = value
+    with _Complaints(root):
+        return with_files(Manifest(found["run"], _checked(found["facts"])), files)
+
+
+class _Complaints:
+    """A context in which what is wrong with the manifest of a folder becomes one line."""
+
+    def __init__(self, root: Path):
+        self._root = root
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError):
+            raise read_error(f"{MANIFEST_NAME} in {quoted(self._root)}", error) from error
+        if isinstance(error, TooLong):
+            raise too_long(MANIFEST_NAME, error.limit, MAX_MANIFEST_NBYTES) from error
+        if isinstance(error, (ValueError, TypeError)):
+            raise SourceError(f"{MANIFEST_NAME} in {quoted(self._root)} is not one of this version: {error}") from error
+
+
+def _checked_digest(root: Path, max_nbytes: int = MAX_MANIFEST_NBYTES) -> str:
+    """The digest in the first line. Raises SourceError where the rest does not have it."""
+    digest, left = xxhash.xxh3_128(), max_nbytes
+    with _Complaints(root), open_regular(root / MANIFEST_NAME) as stream:
+        match = _FIRST_LINE.fullmatch(stream.readline(64))
+        while match and (piece := stream.read(_PIECE_NBYTES)):
+            digest.update(piece)
+            if (left := left - len(piece)) < 0:
+                raise too_long(MANIFEST_NAME, max_nbytes, max_nbytes)
+    if not match or digest.hexdigest() != match[1].decode():
+        raise SourceError(f"{MANIFEST_NAME} in {quoted(root)} does not have its own digest: it was damaged or edited")
+    return digest.hexdigest()
+
+
+def _parts(root: Path, max_file_nbytes: int, max_nbytes: int, whole_run: bool = False) -> Iterator[tuple[str, Any]]:
+    """("facts", they), ("files", one of them) for each and, where the whole of it is wanted, ("run", it), in the order
+    of the text. No value of more than `max_nbytes` is parsed."""
+    seen: set[str] = set()
+    with _Complaints(root), open_regular(root / MANIFEST_NAME) as stream:
+        reader = JsonReader(stream, MAX_MANIFEST_NBYTES, max(max_file_nbytes, max_nbytes))
+        for key in reader.keys():
+            if key in seen or len(seen) > _MAX_KEYS:
+                raise ValueError("a key occurs twice" if key in seen else f"it has more than {_MAX_KEYS} keys")
+            seen.add(key)
+            if key == "files":
+                yield from (("files", FileDone.parsed(value)) for value in reader.items())
+            elif key == "run" and not whole_run:
+                _skip_run(reader)
+            else:
+                value = reader.value()
+                if key in ("run", "facts"):
+                    yield key, _object(value)
+        if reader.next():
+            raise ValueError("something stands behind its end")
+        if missing := {"run", "facts", "files"} - seen:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+
+
+def _skip_run(reader: JsonReader) -> None:
+    """Pass by the run: it has an entry for each source file, of which none is held."""
+    for _ in reader.keys():
+        if reader.next() == "{":
+            for _ in reader.entries():
+                pass
+        else:
+            reader.value()
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} stands where an object belongs")
+    return value
+
+
+def _checked(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts, each of its kind. Raises ValueError."""
+    vocab_size, allowed = facts.get("vocab_size"), facts.get("allowed")
+    if not (type(vocab_size) is int and 0 < vocab_size < 2**48 and isinstance(facts.get("dtype"), str)
+            and isinstance(allowed, list) and all(isinstance(name, str) for name in allowed)):
+        raise ValueError(f"{quoted(facts)} are not the facts of a conversion")
+    for value in dict(facts.get("token_ids", {})).values():
+        parse_token_id(value)
+    if facts.get("router_dtype") not in (None, *ITEMSIZE):
+        raise ValueError(f"{quoted(facts['router_dtype'])} is not a dtype")
+    return facts

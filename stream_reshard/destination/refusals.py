@@ -1,0 +1,155 @@
+"""What speaks against a destination, and what room it has: looked at before anything is written."""
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from itertools import chain
+from pathlib import Path
+
+from stream_reshard.destination.manifest import MANIFEST_NAME, open_manifest
+from stream_reshard.destination.removal import Naming, removal_problems
+from stream_reshard.destination.staging import SUFFIX_NBYTES, replaced_beside, staging_of
+from stream_reshard.errors import DestinationError, Problems, SourceError, StreamReshardError, quoted
+from stream_reshard.storage.small_files import files_below, links_in, real_path
+
+_MAX_NAME_NBYTES, _MAX_PATH_NBYTES = 255, 4095
+"""NAME_MAX and PATH_MAX of Linux, without the NUL."""
+
+_BELOW_NBYTES = 256
+"""What the path of a weight file has below the destination, at most."""
+
+
+def destination_problems(source: Path, destination: Path, overwrite: bool) -> Iterator[StreamReshardError]:
+    """Everything that speaks against a destination, but for what stands in it (`occupation_problems`)."""
+    if fault := _path_fault(destination):
+        yield DestinationError(f"{quoted(destination)}: {fault}")
+        return
+    real, origin = real_path(destination), real_path(source)
+    if _is_same_or_inside(real, origin) or _is_same_or_inside(origin, real):
+        yield DestinationError(f"{quoted(destination)} and the source {quoted(source)} are the same folder or one is "
+                               f"inside the other; choose another DST")
+        return
+    if _holds_working_folder(real):
+        yield DestinationError(f"{quoted(real)} is the working folder or around it, and a rename would take it away; "
+                               f"choose another DST, or go elsewhere first")
+        return
+    staging, parent = staging_of(real), existing_parent(real)
+    if folder := _removable_source(origin, (real, staging, *replaced_beside(real))):
+        yield DestinationError(f"the source {quoted(source)} or files it links to are in {quoted(folder)}, which a run "
+                               f"for {quoted(destination)} may remove; choose another DST")
+        return
+    if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
+        kind = "is a link" if staging.is_symlink() else "exists and is not a folder"
+        yield DestinationError(f"{quoted(staging)} {kind}; the output grows there, remove it")
+    if os.path.exists(destination) and not os.path.isdir(destination):
+        yield DestinationError(f"{quoted(destination)} exists and is not a folder")
+    elif os.path.ismount(real):
+        yield DestinationError(f"{quoted(destination)} is a mount point, which no other folder can replace; write to a "
+                               f"folder inside it")
+    if not parent.is_dir():
+        yield DestinationError(f"{quoted(parent)} is not a folder")
+    elif not os.access(parent, os.W_OK) or os.statvfs(parent).f_flag & os.ST_RDONLY:
+        yield DestinationError(f"{quoted(parent)} cannot be written to")
+
+
+def occupation_problems(destination: Path, overwrite: bool, naming: Naming) -> Iterator[StreamReshardError]:
+    """Things in the destination, or beside it, that may not be replaced or removed."""
+    for folder in replaced_beside(destination):
+        yield from removal_problems(folder, naming, "the clearing of replaced folders")
+    if not os.path.isdir(destination) or not any(destination.iterdir()):
+        return
+    if not overwrite:
+        yield DestinationError(f"{quoted(destination)} is not empty; Nanotron would merge stale files without a word; "
+                               f"choose another DST, empty it, or --overwrite it")
+    elif naming.is_checkpoint(destination) or _has_manifest(destination):
+        yield from removal_problems(destination, naming, "--overwrite")
+    else:
+        yield DestinationError(f"{quoted(destination)} is not empty and does not look like a Nanotron checkpoint "
+                               f"(model_config.json and model/), nor was it made by this tool ({MANIFEST_NAME}); "
+                               f"--overwrite replaces those only")
+
+
+def _has_manifest(destination: Path) -> bool:
+    try:
+        return open_manifest(destination) is not None
+    except SourceError:
+        return False
+
+
+def refuse_occupied(destination: Path, overwrite: bool, naming: Naming) -> None:
+    """Raises Refused where something stands in the destination that may not be replaced."""
+    problems = Problems()
+    problems.extend(occupation_problems(destination, overwrite, naming))
+    problems.raise_if_any()
+
+
+def _path_fault(destination: Path) -> str | None:
+    """Why a path cannot be that of a destination: it is too long, a link leads back to itself, a folder above may not
+    be entered."""
+    *above, own = [len(os.fsencode(part)) for part in destination.absolute().parts]
+    if max([own + SUFFIX_NBYTES, *above]) > _MAX_NAME_NBYTES:
+        return (f"File name too long: {own} bytes, and {SUFFIX_NBYTES} more for what is put beside it while the run "
+                f"lasts, where {_MAX_NAME_NBYTES} are possible")
+    if (nbytes := len(os.fsencode(real_path(destination)))) + _BELOW_NBYTES > _MAX_PATH_NBYTES:
+        return (f"File name too long: {nbytes} bytes, and {_BELOW_NBYTES} more for what stands in it, where "
+                f"{_MAX_PATH_NBYTES} are possible")
+    try:
+        os.stat(destination)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _holds_working_folder(path: Path) -> bool:
+    try:
+        return _is_same_or_inside(Path.cwd(), path)
+    except FileNotFoundError:
+        return False  # It is gone.
+
+
+def _links_of(source: Path) -> Iterator[Path]:
+    """Where the links in a source lead; its other files are in it."""
+    if os.path.isdir(source):
+        below = (f"model/{path}" for path in files_below(source / "model"))
+        names = chain(links_in(source), (path for path in below if os.path.islink(source / path)))
+        yield from (real_path(source / name) for name in names)
+
+
+def _removable_source(source: Path, folders: Collection[Path]) -> Path | None:
+    """The first of these folders that holds a source, or a file that it links to."""
+    holding = (folder for folder in folders if _is_same_or_inside(source, folder))
+    linked = (folder for path in _links_of(source) for folder in folders if folder in path.parents)
+    return next(chain(holding, linked), None)
+
+
+def _is_same_or_inside(path: Path, folder: Path) -> bool:
+    """Whether `path` is `folder` or below it, under whatever name: bind mounts are seen through."""
+    if folder in (path, *path.parents):
+        return True
+    try:
+        wanted = folder.stat()
+    except OSError:
+        return False
+    return any(os.path.samestat(parent.stat(), wanted) for parent in (path, *path.parents) if os.path.exists(parent))
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(parent for parent in (*path.parents, path) if os.path.exists(parent))
+
+
+def disk_free(destination: Path) -> tuple[int, int | None]:
+    """(bytes, files) that the destination's disk has room for, what an interrupted run left there included: it is kept
+    or thrown away. None where the file system sets no limit on files."""
+    status = os.statvfs(existing_parent(destination))
+    num_files = nbytes = 0
+    staging = staging_of(destination)
+    for path in files_below(staging, DestinationError):
+        try:
+            nbytes += (staging / path).lstat().st_blocks * 512
+            num_files += 1
+        except FileNotFoundError:
+            continue  # Another run is at work there; the lock will say so.
+    return status.f_bavail * status.f_frsize + nbytes, status.f_favail + num_files if status.f_files else None

@@ -1,0 +1,189 @@
+"""Why a path is no checkpoint, or a folder holds no weights that are read here: the one cause, and what to do.
+
+These run when opening failed. They look at names, and at the beginning of a few small files; weights are not read.
+"""
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from itertools import islice
+from pathlib import Path
+
+from stream_reshard.errors import Cause, SourceError, StreamReshardError, quoted, shell_word
+from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from stream_reshard.storage.small_files import dangling, read_capped, read_error, read_json
+
+_MARKERS = (CONFIG_NAME, "model_config.json")
+"""What makes a folder a checkpoint of either format."""
+
+_HUB_ID = re.compile(r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/+)?"
+                     r"([A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}?)(?:/(?:tree|resolve|blob)/.*)?", re.ASCII)
+
+_CACHE_NAME = re.compile(r"models--([\w.\-]+?)--([\w.\-]+)", re.ASCII)
+
+_ADAPTER_CONFIG = "adapter_config.json"
+
+_UNFINISHED = ("*.incomplete", "*.aria2", "*.part", "*.crdownload", "*.!qB", "*.filepart")
+"""Names of files that a download has not finished, or of the notes that it keeps beside them until then."""
+
+_OTHER_FORMATS = (
+    ("*.gguf", "GGUF files of llama.cpp", "take the repository with safetensors, or let transformers read it: "
+     "AutoModelForCausalLM.from_pretrained(SRC, gguf_file=NAME).save_pretrained(NEW)"),
+    ("tf_model*.h5", "TensorFlow weights", "take the repository with safetensors, or convert them with transformers 4: "
+     "AutoModelForCausalLM.from_pretrained(SRC, from_tf=True).save_pretrained(NEW)"),
+    ("flax_model*.msgpack", "Flax weights", "take the repository with safetensors, or convert them with transformers "
+     "4: AutoModelForCausalLM.from_pretrained(SRC, from_flax=True).save_pretrained(NEW)"),
+    ("*.distcp", "a distributed checkpoint of PyTorch", "save the model with save_pretrained where it was trained"),
+    ("*.onnx", "an ONNX model", "take the repository with safetensors"),
+    ("*.nemo", "a NeMo archive", "export it to Hugging Face with NeMo first"))
+"""Names of weights in formats that are not read here, what they are, and what to do."""
+
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+_MAX_LISTED = 5
+_MAX_NAMES = 10**5
+
+
+def no_checkpoint(root: Path) -> SourceError:
+    """Why `root` is no checkpoint of either format."""
+    if not os.path.isdir(root):
+        return _no_folder(root)
+    names = _names(root)
+    return (dangling(root, CONFIG_NAME) or _cache_folder(root) or _foreign(root, names) or _elsewhere(root, names) or
+            SourceError(f"{quoted(root)} holds neither {' nor '.join(_MARKERS)}: it is not a Hugging Face checkpoint, "
+                        f"and not a committed checkpoint of Nanotron"))
+
+
+def no_weights(root: Path) -> SourceError:
+    """Why a folder with a config.json, and neither model.safetensors nor its index, holds no weights for us."""
+    names = _names(root)
+    for name in (SINGLE_NAME, INDEX_NAME):
+        if cause := dangling(root, name):
+            return cause
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if (cause := _foreign(root, names)) and not any(name.startswith("model") for name in shards):
+        return cause
+    if pickled := next((name for name in names if any(fnmatch(name, pattern) for pattern in _PICKLED)), None):
+        return Cause(f"{quoted(root)} holds pickled weights ({quoted(pickled)}), which are never opened because they "
+                     f"can run code; convert them where you trust them: "
+                     f"AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(NEW)")
+    more = f"; {unfinished(root)}" if unfinished(root) else ""
+    if shards:
+        return SourceError(f"{quoted(root)} holds {len(shards)} shards such as {quoted(shards[0])}, but no "
+                           f"{INDEX_NAME}{more or '; download it, it tells which tensor is where'}")
+    return SourceError(f"{quoted(root)} holds neither {SINGLE_NAME} nor {INDEX_NAME}: it is not a Hugging Face "
+                       f"checkpoint{more or ', or its weights are still to be downloaded'}")
+
+
+def unfinished(root: Path) -> str | None:
+    """What a download that was not finished left in a folder, or in the cache beside it."""
+    places = [root, root / ".cache" / "huggingface" / "download"]
+    if root.parent.name == "snapshots":
+        places.append(root.parent.parent / "blobs")
+    for place in filter(os.path.isdir, places):
+        for name in _names(place):
+            if any(fnmatch(name, pattern) for pattern in _UNFINISHED):
+                return f"{quoted(place / name)} is from a download that was not finished; run the download again"
+    return None
+
+
+def above(root: Path) -> Cause | None:
+    """Where the folder above is the checkpoint that was meant, such as of `original`, `model`, `onnx`."""
+    parent = Path(os.path.abspath(root)).parent
+    if any(os.path.isfile(parent / marker) for marker in _MARKERS):
+        return Cause(f"{quoted(root)} is a part of a checkpoint; the folder above is the whole: give {quoted(parent)}")
+    return None
+
+
+def _names(folder: Path) -> list[str]:
+    """Names in a folder. Raises SourceError where it may not be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in islice(entries, _MAX_NAMES) if not entry.name.startswith("._"))
+    except OSError as error:
+        raise read_error(quoted(folder), error) from error
+
+
+def _no_folder(root: Path) -> SourceError:
+    text = str(root)
+    if os.path.islink(root):
+        where = "leads to itself" if os.readlink(root) == root.name else "does not lead to a folder"
+        return Cause(f"{quoted(root)} is not a folder: it is a link to {quoted(os.readlink(root))}, which {where}")
+    if os.path.exists(root):
+        parent = Path(os.path.abspath(root)).parent
+        if root.suffix == ".gguf":
+            return _foreign(parent, [root.name]) or SourceError(text)
+        return Cause(f"{quoted(root)} is not a folder but a file; give the folder that holds the checkpoint, such as "
+                     f"{quoted(parent)}")
+    if match := _HUB_ID.fullmatch(text):
+        return Cause(f"{quoted(root)} is not a folder; if it is a model on the Hugging Face Hub, download it first: "
+                     f"hf download {match[1]} --local-dir {shell_word(match[1].split('/')[1])}")
+    return SourceError(f"{quoted(root)} is not a folder: there is none of this name")
+
+
+def _cache_folder(root: Path) -> Cause | None:
+    """A folder of huggingface_hub's cache above its snapshots (models--org--name, and blobs, refs, snapshots in it)."""
+    whole = next((path for path in (root, root.parent) if _CACHE_NAME.fullmatch(path.name)), None)
+    if whole is None or not (whole / "snapshots").is_dir():
+        return None
+    try:
+        commit = read_capped(whole, "refs/main", 100, 100).decode("ascii", "replace").strip()
+    except StreamReshardError:
+        commit = ""
+    found = [commit] if commit and "/" not in commit and (whole / "snapshots" / commit).is_dir() else sorted(
+        _folders(whole / "snapshots"), key=lambda name: (whole / "snapshots" / name).stat().st_mtime)
+    if not found:
+        return Cause(f"{quoted(root)} is a folder of the Hugging Face cache without a snapshot: download it again")
+    return Cause(f"{quoted(root)} is a folder of the Hugging Face cache; its snapshots are the checkpoints: give "
+                 f"{quoted(whole / 'snapshots' / found[-1])}")
+
+
+def _foreign(root: Path, names: list[str]) -> Cause | None:
+    """Weights of another kind, by the names in a folder: a LoRA adapter, Meta's own format, GGUF and others."""
+    if _ADAPTER_CONFIG in names:
+        return _adapter(root)
+    consolidated = next((name for name in names if fnmatch(name, "consolidated*.pth")), None)
+    if consolidated:
+        return above(root) or Cause(
+            f"{quoted(root)} holds the original format of Meta ({quoted(consolidated)}); take the repository in the "
+            f"format of Hugging Face (of Llama 2 its name ends in -hf), or convert it with "
+            f"convert_llama_weights_to_hf.py of transformers' repository (--input_dir SRC --output_dir NEW)")
+    if any(fnmatch(name, "consolidated*.safetensors") for name in names):
+        return above(root) or Cause(
+            f"{quoted(root)} holds the original format of Mistral (consolidated.safetensors, params.json); download "
+            f"the shards in the format of Hugging Face (model*.safetensors, config.json), or convert it with "
+            f"convert_mistral_weights_to_hf.py of transformers' repository")
+    for pattern, what, cure in _OTHER_FORMATS:
+        if name := next((name for name in names if fnmatch(name, pattern)), None):
+            return Cause(f"{quoted(root)} holds {what} ({quoted(name)}), which are not read here; {cure}")
+    return None
+
+
+def _adapter(root: Path) -> Cause:
+    try:
+        base = read_json(root, _ADAPTER_CONFIG, matters=()).get("base_model_name_or_path")
+    except StreamReshardError:
+        base = None
+    of = f" of {quoted(base)}" if base else ""
+    return Cause(f"{quoted(root)} holds a LoRA adapter{of}, not a model; merge it into its base first: "
+                 f"peft.AutoPeftModelForCausalLM.from_pretrained(SRC).merge_and_unload().save_pretrained(NEW)")
+
+
+def _folders(root: Path) -> Iterator[str]:
+    return (name for name in _names(root) if os.path.isdir(root / name))
+
+
+def _elsewhere(root: Path, names: list[str]) -> Cause | None:
+    """Where the checkpoint stands in a folder below, or the folder is a part of one."""
+    found = [name for name in names[:1000] if any(os.path.isfile(root / name / marker) for marker in _MARKERS)]
+    if len(found) == 1:
+        return Cause(f"{quoted(root)} is not a checkpoint, but its folder {quoted(found[0])} is one: give "
+                     f"{quoted(root / found[0])}")
+    if found:
+        found.sort(key=lambda name: (len(name), name) if name.isdigit() else (0, name))
+        more = f" and {len(found) - _MAX_LISTED} more" if len(found) > _MAX_LISTED else ""
+        last = ", ".join(map(quoted, found[-_MAX_LISTED:]))
+        return Cause(f"{quoted(root)} is not a checkpoint, but its folders {last}{more} are: give one of them")
+    return above(root)

@@ -1,0 +1,219 @@
+"""A Hugging Face folder that is there: config.json, and shards whose tensors are matched with the parameters."""
+from __future__ import annotations
+
+import os
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+from stream_reshard.errors import Problems, SourceError, explained, quoted
+from stream_reshard.formats.causes import no_checkpoint
+from stream_reshard.formats.hugging_face.causes import cause_of
+from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, SourceConfig, read_config
+from stream_reshard.formats.hugging_face.index import MAX_PROBLEMS, Index, Shards, open_shards
+from stream_reshard.formats.hugging_face.layout import CODES, SPELLING, HuggingFaceLayout
+from stream_reshard.model.architectures import build_model
+from stream_reshard.model.parameters import Model
+from stream_reshard.storage.dtypes import TORCH_DTYPES
+from stream_reshard.storage.header import MAX_HEADER_NBYTES, NO_HEADER, StoredTensor, TensorFile, read_header
+from stream_reshard.storage.small_files import MAX_JSON_NBYTES
+
+_MAX_COMPLAINTS = 10_000
+"""Tensors that are not the model's; after more, no further shard is opened."""
+
+_BUFFER = "rotary_emb.inv_freq"
+"""In the names of tensors that old versions of transformers saved and new ones ignore (modeling_utils.py): they follow
+from config.json."""
+
+
+def open_folder(root: Path, max_nbytes: int, problems: Problems, check: Callable[[Shards], None] = lambda shards: None
+                ) -> tuple[SourceConfig | None, Model | None, HuggingFaceLayout | None]:
+    """Read the config and all headers of a Hugging Face folder, none of more than `max_nbytes`, as far as they make
+    sense; everything wrong goes to `problems`. `check` raises SourceError where there is more than can be opened."""
+    found = Problems()
+    config = found.collect(open_config, root, max_nbytes)
+    table = build_model(config.family, config.model) if config else None
+    is_there = config is not None or os.path.isfile(root / CONFIG_NAME)
+    shards = found.collect(open_shards, root, table, max_nbytes) if is_there else None
+    model, layout = None, None
+    if config is not None and shards is not None:
+        num_before = len(found)
+        found.collect(check, shards)
+        if len(found) == num_before:
+            model = found.collect(model_of, config, shards)
+            layout = found.collect(layout_of, root, model, shards, max_nbytes) if model else None
+            if layout is None and not any(problem.kind == NO_HEADER for problem in found):
+                found.extend(filter(None, [cause_of(root, config, model, shards.names, max_nbytes)]))
+    problems.extend(explained(found))
+    return config, model, layout
+
+
+def open_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
+    """The config of a Hugging Face folder, of at most `max_nbytes`. Raises SourceError or Refused."""
+    if not os.path.isfile(root / CONFIG_NAME):
+        raise no_checkpoint(root)
+    return read_config(root, max_nbytes)
+
+
+def model_of(config: SourceConfig, shards: Shards) -> Model:
+    """The model that the config describes. Raises SourceError where the shards are far from enough for its layers."""
+    model = build_model(config.family, config.model)
+    num_layers, num_tensors = config.model.num_hidden_layers, shards.num_tensors
+    if num_layers > num_tensors or model.num_stored > num_tensors + MAX_PROBLEMS:
+        raise SourceError(f"config.json: num_hidden_layers is {num_layers}, but the shards hold {num_tensors} tensors "
+                          f"in all")
+    return model
+
+
+def layout_of(root: Path, model: Model, shards: Shards, max_nbytes: int = MAX_HEADER_NBYTES) -> HuggingFaceLayout:
+    """Read the headers of all shards, each of at most `max_nbytes`, and match the tensors in them with the index and
+    with the model's parameters. Raises Refused."""
+    told = shards.index.told(model.firsts[-1])
+    found, problems = _Found(model, shards.names), Problems()
+    for place, name in enumerate(shards.names):
+        file = shards.single or problems.collect(read_header, root, name, max_nbytes)
+        if file is not None:
+            found.add(place, file)
+        if len(problems) > MAX_PROBLEMS or found.num_complaints > _MAX_COMPLAINTS:
+            break
+    problems.raise_if_any()
+    if found.num_complaints <= _MAX_COMPLAINTS:  # All were opened.
+        problems.extend(found.twins)
+        if not shards.single:
+            problems.extend(found.differences(told, shards.index))
+        problems.raise_if_any()
+        problems.extend(found.missing())
+    problems.extend(found.problems)
+    problems.raise_if_any()
+    return found.layout(root, told, shards.index)
+
+
+class _Found:
+    """The tensors that the headers name, matched with the parameters of a model."""
+
+    def __init__(self, model: Model, names: tuple[str, ...]):
+        self.model, self.names = model, names
+        self.twins = Problems()
+        self.problems = Problems()
+        """Of tensors that are not what the model asks for; some of them."""
+        self.num_complaints = 0
+        self._places, self._begins, self._codes = (array(kind, [0]) * model.firsts[-1] for kind in "IQB")
+        self._sizes = array("Q")
+        self._others: dict[str, int] = {}
+        """Places of tensors that the model does not have."""
+        self._shapes = [model.parameter(first).matrix_shape for first in model.firsts[:-1]]
+
+    def add(self, place: int, file: TensorFile) -> None:
+        """The tensors of one shard."""
+        for tensor in file.tensors:
+            number = self.model.number_of_tensor(tensor.key)
+            if number is None:
+                self._add_other(place, tensor)
+                continue
+            if self._codes[number]:
+                self._note_twin(tensor, self._places[number])
+            self._places[number], self._begins[number] = place, tensor.begin
+            self._codes[number] = CODES[tensor.dtype] + SPELLING * self.model.spelling_of(number, tensor.key)
+            row, _ = self.model.row_of(number)
+            if not self.model.is_tied(row) and (tensor.shape != self._shapes[row] or tensor.dtype not in TORCH_DTYPES):
+                self._complain(*_fault(tensor, self._shapes[row]))
+        self._sizes.append(file.nbytes)
+
+    def _add_other(self, place: int, tensor: StoredTensor) -> None:
+        if tensor.key in self._others:
+            self._note_twin(tensor, self._others[tensor.key])
+        if _BUFFER not in tensor.key:
+            self._complain(f"unexpected tensor {quoted(tensor.key)} in {tensor.file}: a {self.model.config.family} "
+                           f"model of this config does not have it", "tensors are unexpected")
+        if len(self._others) < MAX_PROBLEMS + self.model.config.num_hidden_layers:
+            self._others[tensor.key] = place
+
+    def _note_twin(self, tensor: StoredTensor, place: int) -> None:
+        if len(self.twins) < MAX_PROBLEMS:
+            both = f"both {self.names[place]} and {tensor.file}"
+            where = both if self.names[place] != tensor.file else f"{tensor.file} under two names"
+            self.twins.append(SourceError(f"{quoted(tensor.key)} is in {where}", kind="tensors are there twice"))
+
+    def _complain(self, text: str, kind: str) -> None:
+        self.num_complaints += 1
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(SourceError(text, kind=kind))
+        else:
+            self.problems[-1].num_more += 1
+
+    def differences(self, told: array[int], index: Index) -> Iterator[SourceError]:
+        """Tensors that are not where the index has `told` (per parameter the place and 1, or 0)."""
+        actual = array("I", (code and place + 1 for place, code in zip(self._places, self._codes)))
+        if index.num_more:
+            yield SourceError(f"{INDEX_NAME} names {index.num_more} tensors and more that a {self.model.config.family} "
+                              f"model of this config does not have")
+        differ = ((self.model.parameter(number).hugging_face, told[number] - 1, actual[number] - 1)
+                  for number in range(len(told) if told != actual else 0) if told[number] != actual[number]
+                  and not self.model.is_tied(self.model.row_of(number)[0]))
+        others = ((key, index.others.get(key, -1), self._others.get(key, -1))
+                  for key in sorted(index.others.keys() | self._others.keys()) if _BUFFER not in key)
+        for key, said, place in islice((row for row in chain(differ, others) if row[1] != row[2]), MAX_PROBLEMS):
+            actual_name = self.names[place] if place >= 0 else "no shard"
+            yield SourceError(f"{quoted(key)} is in {actual_name}, but {INDEX_NAME} says "
+                              f"{quoted(self.names[said]) if said >= 0 else 'nothing of it'}",
+                              kind=f"tensors are not where {INDEX_NAME} says")
+
+    def _untrue(self, told: array[int], index: Index) -> Iterator[str]:
+        """What the index says of tensors that are not read, and is not so: a tied head, buffers."""
+        firsts = self.model.firsts
+        tied = ((self.model.parameter(firsts[row]).hugging_face, told[firsts[row]] - 1,
+                 self._places[firsts[row]] if self._codes[firsts[row]] else -1)
+                for row in range(len(self.model.rows)) if self.model.is_tied(row) and len(told))
+        others = ((key, index.others.get(key, -1), self._others.get(key, -1))
+                  for key in sorted(index.others.keys() | self._others.keys()) if _BUFFER in key)
+        for key, said, place in chain(tied, others):
+            if said != place:
+                what = "names" if said >= 0 else "does not name"
+                there = f"is in {self.names[place]}" if place >= 0 else "is in no shard"
+                yield f"{INDEX_NAME} {what} {quoted(key)}, which {there}; it is not needed"
+
+    def missing(self) -> Iterator[SourceError]:
+        """Parameters that no tensor holds."""
+        num_more = max(0, sum(1 for _ in self._absent()) - MAX_PROBLEMS)
+        for i, parameter in enumerate(map(self.model.parameter, islice(self._absent(), MAX_PROBLEMS))):
+            hint = "; is the model tied? then config.json must say so" if parameter.name == "lm_head" else ""
+            yield SourceError(f"{parameter.hugging_face} is missing{hint}", kind="tensors are missing",
+                              num_more=0 if i else num_more)
+
+    def _absent(self) -> Iterator[int]:
+        firsts = self.model.firsts
+        return (number for row in self.model.stored_rows for number in range(firsts[row], firsts[row + 1])
+                if not self._codes[number])
+
+    def layout(self, root: Path, told: array[int], index: Index) -> HuggingFaceLayout:
+        """The layout, once all is as it should be."""
+        firsts = self.model.firsts
+        ignored = {self.model.parameter(firsts[row]).hugging_face: f"tied to {self._key_of('embedding')}"
+                   for row in range(len(self.model.rows)) if self.model.is_tied(row) and self._codes[firsts[row]]}
+        ignored |= dict.fromkeys(self._others, "follows from config.json")
+        notes = (*self._respelled(), *(self._untrue(told, index) if index.shards else ()))
+        return HuggingFaceLayout(root, self.model, self.names, self._sizes, self._places, self._begins, self._codes,
+                                 ignored, notes)
+
+    def _respelled(self) -> Iterator[str]:
+        """How many names are not the parameters' own, with an example."""
+        for spelling, count in sorted(Counter(code // SPELLING for code in self._codes if code).items()):
+            number = next(number for number, code in enumerate(self._codes) if code // SPELLING == spelling)
+            names = self.model.spellings(number)
+            if spelling:
+                yield (f"{count} tensors have names with {('', 'one more', 'no')[spelling]} 'model.' in front, such as "
+                       f"{quoted(names[spelling])}; read as {quoted(names[0])}, as transformers reads them")
+
+    def _key_of(self, name: str) -> str:
+        return self.model.parameter(self.model.number_of(name)).hugging_face
+
+
+def _fault(tensor: StoredTensor, shape: tuple[int, ...]) -> tuple[str, str]:
+    """Why a tensor cannot be taken for a parameter of this shape, and what several such tensors have."""
+    if tensor.shape != shape:
+        return (f"{tensor.key} has the shape {tensor.shape}, but config.json asks for {shape}",
+                "tensors have other shapes than config.json asks for")
+    return (f"{tensor.key} has the dtype {tensor.dtype}: it is quantised; dequantise the model first",
+            "tensors are quantised")

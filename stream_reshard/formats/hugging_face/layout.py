@@ -1,0 +1,123 @@
+"""The layout of a Hugging Face folder: every parameter a tensor of its own in one of the shards."""
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from stream_reshard.formats.layout import Group, Layout, Slice
+from stream_reshard.model.box import Box
+from stream_reshard.storage.dtypes import ITEMSIZE
+from stream_reshard.storage.header import StoredTensor, TensorFile
+
+DTYPES = (None, *ITEMSIZE)
+"""Dtypes by the code under which the layout keeps them; 0 is a tensor that is not there."""
+
+CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+SPELLING = 32
+"""What a spelling counts in a code, beside the dtype's."""
+
+
+@dataclass(frozen=True, eq=False)
+class HuggingFaceLayout(Layout):
+    """What is where in a folder of shards. Per parameter 13 bytes are kept; shape and name are the model's to say."""
+
+    format = "Hugging Face"
+    shards: tuple[str, ...]
+    """Their names."""
+    sizes: array[int] = field(repr=False)
+    """Of each shard, in bytes."""
+    places: array[int] = field(repr=False)
+    """Per parameter the index of its shard."""
+    begins: array[int] = field(repr=False)
+    """Per parameter the offset of its first byte in the shard."""
+    codes: array[int] = field(repr=False)
+    """Per parameter the code of its dtype and of the spelling of its name (`Model.spellings`); 0 where it is not there,
+    which only a tied one may be."""
+    ignored: Mapping[str, str]
+    """Stored tensors that hold no parameter, with the reason."""
+    notes: tuple[str, ...] = ()
+    """What is told of names that were read in another way, and of an index that is not quite true."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(self.sizes)
+
+    @property
+    def dtypes(self) -> set[str]:
+        """Every dtype that occurs."""
+        return {str(DTYPES[code % SPELLING]) for code in set(self.codes) if code}
+
+    def tensor_of(self, number: int) -> StoredTensor | None:
+        """The tensor of a parameter, of a tied one too; None where it is not there."""
+        if not self.codes[number]:
+            return None
+        key = self.model.spellings(number)[self.codes[number] // SPELLING]
+        return StoredTensor(self.shards[self.places[number]], key, self.dtype_at(number),
+                            self.model.parameter(number).matrix_shape, self.begins[number])
+
+    def count_dtypes(self) -> dict[str, int]:
+        """How many tensors have which dtype."""
+        counts: Counter[str] = Counter()
+        for code, count in Counter(self.codes).items():
+            if code:
+                counts[str(DTYPES[code % SPELLING])] += count
+        return dict(counts)
+
+    def tied(self) -> Iterator[tuple[StoredTensor, StoredTensor]]:
+        """Tensors that are there although they are tied, each with the one whose values it must have."""
+        firsts = self.model.firsts
+        for number in (firsts[row] for row in range(len(self.model.rows)) if self.model.is_tied(row)):
+            if (tensor := self.tensor_of(number)) and (name := self.model.parameter(number).tied_to):
+                yield tensor, self.slices[name][0].tensor
+
+    def slices_of(self, number: int) -> tuple[Slice, ...]:
+        parameter, tensor = self.model.parameter(number), self.tensor_of(number)
+        if tensor is None or parameter.tied_to:
+            return ()
+        return (Slice(parameter.name, parameter.whole, tensor, Box.whole(tensor.shape), parameter.matrix),)
+
+    def dtype_at(self, number: int) -> str:
+        return str(DTYPES[self.codes[number] % SPELLING])
+
+    def likeness_of(self, number: int) -> int:
+        return self.codes[number]
+
+    def places_of(self, number: int) -> tuple[tuple[int, int], ...]:
+        return ((self.places[number], self.begins[number]),)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.shards)
+
+    @property
+    def num_files(self) -> int:
+        return len(self.shards)
+
+    @cached_property
+    def _by_place(self) -> array[int]:
+        """The stored parameters in the order of their bytes."""
+        firsts = self.model.firsts
+        stored = [number for row in self.model.stored_rows for number in range(firsts[row], firsts[row + 1])]
+        return array("I", sorted(stored, key=lambda number: self.places[number] << 48 | self.begins[number]))
+
+    def group(self, position: int) -> Group:
+        first = bisect_left(self._by_place, position, key=self.places.__getitem__)
+        last = bisect_left(self._by_place, position + 1, key=self.places.__getitem__)
+        return Group(position, position, tuple(self._by_place[first:last]))
+
+    @property
+    def paths(self) -> Iterator[str]:
+        return iter(self.shards)
+
+    def paths_of(self, group: Group) -> list[str]:
+        return [self.shards[group.position]]
+
+    def files_of(self, group: Group) -> tuple[TensorFile, ...]:
+        tensors = (part.tensor for number in group.numbers for part in self.slices_of(number))
+        return (TensorFile(self.shards[group.position], tuple(tensors)),)

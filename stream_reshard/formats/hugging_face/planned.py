@@ -1,0 +1,150 @@
+"""The Hugging Face layout to be written: every parameter a tensor of its own, in shards of a bounded size.
+
+Shards are filled as `split_torch_state_dict_into_shards` fills them (huggingface_hub/serialization/_base.py), so that
+each tensor stands in the shard in which `save_pretrained` would put it: in the order of the modules, a shard ends where
+the next tensor would make it too large.
+"""
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from stream_reshard.formats.hugging_face.index import SINGLE_NAME
+from stream_reshard.formats.layout import Group, Layout, Slice
+from stream_reshard.model.box import Box
+from stream_reshard.storage.dtypes import ITEMSIZE
+from stream_reshard.storage.header import StoredTensor, TensorFile, placed, planned_file
+
+DEFAULT_MAX_SHARD_NBYTES = 5 * 10**9
+"""That of huggingface_hub."""
+
+_METADATA = {"format": "pt"}
+"""What transformers wants a header to say."""
+
+_MODULES = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+"""The modules of a layer in the order in which transformers makes them (modeling_llama.py, LlamaDecoderLayer)."""
+
+_NUM_HELD = 4
+"""Shards whose tensors are remembered."""
+
+
+@dataclass(frozen=True, eq=False)
+class HuggingFaceTarget(Layout):
+    """What `save_pretrained` would write for a model."""
+
+    format = "Hugging Face"
+    dtypes: Callable[[int], str]
+    """The safetensors dtype of each parameter, by its number."""
+    max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
+    """Bytes of tensors in one shard, at most; a tensor that is larger has one for itself."""
+    begins: Callable[[Group], Sequence[int]] | None = None
+    """Where the data of the file of a group begin; None where headers are as short as can be."""
+    _held: list[tuple[int, dict[int, StoredTensor]] | None] = field(default_factory=lambda: [None] * _NUM_HELD,
+                                                                    repr=False)
+    """Some shards, each with its tensors by parameter; threads may put what is the same over each other."""
+
+    @cached_property
+    def _order(self) -> array[int]:
+        """The stored parameters, in the order in which transformers lists them."""
+        model, num_layers = self.model, self.model.config.num_hidden_layers
+        modules: dict[str, int] = {}
+        keys: dict[int, tuple[int, int, int]] = {}
+        for row in model.stored_rows:
+            key = model.rows[row].hugging_face
+            module = modules.setdefault(key.rpartition(".")[0], row)  # Weight and bias of one follow each other.
+            keys[row] = _place_in_layer(key), module, row
+        layered = sorted((row for row in keys if model.rows[row].per_layer), key=keys.__getitem__)
+        order = array("I", (model.firsts[row] for row in keys if row < min(layered)))
+        for layer in range(num_layers):
+            for row in layered:
+                num_each = (model.firsts[row + 1] - model.firsts[row]) // num_layers
+                first = model.firsts[row] + layer * num_each
+                order.extend(range(first, first + num_each))
+        order.extend(model.firsts[row] for row in keys if row > max(layered))
+        return order
+
+    @cached_property
+    def _shards(self) -> tuple[array[int], array[int]]:
+        """(per shard where in `_order` it begins, per parameter its shard)."""
+        starts, places, nbytes = array("I", [0]), array("I", [0]) * self.model.firsts[-1], 0
+        for index, number in enumerate(self._order):
+            own = self.model.parameter(number).num_elements * ITEMSIZE[self.dtypes(number)]
+            if nbytes and nbytes + own > self.max_shard_nbytes:
+                starts.append(index)
+                nbytes = 0
+            nbytes += own
+            places[number] = len(starts) - 1
+        return starts, places
+
+    @property
+    def num_groups(self) -> int:
+        return len(self._shards[0])
+
+    @property
+    def num_files(self) -> int:
+        return self.num_groups
+
+    def group(self, position: int) -> Group:
+        starts = self._shards[0]
+        end = starts[position + 1] if position + 1 < len(starts) else len(self._order)
+        return Group(position, position, tuple(self._order[starts[position]:end]))
+
+    def paths_of(self, group: Group) -> list[str]:
+        return [self._name(group.position)]
+
+    def _name(self, position: int) -> str:
+        if self.num_groups == 1:
+            return SINGLE_NAME
+        return f"model-{position + 1:05d}-of-{self.num_groups:05d}.safetensors"
+
+    def files_of(self, group: Group) -> tuple[TensorFile, ...]:
+        path = self._name(group.position)
+        parameters = map(self.model.parameter, group.numbers)
+        file = planned_file(path, [(parameter.hugging_face, self.dtypes(number), parameter.matrix_shape)
+                                   for number, parameter in zip(group.numbers, parameters)], _METADATA)
+        return (placed(file, path, self.begins(group)[0]) if self.begins else file,)
+
+    def _tensor_of(self, number: int) -> StoredTensor:
+        position = self._shards[1][number]
+        held = self._held[position % _NUM_HELD]
+        if held is None or held[0] != position:
+            group = self.group(position)
+            held = position, dict(zip(group.numbers, self.files_of(group)[0].tensors))
+            self._held[position % _NUM_HELD] = held
+        return held[1][number]
+
+    def slices_of(self, number: int) -> tuple[Slice, ...]:
+        parameter = self.model.parameter(number)
+        if parameter.tied_to:
+            return ()
+        tensor = self._tensor_of(number)
+        return (Slice(parameter.name, parameter.whole, tensor, Box.whole(tensor.shape), parameter.matrix),)
+
+    def dtype_at(self, number: int) -> str:
+        return self.dtypes(number)
+
+    def likeness_of(self, number: int) -> str:
+        return self.dtypes(number)
+
+    def places_of(self, number: int) -> tuple[tuple[int, int], ...]:
+        return ((self._shards[1][number], self._tensor_of(number).begin),)
+
+    def aligned(self, begins: Callable[[Group], Sequence[int]]) -> HuggingFaceTarget:
+        return replace(self, begins=begins, _held=[None] * _NUM_HELD)
+
+    def weight_map(self) -> Iterator[tuple[str, str]]:
+        """(tensor, shard) of every parameter, in the order of the shards."""
+        return ((self.model.parameter(number).hugging_face, self._name(self._shards[1][number]))
+                for number in self._order)
+
+    @property
+    def total_nbytes(self) -> int:
+        """Bytes of all tensors, as an index says it."""
+        return sum(self.model.parameter(number).num_elements * ITEMSIZE[self.dtypes(number)] for number in self._order)
+
+
+def _place_in_layer(key: str) -> int:
+    """Which module of its layer holds a tensor."""
+    return next((place for place, name in enumerate(_MODULES) if f".{name}." in key), 0)

@@ -1,0 +1,68 @@
+"""A Hugging Face folder, opened to be converted."""
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from heapq import nsmallest
+from pathlib import Path
+
+from stream_reshard.errors import Problems, SourceError, StreamReshardError, quoted
+from stream_reshard.formats.base import Source, router_dtype_of
+from stream_reshard.formats.hugging_face.causes import quantization_of
+from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from stream_reshard.formats.hugging_face.folder import open_folder
+from stream_reshard.formats.hugging_face.index import Shards
+from stream_reshard.formats.hugging_face.layout import HuggingFaceLayout
+from stream_reshard.formats.hugging_face.unsupported import dropped, limits
+from stream_reshard.storage.identity import identities_of
+from stream_reshard.storage.small_files import names_in
+from stream_reshard.storage.source_file import same_bytes
+
+_MAX_LISTED = 16
+"""Strays that are named."""
+
+
+def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Source | None:
+    """Read config and headers, none of more than `max_nbytes`; everything wrong goes to `problems`. None where not even
+    the config makes sense."""
+    seen = identities_of(root, (CONFIG_NAME, INDEX_NAME, SINGLE_NAME))
+
+    def note(shards: Shards) -> None:
+        seen.update(identities_of(root, (name for name in shards.names if name not in seen)))
+
+    config, model, layout = open_folder(root, max_nbytes, problems, note)
+    if config is None:
+        return None
+    notes = list(dropped(config))
+    if layout is not None:
+        problems.extend(_tie_problems(layout))
+        notes += [f"ignored tensor {key}: {reason}" for key, reason in layout.ignored.items()]
+        notes += layout.notes
+        if method := quantization_of(config.raw):
+            notes.append(f"config.json speaks of quantised weights ({quoted(method)}), but every weight is there "
+                         f"unquantised: that is left over from training, and is left out")
+        notes += _strays(root, layout.shards)
+    files = (CONFIG_NAME, *(layout.shards if layout else ()), INDEX_NAME)
+    return Source(root, CONFIG_NAME, config.family, config.model, tuple(limits(config)), tuple(notes), model=model,
+                  layout=layout, identities={name: seen[name] for name in files if name in seen},
+                  router_dtype=router_dtype_of(layout) if layout else None, ignored=layout.ignored if layout else None)
+
+
+def _strays(root: Path, shards: Collection[str]) -> Iterator[str]:
+    """The shards that no index names; the first of them by name."""
+    def strays() -> Iterator[str]:
+        return (name for name in names_in(root)
+                if name.endswith(".safetensors") and name not in known and not name.startswith("._"))
+
+    known = set(shards)
+    if num_strays := sum(1 for _ in strays()):
+        listed = ", ".join(map(quoted, nsmallest(_MAX_LISTED, strays())))
+        more = f" and {num_strays - _MAX_LISTED} more" if num_strays > _MAX_LISTED else ""
+        yield f"files that no index names, ignored: {listed}{more}"
+
+
+def _tie_problems(layout: HuggingFaceLayout) -> Iterator[StreamReshardError]:
+    """A tied model may store its head or not; where it does, it must be the embedding."""
+    for tensor, other in layout.tied():
+        if not same_bytes(layout.root, tensor, other):
+            yield SourceError(f"{tensor.key} differs from {other.key}, but config.json says tie_word_embeddings; set "
+                              f"it to false if the head is its own")

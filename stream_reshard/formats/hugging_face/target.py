@@ -1,0 +1,116 @@
+"""A Hugging Face folder to be written: shards, their index, and a config.json that transformers loads."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stream_reshard.errors import Problems, UsageError, shell_word
+from stream_reshard.formats.base import Source, Target, with_router_dtype
+from stream_reshard.formats.hugging_face.config import CONFIG_NAME
+from stream_reshard.formats.hugging_face.index import INDEX_NAME
+from stream_reshard.formats.hugging_face.planned import DEFAULT_MAX_SHARD_NBYTES, HuggingFaceTarget
+from stream_reshard.formats.layout import Layout
+from stream_reshard.formats.unsupported import Limit
+from stream_reshard.machine.memory import human
+from stream_reshard.model.parameters import Model
+from stream_reshard.options import Options, nanotron_flags
+
+_PER_INDEXED = 600
+"""Bytes that one tensor takes while an index is made: its names, an entry, two lines of text."""
+
+_MAX_LISTED = 16
+"""Shards that a person is shown."""
+
+
+@dataclass(frozen=True)
+class ToHuggingFace(Target):
+    """Shards of a bounded size."""
+
+    marker = CONFIG_NAME
+    max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
+    router_dtype: str | None = None
+    """The safetensors dtype of MoE routers; None where they keep the one they have."""
+
+    @classmethod
+    def chosen(cls, options: Options, source: Source) -> ToHuggingFace:
+        """The target that the flags mean. Raises Refused where one asks for what only Nanotron has."""
+        problems = Problems(UsageError(f"{flag} with --to hf: only a Nanotron checkpoint is cut like that")
+                            for flag in nanotron_flags(options))
+        problems.raise_if_any()
+        return cls(options.max_shard_nbytes, source.router_dtype if options.dtype == "keep" else None)
+
+    def limits(self, source: Source) -> Iterator[Limit]:
+        """What no config.json that is written here says; nothing of it may be dropped from one that says it."""
+        for limit in source.limits:
+            is_said = source.config_name == CONFIG_NAME
+            yield replace(limit, name=f"{limit.name} in a new config.json") if is_said else limit
+
+    def notes(self, source: Source, layout: Layout) -> Iterator[str]:
+        """Token ids that the source cannot tell."""
+        if not source.ids_are_known:
+            ids = ", ".join(f"{key} {json.dumps(value)}" for key, value in source.config.token_ids.items())
+            yield (f"{ids} are those of {source.config_name}, which holds one number each and none for padding; "
+                   f"compare them with the config.json that the model came from")
+
+    def problems(self, model: Model) -> Problems:
+        if self.max_shard_nbytes > 0:
+            return Problems()
+        return Problems([UsageError(f"--max-shard-size {self.max_shard_nbytes}: it is at least 1")])
+
+    def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> HuggingFaceTarget:
+        if self.router_dtype is not None:
+            dtypes = with_router_dtype(model, dtypes, self.router_dtype)
+        return HuggingFaceTarget(root, model, dtypes, self.max_shard_nbytes)
+
+    def documents(self, source: Source, layout: Layout, dtype: str, destination: Path,
+                  companions: Iterable[str]) -> dict[str, bytes]:
+        assert isinstance(layout, HuggingFaceTarget), "it is made by this"
+        documents = {CONFIG_NAME: json.dumps(config_of(source, dtype), indent=2, sort_keys=True).encode() + b"\n"}
+        if layout.num_files > 1:
+            index = {"metadata": {"total_size": layout.total_nbytes}, "weight_map": dict(sorted(layout.weight_map()))}
+            documents[INDEX_NAME] = json.dumps(index, indent=2).encode() + b"\n"
+        return documents
+
+    def held_nbytes(self, layout: Layout) -> int:
+        """An index names every tensor: as a dict, as text, and as what is written."""
+        return layout.model.num_stored * _PER_INDEXED if layout.num_files > 1 else 0
+
+    def facts(self, layout: Layout) -> dict[str, Any]:
+        return layout.facts | {"max_shard_nbytes": self.max_shard_nbytes}
+
+    def lines(self, layout: Layout, facts: Mapping[str, Any]) -> Iterator[str]:
+        yield "shard                                                        tensors       bytes"
+        for number, file in enumerate(layout.files):
+            if number == _MAX_LISTED:
+                yield f"and {layout.num_files - _MAX_LISTED} more"
+                return
+            yield f"{file.path:<60} {len(file.tensors):>7} {human(file.nbytes):>11}"
+
+    def __str__(self) -> str:
+        return f"shards of at most {self.max_shard_nbytes / 1e9:g} GB"
+
+    def next_step(self, destination: Path) -> tuple[str, str]:
+        return "load", f"AutoModelForCausalLM.from_pretrained({shell_word(destination)})"
+
+
+def config_of(source: Source, dtype: str) -> dict[str, Any]:
+    """config.json, in the spelling of transformers 4, which 5 reads too."""
+    config, family = source.config, source.family
+    fields: dict[str, Any] = {
+        "architectures": [family.hugging_face_class], "model_type": family.model_type,
+        "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads, "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings, "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta, "initializer_range": config.initializer_range,
+        "hidden_act": config.hidden_act, "tie_word_embeddings": config.tie_word_embeddings,
+        "torch_dtype": dtype, "use_cache": True, "attention_dropout": 0.0}
+    if config.experts is not None:
+        fields |= asdict(config.experts)
+    if (n := config.no_rope_layer) is not None:
+        fields |= {"no_rope_layer_interval": n,
+                   "no_rope_layers": [int((layer + 1) % n != 0) for layer in range(config.num_hidden_layers)]}
+    return fields | config.token_ids | dict(family.settings)

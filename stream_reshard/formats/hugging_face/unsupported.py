@@ -1,0 +1,115 @@
+"""What a Hugging Face config says and Nanotron cannot express, or would get wrong without a word."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stream_reshard.errors import quoted
+from stream_reshard.formats.hugging_face.causes import quantization_of
+from stream_reshard.formats.hugging_face.config import UNDERSTOOD, SourceConfig
+from stream_reshard.formats.unsupported import Limit
+
+QUANTIZATION = "quantization"
+
+_MISTRAL_WINDOW = 4096
+"""What MistralConfig takes where config.json says nothing; null is full attention."""
+
+_WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+
+_WITHOUT_EFFECT = frozenset("""
+    use_cache pretraining_tp _name_or_path name_or_path is_decoder return_dict output_attentions output_hidden_states
+    auto_map unsloth_version unsloth_fixed rope_interleaved transformers.js_config _attn_implementation
+    gradient_checkpointing is_llama_config bias task_specific_params id2label label2id""".split())
+"""Keys that say nothing about the weights or the forward pass."""
+
+
+def limits(config: SourceConfig) -> Iterator[Limit]:
+    """Everything in the config that goes beyond the common settings."""
+    yield from _rope_limits(config)
+    yield from _attention_limits(config)
+    raw, hidden_act = config.raw, config.model.hidden_act
+    if raw.get("mlp_bias"):
+        yield Limit("mlp_bias", "mlp_bias is true; Nanotron's MLP has no biases", True)
+    if hidden_act not in ("silu", "swish"):
+        yield Limit("hidden_act", f"hidden_act is {quoted(hidden_act)}; Nanotron's Llama is known to agree with silu",
+                    hidden_act)
+    if config.model.experts is not None:
+        yield from _expert_limits(config)
+        return
+    for key in ("num_local_experts", "num_experts"):
+        if raw.get(key):
+            yield Limit("experts", f"{key} is {quoted(raw[key])}; a mixture of experts cannot be converted", raw[key])
+
+
+def quantization_limits(config: SourceConfig) -> Iterator[Limit]:
+    """What a config says of quantised weights. Where they are not, nothing keeps them from being converted; but
+    transformers would quantise them when it loads them."""
+    if method := quantization_of(config.raw):
+        yield Limit(QUANTIZATION, f"config.json says that the weights are quantised ({quoted(method)})", method)
+
+
+def _expert_limits(config: SourceConfig) -> Iterator[Limit]:
+    raw = config.raw
+    if raw.get("norm_topk_prob"):
+        yield Limit("norm_topk_prob", "norm_topk_prob is true; Nanotron does not normalise the weights of the chosen "
+                                      "experts", True)
+    if raw.get("decoder_sparse_step", 1) != 1 or raw.get("mlp_only_layers"):
+        yield Limit("mlp_only_layers", f"decoder_sparse_step is {quoted(raw.get('decoder_sparse_step', 1))}, "
+                                       f"mlp_only_layers {quoted(raw.get('mlp_only_layers', []))}; layers without "
+                                       f"experts are not converted", raw.get("mlp_only_layers"))
+    if raw.get("qkv_bias", True) is not True:
+        yield Limit("qkv_bias", "qkv_bias is false; the family has biases on q, k and v", False)
+
+
+def _rope_limits(config: SourceConfig) -> Iterator[Limit]:
+    rope, raw = config.rope, config.raw
+    kind = rope.get("rope_type", "default")
+    if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
+        yield Limit("rope_scaling", f"rope_type is {quoted(kind)}; Nanotron stores rope_scaling and ignores it, so q "
+                                    f"and k would be turned with unscaled frequencies",
+                    {key: value for key, value in rope.items() if key not in ("type", "rope_theta")})
+    factor = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if factor not in (None, 1, 1.0):
+        yield Limit("partial_rotary_factor", f"partial_rotary_factor is {quoted(factor)}; Nanotron turns whole heads",
+                    factor)
+
+
+def _attention_limits(config: SourceConfig) -> Iterator[Limit]:
+    raw, model = config.raw, config.model
+    head_dim = raw.get("head_dim")
+    if head_dim not in (None, model.head_dim):
+        yield Limit("head_dim", f"head_dim is {quoted(head_dim)}; Nanotron only knows hidden_size / "
+                                f"num_attention_heads = {model.head_dim}", head_dim)
+    if raw.get("attention_bias") and not config.family.has_attention_bias:
+        yield Limit("attention_bias", "attention_bias is true; that adds a bias to o_proj, which Nanotron does not "
+                                      "have (and LlamaConfig has no biases at all)", True)
+    for key in ("qk_norm", "use_qk_norm", "qk_layernorm"):
+        if raw.get(key):
+            yield Limit("qk_norm", f"{key} is {quoted(raw[key])}; Nanotron has no norms on q and k", raw[key])
+    if _has_sliding_window(config):
+        said = ", ".join(f"{key} is {quoted(raw[key])}" for key in _WINDOW_KEYS if key in raw)
+        said = said or f"sliding_window is not said, which means {_MISTRAL_WINDOW}"
+        yield Limit("sliding_window", f"{said}; Nanotron would attend to everything",
+                    {key: raw.get(key) for key in _WINDOW_KEYS})
+
+
+def _has_sliding_window(config: SourceConfig) -> bool:
+    """Whether any layer attends to a window only, by the rules of transformers' configs."""
+    raw = config.raw
+    if kinds := raw.get("layer_types"):
+        return not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
+    if "use_sliding_window" in raw:
+        first = raw.get("max_window_layers")
+        return bool(raw["use_sliding_window"]) and (type(first) is not int or first < config.model.num_hidden_layers)
+    default = _MISTRAL_WINDOW if config.family.name == "mistral" else None
+    return config.family.name not in ("qwen2", "qwen2_moe") and raw.get("sliding_window", default) is not None
+
+
+def dropped(config: SourceConfig) -> list[str]:
+    """What the user should know of a config although it is converted: settings that go, keys that nobody knows."""
+    notes = []
+    if config.raw.get("attention_dropout"):
+        notes.append(f"attention_dropout {quoted(config.raw['attention_dropout'])}: Nanotron trains without it")
+    if unknown := sorted(set(config.raw) - UNDERSTOOD - _WITHOUT_EFFECT):
+        more = f" and {len(unknown) - 30} more" if len(unknown) > 30 else ""
+        notes.append(f"config.json keys not understood, ignored: {', '.join(map(quoted, unknown[:30]))}{more}")
+    return notes + list(config.notes)

@@ -1,0 +1,198 @@
+"""The Nanotron layout: one file per parameter and rank.
+
+A group is one Nanotron parameter: what is fused in it, and its rank files. Layer after layer it is the same, so what
+the ranks hold is worked out once per kind; an instance is that with a folder's name and a stage.
+"""
+from __future__ import annotations
+
+import math
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import Any
+
+from stream_reshard.formats.layout import Fill, Group, Layout, Slice
+from stream_reshard.formats.nanotron.ranks import RankFile, RankPart, rank_files
+from stream_reshard.formats.nanotron.rules import NanotronFormat, stages_of
+from stream_reshard.model.names import fields_of
+from stream_reshard.storage.header import StoredTensor, TensorFile, placed
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The Nanotron parameters that one name in the architecture table stands for."""
+
+    path: str
+    """What the paths of their files begin with; `{layer}` is which one it is."""
+    rows: tuple[int, ...]
+    """What is fused in each."""
+    firsts: tuple[int, ...]
+    """Number of the first parameter of each row."""
+    num_each: tuple[int, ...]
+    """How many parameters of each row are in one: more than one where experts are stacked."""
+    stages: array[int]
+    """The stage of each."""
+
+
+@dataclass(frozen=True, eq=False)
+class NanotronLayout(Layout):
+    """What Nanotron saves for a model: the same files, header fields and places.
+
+    The model must fit the topology (`topology_problems`).
+    """
+
+    format = "Nanotron"
+    files_word = "files"
+    rules: NanotronFormat
+    dtypes: Callable[[int], str]
+    """The safetensors dtype of each parameter, by its number; fused parameters must agree."""
+    begins: Callable[[Group], Sequence[int]] | None = None
+    """Where the data of each file of a group begin; None where headers are as short as can be."""
+    stages: Mapping[str, int] | None = None
+    """The stage of each pipeline block, where a checkpoint is there; None where it is Nanotron's own choice."""
+    _ranks: dict[tuple[int, str], tuple[RankFile, ...]] = field(default_factory=dict, repr=False)
+    """By kind of group."""
+    _suffixes: dict[tuple[int, int], list[str]] = field(default_factory=dict, repr=False)
+    """By kind and stage."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        rules, topology = self.rules, self.rules.topology
+        return {"format": self.format, "version": rules.version, "config_class": rules.config_class,
+                "tp": topology.tp, "pp": topology.pp, "rope_interleaved": rules.rope_interleaved,
+                "vocab_rows": rules.padded_vocab(self.model.config.vocab_size)}
+
+    @cached_property
+    def _kinds(self) -> tuple[_Kind, ...]:
+        """One per name in the table, in its order."""
+        model, found = self.model, []
+        stages = stages_of(self.model.config, self.rules) if self.stages is None else self.stages
+        for name, rows in groupby(model.stored_rows, key=lambda row: model.rows[row].nanotron):
+            fused = tuple(rows)
+            block, (folder, _, last) = name.split(".pp_block")[0], f"model.model.{name}".rpartition(".")
+            num = math.prod(model.config.counts[field] for field in fields_of(name))
+            found.append(_Kind(f"{folder.replace('.', '/')}/model_{last}", fused,
+                               tuple(model.firsts[row] for row in fused),
+                               tuple((model.firsts[row + 1] - model.firsts[row]) // num for row in fused),
+                               array("I", (stages[block.format(layer=i)] for i in range(num)))))
+        return tuple(found)
+
+    @cached_property
+    def _first_groups(self) -> tuple[int, ...]:
+        """Position of the first group of each kind, and behind them how many there are in all."""
+        return tuple(accumulate((len(kind.stages) for kind in self._kinds), initial=0))
+
+    @cached_property
+    def _in_groups(self) -> dict[int, tuple[int, int]]:
+        """(kind, which of the fused) of each row."""
+        return {row: (k, i) for k, kind in enumerate(self._kinds) for i, row in enumerate(kind.rows)}
+
+    @property
+    def num_groups(self) -> int:
+        return self._first_groups[-1]
+
+    def group(self, position: int) -> Group:
+        k = bisect_right(self._first_groups, position) - 1
+        return self._group(k, position - self._first_groups[k])
+
+    def groups(self) -> Iterator[Group]:
+        return (self._group(k, i) for k, kind in enumerate(self._kinds) for i in range(len(kind.stages)))
+
+    def _group(self, k: int, i: int) -> Group:
+        kind = self._kinds[k]
+        numbers = tuple([first + i * each + n for first, each in zip(kind.firsts, kind.num_each) for n in range(each)])
+        return Group(self._first_groups[k] + i, (k, self.dtypes(numbers[0])), numbers)
+
+    def _at(self, group: Group) -> tuple[int, int]:
+        """(kind, which group of it)."""
+        k = group.kind[0]
+        return k, group.position - self._first_groups[k]
+
+    @property
+    def moved_blocks(self) -> list[str]:
+        """Pipeline blocks that stand on other stages than Nanotron's own choice."""
+        own = stages_of(self.model.config, self.rules)
+        return sorted(block for block, stage in (self.stages or {}).items() if own.get(block) != stage)
+
+    def stage_of(self, group: Group) -> int:
+        """The pipeline stage of a group."""
+        k, i = self._at(group)
+        return self._kinds[k].stages[i]
+
+    @property
+    def most_files(self) -> int:
+        return self.rules.topology.tp
+
+    def ranks_of(self, group: Group) -> tuple[RankFile, ...]:
+        """What the ranks hold of a group."""
+        if (ranks := self._ranks.get(group.kind)) is None:
+            fused = tuple(map(self.model.parameter, group.numbers))
+            ranks = self._ranks[group.kind] = rank_files(fused, group.kind[1], self.rules)
+        return ranks
+
+    def paths_of(self, group: Group) -> list[str]:
+        k, i = self._at(group)
+        kind = self._kinds[k]
+        path, stage = kind.path.format(layer=i), kind.stages[i]
+        if (suffixes := self._suffixes.get((k, stage))) is None:
+            suffixes = self._suffixes[k, stage] = [rank.suffix.format(stage=stage) for rank in self.ranks_of(group)]
+        return [path + suffix for suffix in suffixes]
+
+    def files_of(self, group: Group) -> tuple[TensorFile, ...]:
+        ranks = self.ranks_of(group)
+        begins = self.begins(group) if self.begins else [rank.file.tensors[0].begin for rank in ranks]
+        return tuple(placed(rank.file, path, begin)
+                     for rank, path, begin in zip(ranks, self.paths_of(group), begins))
+
+    def dtype_at(self, number: int) -> str:
+        return self._group_of(number)[0].kind[1]
+
+    def likeness_of(self, number: int) -> Hashable:
+        return self._group_of(number)[0].kind
+
+    def places_of(self, number: int) -> tuple[tuple[int, int], ...]:
+        (group, _), tensors = self._group_of(number), (part.tensor for part in self.slices_of(number))
+        k, i = self._at(group)
+        first = self._first_files[k] + i * len(self.ranks_of(group))
+        index = {path: first + n for n, path in enumerate(self.paths_of(group))}
+        return tuple((index[tensor.file], tensor.begin) for tensor in tensors)
+
+    @cached_property
+    def _first_files(self) -> tuple[int, ...]:
+        """How many files the groups of earlier kinds have, per kind; and behind them how many there are in all."""
+        sizes = (len(kind.stages) * len(self.ranks_of(self.group(first)))
+                 for kind, first in zip(self._kinds, self._first_groups))
+        return tuple(accumulate(sizes, initial=0))
+
+    @property
+    def num_files(self) -> int:
+        return self._first_files[-1]
+
+    def aligned(self, begins: Callable[[Group], Sequence[int]]) -> NanotronLayout:
+        return replace(self, begins=begins)
+
+    def _group_of(self, number: int) -> tuple[Group, int]:
+        """(the group of a parameter, which of the fused it is)."""
+        row, instance = self.model.row_of(number)
+        k, i = self._in_groups[row]
+        num_each = self._kinds[k].num_each
+        which, n = divmod(instance, num_each[i])
+        return self._group(k, which), sum(num_each[:i]) + n
+
+    def _parts_of(self, number: int) -> Iterator[tuple[StoredTensor, RankPart]]:
+        """The tensors that hold a parameter, with what is held."""
+        if self.model.row_of(number)[0] not in self._in_groups:
+            return iter(())
+        group, i = self._group_of(number)
+        return ((file.tensors[0], rank.parts[i]) for file, rank in zip(self.files_of(group), self.ranks_of(group)))
+
+    def slices_of(self, number: int) -> tuple[Slice, ...]:
+        name = self.model.parameter(number).name
+        return tuple(Slice(name, part.region, tensor, part.held, part.order)
+                     for tensor, part in self._parts_of(number) if part.region.num_elements)
+
+    def fills_of(self, number: int) -> tuple[Fill, ...]:
+        return tuple(Fill(tensor, part.padding) for tensor, part in self._parts_of(number) if part.padding)

@@ -1,0 +1,239 @@
+"""A Nanotron checkpoint, opened to be converted."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from stream_reshard.destination.manifest import open_manifest
+from stream_reshard.errors import Problems, SourceError, UsageError, quoted
+from stream_reshard.formats.base import Source
+from stream_reshard.formats.layout import Group
+from stream_reshard.formats.nanotron.config import (
+    METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, interleaves_by_default, read_model_config, with_known_ids)
+from stream_reshard.formats.nanotron.folder import litter_notes, not_committed, weight_paths
+from stream_reshard.formats.nanotron.layout import NanotronLayout
+from stream_reshard.formats.nanotron.ranks import RankFile
+from stream_reshard.formats.nanotron.rules import NanotronFormat, stages_of, uneven_dims
+from stream_reshard.formats.nanotron.weight_files import WeightFile, parse_pairs, parse_shape, read_weight_file
+from stream_reshard.model.architectures import build_model
+from stream_reshard.model.parameters import Model
+from stream_reshard.model.topology import Topology
+from stream_reshard.storage.dtypes import TORCH_DTYPES
+from stream_reshard.storage.identity import identities_of
+
+
+def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
+                  is_exact: bool = True) -> Source | None:
+    """Read config and headers, none of more than `max_nbytes`; everything wrong goes to `problems`. None where not even
+    the config makes sense. `vocab_size`: rows of the embedding without padding, where a user says it; where it
+    need not be exact, padding counts."""
+    if not os.path.isfile(root / MODEL_CONFIG_NAME):
+        problems.append(not_committed(root))
+        return None
+    seen = identities_of(root, (MODEL_CONFIG_NAME, METADATA_NAME))
+    config = problems.collect(read_model_config, root, max_nbytes)
+    files = problems.collect(read_weight_files, root, max_nbytes)
+    if config is None:
+        return None
+    facts = (problems.collect(_facts_of, root, max_nbytes) or {}) if is_exact else {}
+    known = facts.get("vocab_size")
+    if None not in (known, vocab_size) and known != vocab_size:
+        problems.append(UsageError(f"--vocab-size {vocab_size}: the manifest of {quoted(root)} says {known}"))
+    told = vocab_size if vocab_size is not None else known if is_exact else config.model.vocab_size
+    size = problems.collect(_true_vocab_size, config, told)
+    layout = problems.collect(layout_of_files, root, config, size, files) if files and size else None
+    known_ids = with_known_ids(config.model, config.family, facts.get("token_ids"))
+    model_config = replace(known_ids or config.model, vocab_size=size or config.model.vocab_size)
+    rules = format_of(config, files) if files else None
+    return Source(root, MODEL_CONFIG_NAME, config.family, model_config, tuple(config.extras.values()),
+                  (*litter_notes(root), *_notes(layout)) if layout else (),
+                  rules.rope_interleaved if rules else False, config.config_class, layout.model if layout else None,
+                  layout,
+                  seen | {path: file.identity for path, file in (files.by_path if files else {}).items()
+                          if file.identity},
+                  facts.get("router_dtype"), known_ids is not None)
+
+
+def _facts_of(root: Path, max_nbytes: int) -> Mapping[str, Any]:
+    """The facts that a manifest tells, if there is one. Raises SourceError."""
+    manifest = open_manifest(root, max_nbytes)
+    return manifest.facts if manifest else {}
+
+
+def _true_vocab_size(config: NanotronModelConfig, told: int | None) -> int:
+    """Rows of the embedding without padding, which Nanotron does not keep. Raises UsageError where it is not known."""
+    rows = config.model.vocab_size
+    if told is None:
+        raise UsageError(f"--vocab-size is needed: the embedding has {rows} rows, Nanotron pads it and keeps no count "
+                         f"of the true ones; say --vocab-size {rows} if none is padding")
+    if not 0 < told <= rows:
+        raise UsageError(f"--vocab-size {told}: the embedding has {rows} rows")
+    return told
+
+
+def _notes(layout: NanotronLayout) -> list[str]:
+    """What is unusual."""
+    moved = layout.moved_blocks
+    return [f"{len(moved)} blocks such as {moved[0]} stand on other stages than Nanotron's balancing gives them"
+            ] if moved else []
+
+MAX_PROBLEMS = 1000
+"""More are not listed."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files of a checkpoint, and what all of them agree on."""
+
+    by_path: Mapping[str, WeightFile]
+    topology: Topology
+    version: str
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """The stage of each pipeline block, by its Nanotron name. A block without sharded parameters is on none."""
+        return {file.parameter.split(".pp_block")[0]: file.place.pp for file in self.by_path.values() if file.place}
+
+
+def read_weight_files(root: Path, max_nbytes: int) -> WeightFiles:
+    """Read the headers of all weight files, each of at most `max_nbytes`. Raises Refused."""
+    problems = Problems()
+    by_path = scan(root, max_nbytes, problems)
+    problems.raise_if_any()
+    return agreeing(root, by_path)
+
+
+def scan(root: Path, max_nbytes: int, problems: Problems) -> dict[str, WeightFile]:
+    """The weight files by path, as far as their headers make sense; what is wrong with others goes to `problems`."""
+    by_path = {}
+    for path in weight_paths(root):
+        before = identities_of(root, [path])
+        if file := problems.collect(read_weight_file, root, path, max_nbytes):
+            by_path[file.file.path] = replace(file, identity=before.get(file.file.path))
+        if len(problems) > MAX_PROBLEMS:
+            break
+    return by_path
+
+
+def agreeing(root: Path, by_path: Mapping[str, WeightFile]) -> WeightFiles:
+    """The same files, of one topology and version. Raises Refused where there are several of either."""
+    sizes = {(file.place.num_tp, file.place.num_pp) for file in by_path.values() if file.place}
+    versions = {file.version for file in by_path.values() if file.version}
+    problems = Problems()
+    for what, values in (("topologies (TP, PP)", sizes), ("format versions", versions)):
+        if len(values) > 1:
+            problems.append(SourceError(f"{quoted(root)}: files of several {what} stand together: "
+                                        f"{', '.join(sorted(map(str, values)))}; Nanotron would merge them without a "
+                                        f"word; remove the stale ones"))
+    if sizes and max(max(size) for size in sizes) > len(by_path):
+        problems.append(SourceError(f"{quoted(root)}: names of files speak of {max(max(size) for size in sizes)} "
+                                    f"ranks, but there are {len(by_path)} files in all"))
+    if not sizes:
+        problems.append(SourceError(f"{quoted(root)} holds no weight files of Nanotron in model/model"))
+    problems.raise_if_any()
+    tp, pp = sizes.pop()
+    return WeightFiles(by_path, Topology(tp, pp), versions.pop())
+
+
+def layout_of_files(root: Path, config: NanotronModelConfig, vocab_size: int, files: WeightFiles) -> NanotronLayout:
+    """The layout of a checkpoint whose vocabulary has `vocab_size` rows without padding. Raises Refused."""
+    if config.model.num_hidden_layers > len(files.by_path):
+        raise SourceError(f"num_hidden_layers is {config.model.num_hidden_layers}, but there are {len(files.by_path)} "
+                          f"weight files in all")
+    rules = format_of(config, files)
+    model = build_model(config.family, replace(config.model, vocab_size=vocab_size))
+    _check_sizes(model, rules, files)
+    stages = stages_of(model.config, rules) | files.stages
+    bare = NanotronLayout(root, model, rules, _Dtypes(model, files), stages=stages)
+    problems = Problems()
+    faults = _faults(bare, files)
+    problems.extend(islice(faults, MAX_PROBLEMS))
+    if problems:
+        problems[-1].num_more = sum(1 for _ in faults)
+    problems.raise_if_any()
+    return replace(bare, begins=_Begins(bare, files))
+
+
+def format_of(config: NanotronModelConfig, files: WeightFiles) -> NanotronFormat:
+    """What kind of Nanotron checkpoint it is."""
+    interleaved = bool(config.rope_interleaved) or interleaves_by_default(config, {files.version})
+    return NanotronFormat(files.topology, config.config_class, files.version, interleaved,
+                          vocab_rows=config.model.vocab_size)
+
+
+def _check_sizes(model: Model, rules: NanotronFormat, files: WeightFiles) -> None:
+    """Raises SourceError where the config's sizes cannot be those of these files: nothing large may be derived from
+    it."""
+    tp, experts, rows = rules.topology.tp, model.config.experts, rules.padded_vocab(model.config.vocab_size)
+    for dim, size in [*([("vocab", rows)] if rows % tp else []), *uneven_dims(model, tp)]:
+        raise SourceError(f"model_config.json: {size} {dim} cannot be split by the {tp} tensor-parallel ranks of the "
+                          f"files")
+    if experts is None:
+        return
+    stacked = [file for file in files.by_path.values() if file.parameter.endswith(".experts.merged_down_proj")]
+    if not stacked:
+        raise SourceError(f"model_config.json says {experts.num_experts} experts, the files hold none")
+    for file in stacked:
+        if (found := file.tensor.shape[0]) != experts.num_experts:
+            raise SourceError(f"{quoted(file.file.path)} holds {found} experts, model_config.json says "
+                              f"{experts.num_experts}")
+
+
+class _Dtypes:
+    """The dtype of a parameter, by its number: that of the first file of its group."""
+
+    def __init__(self, model: Model, files: WeightFiles):
+        self._model = model
+        self._by_name = {file.parameter: file.tensor.dtype for file in files.by_path.values()}
+
+    def __call__(self, number: int) -> str:
+        return self._by_name.get(self._model.parameter(number).nanotron, "BF16")
+
+
+class _Begins:
+    """Where the data of the files of a group begin."""
+
+    def __init__(self, layout: NanotronLayout, files: WeightFiles):
+        self._layout = layout
+        self._begins = {path: file.tensor.begin for path, file in files.by_path.items()}
+
+    def __call__(self, group: Group) -> Sequence[int]:
+        return [self._begins[path] for path in self._layout.paths_of(group)]
+
+
+def _faults(layout: NanotronLayout, files: WeightFiles) -> Iterator[SourceError]:
+    """Files that are missing, extra, or other than Nanotron's rules make them."""
+    wanted: set[str] = set()
+    for group in layout.groups():
+        for path, rank in zip(layout.paths_of(group), layout.ranks_of(group)):
+            wanted.add(path)
+            if (found := files.by_path.get(path)) is None:
+                yield SourceError(f"{quoted(path)} is missing", kind="files are missing")
+            elif fault := _fault(found, rank):
+                yield SourceError(f"{quoted(path)} {fault}", kind="files are not what Nanotron makes of this model")
+    for path in sorted(files.by_path.keys() - wanted):
+        yield SourceError(f"{quoted(path)} holds a parameter that the model does not have, or stands on another stage "
+                          f"than its block", kind="files are no part of the model")
+
+
+def _fault(found: WeightFile, rank: RankFile) -> str | None:
+    """Why a file is not the one that Nanotron makes for its rank."""
+    wanted, metadata = rank.file.tensors[0], dict(rank.file.metadata)
+    if found.tensor.shape != wanted.shape:
+        return f"has the shape {found.tensor.shape}, but model_config.json asks for {wanted.shape}"
+    if found.tensor.dtype != wanted.dtype:
+        return f"has the dtype {found.tensor.dtype}, others of its parameter have {wanted.dtype}"
+    if found.tensor.dtype not in TORCH_DTYPES:
+        return f"has the dtype {found.tensor.dtype}, which no weight of Nanotron has"
+    if not metadata:
+        return None
+    unsharded = parse_shape(metadata["unsharded_shape"])
+    if found.unsharded_shape != unsharded:
+        return f"is part of {found.unsharded_shape}, but model_config.json asks for {unsharded}"
+    if found.pairs != parse_pairs(metadata["local_global_slices_pairs"], wanted.shape, unsharded):
+        return "is cut in another way than Nanotron cuts it for its rank"
+    return None

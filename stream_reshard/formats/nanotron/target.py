@@ -1,0 +1,135 @@
+"""A Nanotron checkpoint to be written: rank files, and the documents that its trainer reads."""
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stream_reshard.errors import Problems, SourceError, UsageError, quoted, shell_word
+from stream_reshard.formats.base import Source, Target, with_router_dtype
+from stream_reshard.formats.layout import Group, Layout
+from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME, ids_written
+from stream_reshard.formats.nanotron.documents import documents
+from stream_reshard.formats.nanotron.layout import NanotronLayout
+from stream_reshard.formats.nanotron.rules import NanotronFormat, stages_of, topology_problems
+from stream_reshard.formats.unsupported import Limit
+from stream_reshard.machine.memory import human
+from stream_reshard.model.parameters import TOKEN_IDS, Model
+from stream_reshard.options import Options
+
+RELEASE_04_ROPE_THETA = 10000.0
+
+
+@dataclass(frozen=True)
+class ToNanotron(Target):
+    """Rank files of one topology."""
+
+    marker = MODEL_CONFIG_NAME
+    rules: NanotronFormat
+
+    @classmethod
+    def chosen(cls, options: Options, source: Source) -> ToNanotron:
+        """What the flags mean for this source. Raises Refused."""
+        family, problems = source.family, Problems()
+        kept = source.config_class if options.version != "1.2" else None
+        name = (kept or family.nanotron_configs[0]) if options.config_class == "auto" else options.config_class
+        if name not in family.nanotron_configs:
+            problems.append(UsageError(f"--nanotron-config {name} cannot express {family.name} (it has no attention "
+                                       f"biases); use {' or '.join(family.nanotron_configs)}"))
+        if options.version == "1.2":
+            if name != "LlamaConfig":
+                problems.append(UsageError(f"--checkpoint-version 1.2: release 0.4 has no {name}; use 1.5"))
+            if options.rope == "neox":
+                problems.append(UsageError("--rope neox with --checkpoint-version 1.2: release 0.4 always interleaves "
+                                           "RoPE; use interleaved or auto"))
+        if options.vocab_multiple < 1:
+            problems.append(UsageError(f"--vocab-multiple {options.vocab_multiple}: it is at least 1"))
+        problems.raise_if_any()
+        by_default = options.version == "1.2" or source.rope_interleaved
+        interleaved = by_default if options.rope == "auto" else options.rope == "interleaved"
+        return cls(NanotronFormat(options.topology, name, options.version, interleaved, options.vocab_multiple))
+
+    def limits(self, source: Source) -> Iterator[Limit]:
+        yield from source.limits
+        theta = source.config.rope_theta
+        if self.rules.version == "1.2" and theta != RELEASE_04_ROPE_THETA:
+            yield Limit("rope_theta", f"rope_theta is {theta:g}; release 0.4, which reads format 1.2, only knows "
+                                      f"{RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5", theta)
+
+    def notes(self, source: Source, layout: Layout) -> Iterator[str]:
+        """Token ids that Nanotron's configs do not hold as the source says them."""
+        written = ids_written(source.config)
+        for key in TOKEN_IDS:
+            said = getattr(source.config, key)
+            if key == "pad_token_id" and said is not None:
+                yield (f"{key} is {said}: Nanotron would not train that row of any rank's embedding, or not start; "
+                       f"null is written, and the manifest keeps {said} for --to hf")
+            elif said != written[key]:
+                yield (f"{key} is {json.dumps(said)}: Nanotron's config holds one number, {written[key]} is written; "
+                       f"the manifest keeps it for --to hf")
+
+    def problems(self, model: Model) -> Problems:
+        return topology_problems(model, self.rules)
+
+    def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> NanotronLayout:
+        layout = NanotronLayout(root, model, self.rules, with_router_dtype(model, dtypes, "F32"))
+        for group in layout.groups():
+            for number in group.numbers[1:]:
+                if (own := layout.dtypes(number)) != (first := layout.dtypes(group.numbers[0])):
+                    raise SourceError(f"{model.parameter(number).hugging_face} is {own}, but Nanotron keeps it in one "
+                                      f"tensor with {first} weights; choose one with --dtype")
+        return layout
+
+    def documents(self, source: Source, layout: Layout, dtype: str, destination: Path,
+                  companions: Iterable[str]) -> dict[str, bytes]:
+        has_tokenizer = any(name.startswith("tokenizer") for name in companions)
+        return documents(source.config, self.rules, source.family.has_attention_bias, dtype, destination, has_tokenizer)
+
+    def facts(self, layout: Layout) -> dict[str, Any]:
+        assert isinstance(layout, NanotronLayout), "it is made by this"
+        return layout.facts | {"dp": self.rules.topology.dp, "stages": _stage_table(layout)}
+
+    def lines(self, layout: Layout, facts: Mapping[str, Any]) -> Iterator[str]:
+        yield "stage    blocks                                             files       bytes"
+        for row in facts["stages"]:
+            yield f"{row['stage']:<8} {blocks_text(row['blocks']):<48} {row['files']:>7} {human(row['nbytes']):>11}"
+
+    def __str__(self) -> str:
+        rope = "interleaved" if self.rules.rope_interleaved else "as in Hugging Face"
+        return f"{self.rules.config_class}, format {self.rules.version}, {self.rules.topology}, RoPE {rope}"
+
+    def next_step(self, destination: Path) -> tuple[str, str]:
+        """The command that trains from the folder, in a checkout of Nanotron."""
+        return "train", (f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc_per_node={self.rules.topology.world_size} "
+                         f"run_train.py --config-file {shell_word(destination / 'config.yaml')}")
+
+
+def _stage_table(layout: NanotronLayout) -> list[dict[str, Any]]:
+    """Per stage: the blocks it holds, and the files and bytes of all its ranks."""
+    stages = layout.stages or stages_of(layout.model.config, layout.rules)
+    rows: list[dict[str, Any]] = [{"stage": stage, "blocks": [b for b, s in stages.items() if s == stage], "files": 0,
+                                   "nbytes": 0} for stage in range(layout.rules.topology.pp)]
+    examples: dict[Any, Group] = {}
+    counts: Counter[tuple[int, Any]] = Counter()
+    for group in layout.groups():
+        examples.setdefault(group.kind, group)
+        counts[layout.stage_of(group), group.kind] += 1
+    for (stage, kind), count in counts.items():
+        ranks = layout.ranks_of(examples[kind])
+        rows[stage]["files"] += count * len(ranks)
+        rows[stage]["nbytes"] += count * sum(rank.nbytes for rank in ranks)
+    return rows
+
+
+def blocks_text(names: Iterable[str]) -> str:
+    """`embedding, layers 0-16, final norm, head`."""
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        kind, _, index = name.partition(".")
+        grouped[kind].append(index)
+    words = {"token_position_embeddings": "embedding", "final_layer_norm": "final norm", "lm_head": "head"}
+    return ", ".join(f"layers {indices[0]}-{indices[-1]}" if kind == "decoder" else words.get(kind, quoted(kind))
+                     for kind, indices in grouped.items())

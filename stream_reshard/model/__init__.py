@@ -1,0 +1,8 @@
+"""A model, before any format splits, fuses or transposes it.
+
+- parameters:    logical weights with their true dims
+- architectures: one small table per model family
+- names:         names made from templates, and the way back
+- topology:      sizes of the parallel axes, parts of a dim
+- box:           half-open n-d regions
+"""

@@ -1,0 +1,286 @@
+"""Parameter, Model: logical weights with their true dims, before any format split, fused or transposed them."""
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from stream_reshard.errors import quoted
+from stream_reshard.model.box import Box
+from stream_reshard.model.names import Templates, fields_of, indices_of
+
+
+_BASE = "model."
+"""transformers' base_model_prefix of every family here."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One logical weight.
+
+    A query projection is (heads, half, pair, hidden), not a matrix: a head-aligned split is then "split dim heads", and
+    the interleaved order of rotary embeddings is an order of the dims half and pair.
+    """
+
+    name: str
+    """Format-neutral and unique in the model, such as `layers.3.attention.q`."""
+    dims: tuple[str, ...]
+    """Names of the dims, outermost first."""
+    shape: tuple[int, ...]
+    """Extent per dim, in elements, without any padding."""
+    matrix: tuple[tuple[int, ...], ...]
+    """The dims that make up each dim of the array as formats store it: ((0, 1, 2), (3,)) for a query projection."""
+    split: str | None
+    """The dim that tensor parallelism splits; None where every rank holds the whole parameter."""
+    hugging_face: str
+    """Name of the tensor that holds it in a Hugging Face checkpoint."""
+    nanotron: str
+    """Name of the (maybe fused) parameter that holds it in Nanotron, below `model.`."""
+    tied_to: str | None = None
+    """Name of the parameter whose values it shares; a tied parameter is stored nowhere itself."""
+    stacked: int | None = None
+    """Which of the experts it belongs to, where Nanotron stacks the transposed matrices of all of them in one array
+    (expert, column, row); rows of several matrices stand beside each other there."""
+    is_float32: bool = False
+    """Whether Nanotron keeps it in float32 whatever the others have."""
+
+    @property
+    def whole(self) -> Box:
+        """The box of all its elements."""
+        return Box.whole(self.shape)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape of the array as formats store it, in elements."""
+        return tuple(math.prod(self.shape[dim] for dim in group) for group in self.matrix)
+
+    @property
+    def num_elements(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that every layer has in place of its MLP."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    """Of one expert."""
+    shared_expert_intermediate_size: int
+    """Of the expert that sees every token."""
+    router_aux_loss_coef: float
+
+
+TokenId = int | tuple[int, ...] | None
+"""The id of a special token; several, as chat models have for the end of a text; None where there is none."""
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of the special tokens, the same in both formats."""
+
+
+MAX_IDS, MAX_ID = 1000, 2**48
+"""No model has so many tokens of one purpose, or an id so large."""
+
+
+def parse_token_id(value: Any) -> TokenId:
+    """The token id that JSON holds; several as a tuple. Raises ValueError for anything else."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if len(ids) > MAX_IDS or not all(type(id) is int and -1 <= id < MAX_ID for id in ids):
+        raise ValueError(f"{quoted(value)} is not a token id")
+    return tuple(ids) if isinstance(value, list) else value
+
+
+def first_id(ids: TokenId) -> int | None:
+    """The first of several ids, for a config that holds one."""
+    return next(iter(ids), None) if isinstance(ids, tuple) else ids
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a checkpoint's config says about the model, in one spelling. Sizes in elements."""
+
+    family: str
+    """Name of the architecture table."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    """Rows of the embedding, without padding."""
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    initializer_range: float
+    hidden_act: str
+    bos_token_id: TokenId
+    eos_token_id: TokenId
+    pad_token_id: TokenId
+    unsaid_ids: frozenset[str] = frozenset()
+    """Keys of token ids that the config leaves out; their fields hold the defaults of the family."""
+    no_rope_layer: int | None = None
+    """Layers n, 2n, 3n ... (counted from 1) go without rotary embedding; None where all have it."""
+    experts: Experts | None = None
+    """None where every layer has a plain MLP."""
+
+    @property
+    def token_ids(self) -> dict[str, TokenId]:
+        """The token ids that the config says, by key."""
+        return {key: getattr(self, key) for key in TOKEN_IDS if key not in self.unsaid_ids}
+
+    @property
+    def head_dim(self) -> int:
+        """Extent of one attention head. Nanotron knows no other rule (nanotron/models/llama.py)."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are of what the names of parameters count."""
+        return {"layer": self.num_hidden_layers} | ({"expert": self.experts.num_experts} if self.experts else {})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Extent of every named dim of the architecture tables."""
+        sizes = {"vocab": self.vocab_size, "hidden": self.hidden_size, "ffn": self.intermediate_size,
+                 "heads": self.num_attention_heads, "kv_heads": self.num_key_value_heads,
+                 "head_dim": self.head_dim, "half": 2, "pair": self.head_dim // 2, "one": 1}
+        if self.experts is None:
+            return sizes
+        return sizes | {"experts": self.experts.num_experts, "expert_ffn": self.experts.moe_intermediate_size,
+                        "shared_ffn": self.experts.shared_expert_intermediate_size}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter, or one per layer where the names hold `{layer}`."""
+
+    parameter: str
+    """Format-neutral name."""
+    dims: str
+    """The true dims, outermost first. A `|` separates what formats merge: "hidden | heads head_dim" is a matrix."""
+    split: str | None
+    """The dim that tensor parallelism splits (section 4 of Nanotron's format: column and row parallel layers)."""
+    hugging_face: str
+    """Tensor name in Hugging Face."""
+    nanotron: str
+    """Parameter name in Nanotron, below `model.`. Rows that share a name are fused along dim 0, in table order."""
+    is_stacked: bool = False
+    """Whether Nanotron keeps all `{expert}`s in one array, each transposed; fused rows stand beside each other then."""
+    is_float32: bool = False
+    """Whether Nanotron keeps it in float32."""
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether there is one such parameter in each layer."""
+        return "{layer}" in self.parameter
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model: its config, and the table of its parameters. A parameter is derived when it is asked for, by its number:
+    those of a row follow each other, layer by layer, and the rows as they stand in the table."""
+
+    config: ModelConfig
+    rows: tuple[Row, ...]
+    """In the order of the forward pass; the rows of one layer stand together."""
+
+    @cached_property
+    def firsts(self) -> tuple[int, ...]:
+        """Number of the first parameter of each row, and behind them how many there are in all."""
+        counts = (math.prod(self.config.counts[field] for field in fields_of(row.parameter)) for row in self.rows)
+        return tuple(accumulate(counts, initial=0))
+
+    @cached_property
+    def _names(self) -> Templates:
+        return Templates([row.parameter for row in self.rows], self.config.counts)
+
+    def row_of(self, number: int) -> tuple[int, int]:
+        """(row, which one of its parameters) of a parameter."""
+        row = bisect_right(self.firsts, number) - 1
+        return row, number - self.firsts[row]
+
+    def number_of(self, name: str) -> int:
+        """The number of a parameter. Raises KeyError where the model has none of this name."""
+        if (found := self._names.find(name)) is None:
+            raise KeyError(name)
+        return self.firsts[found[0]] + found[1]
+
+    @cached_property
+    def _tensors(self) -> Templates:
+        return Templates([row.hugging_face for row in self.rows], self.config.counts)
+
+    def number_of_tensor(self, key: str) -> int | None:
+        """The number of the parameter that a tensor of this name holds in a Hugging Face checkpoint, if any; see
+        `spelling_of`."""
+        for spelled in (key, key.removeprefix(_BASE), _BASE + key):
+            if found := self._tensors.find(spelled):
+                return self.firsts[found[0]] + found[1]
+        return None
+
+    def spelling_of(self, number: int, key: str) -> int:
+        """Which of `spellings` the name of a tensor is that holds a parameter."""
+        return self.spellings(number).index(key)
+
+    def spellings(self, number: int) -> tuple[str, str, str]:
+        """The names under which transformers 5 loads a parameter: its own, with another `model.` in front, and without
+        its own (rename_source_key in core_model_loading.py strips or adds that one prefix, name by name)."""
+        own = self.parameter(number).hugging_face
+        return own, _BASE + own, own.removeprefix(_BASE)
+
+    def parameter(self, number: int) -> Parameter:
+        """The parameter of a number."""
+        index, instance = self.row_of(number)
+        row, sizes = self.rows[index], self.config.sizes
+        groups = [group.split() for group in row.dims.split("|")]
+        dims, ends = [dim for group in groups for dim in group], tuple(accumulate(map(len, groups), initial=0))
+        indices = indices_of(row.parameter, self.config.counts, instance)
+        return Parameter(
+            name=row.parameter.format(**indices), dims=tuple(dims), shape=tuple(sizes[dim] for dim in dims),
+            matrix=tuple(tuple(range(first, last)) for first, last in zip(ends, ends[1:])), split=row.split,
+            hugging_face=row.hugging_face.format(**indices), nanotron=row.nanotron.format(**indices),
+            tied_to="embedding" if self.is_tied(index) else None,
+            stacked=indices["expert"] if row.is_stacked else None, is_float32=row.is_float32)
+
+    def is_tied(self, row: int) -> bool:
+        """Whether the parameters of a row share the values of another: checkpoints need not hold them."""
+        return self.rows[row].parameter == "lm_head" and self.config.tie_word_embeddings
+
+    @property
+    def stored_rows(self) -> list[int]:
+        """The rows whose parameters checkpoints hold themselves."""
+        return [row for row in range(len(self.rows)) if not self.is_tied(row)]
+
+    @property
+    def num_stored(self) -> int:
+        """How many parameters checkpoints hold themselves."""
+        return sum(self.firsts[row + 1] - self.firsts[row] for row in self.stored_rows)
+
+    @property
+    def parameters(self) -> Iterator[Parameter]:
+        """Every parameter, in the order of the forward pass."""
+        layered = [row for row, _ in enumerate(self.rows) if self.rows[row].per_layer]
+        yield from map(self.parameter, self.firsts[:layered[0]])
+        num_layers = self.config.num_hidden_layers
+        for layer in range(num_layers):
+            for row in layered:
+                per_layer = (self.firsts[row + 1] - self.firsts[row]) // num_layers
+                first = self.firsts[row] + layer * per_layer
+                yield from map(self.parameter, range(first, first + per_layer))
+        yield from map(self.parameter, self.firsts[layered[-1] + 1:-1])
+
+    def stored(self) -> Iterator[Parameter]:
+        """The parameters that checkpoints hold themselves: all but the tied ones."""
+        return (parameter for parameter in self.parameters if parameter.tied_to is None)
+
+    @property
+    def num_elements(self) -> int:
+        """Number of weights, tied ones counted once."""
+        return sum((self.firsts[row + 1] - self.firsts[row]) * self.parameter(self.firsts[row]).num_elements
+                   for row in self.stored_rows)

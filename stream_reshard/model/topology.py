@@ -1,0 +1,39 @@
+"""Topology: how many ranks stand along each parallel axis, which part of a dim each holds, which stage each block."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stream_reshard.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The sizes of the parallel axes."""
+
+    tp: int = 1
+    """Ranks that share each split parameter."""
+    pp: int = 1
+    """Pipeline stages."""
+    dp: int = 1
+    """Replicas of the whole model; appears in no weight file."""
+
+    def __post_init__(self) -> None:
+        for axis in ("tp", "pp", "dp"):
+            if getattr(self, axis) < 1:
+                raise UsageError(f"--{axis} {getattr(self, axis)}: an axis has at least 1 rank")
+
+    @property
+    def world_size(self) -> int:
+        """Processes that a training run at this topology has."""
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        return f"TP={self.tp} PP={self.pp} DP={self.dp}"
+
+
+def part_of(size: int, num_parts: int, index: int) -> tuple[int, int]:
+    """(start, stop) of the `index`-th of `num_parts` equal parts of a dim with `size` elements."""
+    if size % num_parts:
+        raise ValueError(f"{size} is not a multiple of {num_parts}")
+    part = size // num_parts
+    return index * part, (index + 1) * part

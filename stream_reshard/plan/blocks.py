@@ -1,0 +1,182 @@
+"""One block of a parameter: what to read, which pieces of it go where. Pure arithmetic on slices; moves nothing.
+
+A parameter passes through memory in blocks. A block is one stretch of the source (per slice; where something of
+another parameter stands in between, that is read with it), and its pieces are written to every file that wants some of
+them, in the order of that file::
+
+    o_proj rows in a shard          rank files (TP=2)
+    [a0 a1 | b0 b1]  one read       [a0 a1]  one gathered write
+    [a2 a3 | b2 b3]  ---------->    [a2 a3]
+                                    [b0 b1]  one gathered write
+                                    [b2 b3]
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from stream_reshard.formats.layout import Slice
+from stream_reshard.model.box import Box
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a source tensor that is read in one go."""
+
+    slice: Slice
+    start: int
+    """First element, counted from the tensor's first one."""
+    stop: int
+    """Past the last element."""
+
+    @property
+    def offset(self) -> int:
+        """Where it begins in its file, in bytes."""
+        return self.slice.tensor.begin + self.start * self.slice.tensor.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return (self.stop - self.start) * self.slice.tensor.itemsize
+
+    def offset_of(self, part: Part) -> int:
+        """Where a part of it begins in its file, in bytes."""
+        return self.offset + part.window_offset * self.slice.tensor.itemsize
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one window's elements of a block stand in one target tensor. Strides and offsets in elements."""
+
+    window: int
+    """Index of the window."""
+    target: Slice
+    target_offset: int
+    """Of the first element, from the target tensor's first one."""
+    window_offset: int
+    """Of the first element, from the window's first one."""
+    shape: tuple[int, ...]
+    """Extents, in the order of the target's dims."""
+    target_strides: tuple[int, ...]
+    window_strides: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the part."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the target."""
+        return self.num_elements * self.target.tensor.itemsize
+
+    @property
+    def offset(self) -> int:
+        """Where it begins in the target's file, in bytes."""
+        return self.target.tensor.begin + self.target_offset * self.target.tensor.itemsize
+
+    @property
+    def target_end(self) -> int:
+        """Past its last element in the target tensor."""
+        return self.target_offset + sum((n - 1) * step for n, step in zip(self.shape, self.target_strides)) + 1
+
+    @property
+    def run(self) -> int:
+        """Elements that are neighbours on both sides: the longest piece that one copy moves."""
+        return run_length(self.shape, self.target_strides, self.window_strides)
+
+    @property
+    def is_stretch(self) -> bool:
+        """Whether its elements stand one behind the other, in the same order, on both sides."""
+        return self.run == self.num_elements
+
+
+@dataclass(frozen=True)
+class Step:
+    """The transfer of one block."""
+
+    windows: tuple[Window, ...]
+    parts: tuple[Part, ...]
+    """Grouped by target tensor."""
+
+    def is_kept(self, part: Part) -> bool:
+        """Whether a part stands in one piece, in the same order and dtype, on both sides: its bytes are only moved."""
+        return part.is_stretch and part.target.tensor.dtype == self.windows[part.window].slice.tensor.dtype
+
+    @property
+    def is_stretched(self) -> bool:
+        """Whether that is so for all of its parts."""
+        return all(map(self.is_kept, self.parts))
+
+
+def steps(sources: Sequence[Slice], targets: Sequence[Slice], max_elements: int) -> Iterator[Step]:
+    """The blocks of what `targets` hold of a parameter, in the source's order. No block's windows have more than
+    `max_elements` elements in all."""
+    spread = max(-(-(stop - start) // source.region.num_elements) for source in sources
+                 for start, stop in [source.extent_of(source.region)])
+    for block in Box.hull([target.region for target in targets]).blocks(max(1, max_elements // spread),
+                                                                        sources[0].nesting):
+        step = _step(sources, targets, block)
+        if step.parts:
+            yield step
+
+
+def whole_step(sources: Sequence[Slice], targets: Sequence[Slice]) -> Step:
+    """Everything that `targets` hold of a parameter at once: its parts tell which way the bytes can take."""
+    return _step(sources, targets, Box.hull([target.region for target in targets]))
+
+
+def _step(sources: Sequence[Slice], targets: Sequence[Slice], block: Box) -> Step:
+    windows: list[Window] = []
+    parts: list[Part] = []
+    for source in sources:
+        if (common := block.overlap(source.region)) is None:
+            continue
+        window = Window(source, *source.extent_of(common))
+        found = [_part(len(windows), window, target, region) for target in targets
+                 if (region := common.overlap(target.region))]
+        if found:
+            windows.append(window)
+            parts += found
+    return Step(tuple(windows), tuple(parts))
+
+
+def _part(index: int, window: Window, target: Slice, region: Box) -> Part:
+    dims, source = target.nesting, window.slice
+    return Part(index, target, target.offset_of(region), source.offset_of(region) - window.start,
+                tuple(region.shape[dim] for dim in dims), tuple(target.strides[dim] for dim in dims),
+                tuple(source.strides[dim] for dim in dims))
+
+
+@lru_cache(maxsize=64)
+def run_length(shape: tuple[int, ...], target_strides: tuple[int, ...], window_strides: tuple[int, ...]) -> int:
+    """Elements in the longest piece that is contiguous under both strides."""
+    return _inner(shape, target_strides, window_strides)[1]
+
+
+def _inner(shape, target_strides, window_strides) -> tuple[int, int]:
+    """(number of outer dims, elements in the contiguous inner dims)."""
+    length = 1
+    for dim in reversed(range(len(shape))):
+        if shape[dim] == 1:
+            continue
+        if target_strides[dim] != length or window_strides[dim] != length:
+            return dim + 1, length
+        length *= shape[dim]
+    return 0, length
+
+
+@lru_cache(maxsize=16)
+def runs(shape: tuple[int, ...], target_strides: tuple[int, ...],
+         window_strides: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """(target offset, window offset) of every piece of `run_length` elements, relative to the first, in target order.
+
+    The same for all blocks of one shape, so layer after layer shares one list.
+    """
+    outer, _ = _inner(shape, target_strides, window_strides)
+    offsets = [(0, 0)]
+    for extent, target, window in zip(shape[:outer], target_strides, window_strides):
+        offsets = [(a + i * target, b + i * window) for a, b in offsets for i in range(extent)]
+    return tuple(offsets)

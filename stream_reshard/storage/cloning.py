@@ -1,0 +1,69 @@
+"""Sharing blocks between files instead of copying bytes, where the file system can: XFS, btrfs, bcachefs, NFS 4.2.
+
+Source offset, target offset and length must be multiples of the block size; the kernel does not trim ragged edges. The
+headers of target files are padded so that slices stand congruent to their source (`plan`); the edges are copied.
+Whether a file system can is found by trying, never by its name.
+"""
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+from stream_reshard.storage.header import BLOCK_NBYTES, MIN_SHARED_NBYTES
+
+_FICLONERANGE = 0x4020940D
+_FILE_CLONE_RANGE = struct.Struct("=qQQQ")
+"""struct file_clone_range: source descriptor, source offset, length, target offset (ioctl_ficlonerange(2))."""
+
+_CANNOT = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EPERM,
+                     errno.ETXTBSY, errno.EBADF, errno.EISDIR, errno.EMLINK})
+"""What says that these two files cannot share these blocks, rather than that the disk is full or broken. EMLINK: a
+block has as many owners as its file system can count."""
+
+
+def share(source: int, source_offset: int, target: int, offset: int, nbytes: int) -> bool:
+    """Let a stretch of the target file be the source's blocks; False where that cannot be. Offsets, `nbytes` and the
+    file system's block must fit. Raises OSError where the disk is full or broken."""
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, _FILE_CLONE_RANGE.pack(source, source_offset, nbytes, offset))
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+        return False
+    return True
+
+
+def can_share(source: Path, folder: Path) -> bool:
+    """Whether new files in `folder` can share blocks with the file `source`; tried on a file without a name."""
+    try:
+        if os.stat(source).st_dev != os.stat(folder).st_dev or os.stat(source).st_size < BLOCK_NBYTES:
+            return False
+        reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            writing = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+            try:
+                return share(reading, 0, writing, 0, BLOCK_NBYTES)
+            finally:
+                os.close(writing)
+        finally:
+            os.close(reading)
+    except OSError:
+        return False
+
+
+def can_share_all(root: Path, paths: Iterable[str], folder: Path) -> bool:
+    """Whether that is so for every one of these files below `root`."""
+    return all(can_share(root / path, folder) for path in paths)
+
+
+def inner_blocks(source_offset: int, offset: int, nbytes: int) -> tuple[int, int]:
+    """(first, last) byte of the target between which whole blocks of the stretch stand, if both offsets are congruent
+    and there are enough of them; else an empty range at the stretch's end."""
+    first, last = -(-offset // BLOCK_NBYTES) * BLOCK_NBYTES, (offset + nbytes) // BLOCK_NBYTES * BLOCK_NBYTES
+    if (source_offset - offset) % BLOCK_NBYTES or last - first < MIN_SHARED_NBYTES:
+        return offset + nbytes, offset + nbytes
+    return first, last

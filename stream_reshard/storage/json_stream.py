@@ -1,0 +1,130 @@
+"""A JSON object too large to be parsed at once, read piece by piece in bounded memory, as Python's reader reads it."""
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from stream_reshard.storage.json_text import place, syntax_fault
+
+_CHUNK_NBYTES = 2**16
+_SPACE = re.compile(r"[ \t\n\r]*")
+_ENTRY = re.compile(r'[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*:[ \t\n\r]*"([^"\\\x00-\x1f]*)"[ \t\n\r]*([,}])')
+"""A key and its value, both plain strings, up to the comma or bracket behind it."""
+
+_DECODER = json.JSONDecoder()
+
+
+class TooLong(Exception):
+    """A single value, or the whole text, has more bytes than were allowed."""
+
+    def __init__(self, limit: int):
+        super().__init__(limit)
+        self.limit = limit
+
+
+class JsonReader:
+    """A cursor in a JSON text. Raises ValueError where the text is no JSON, TooLong where a limit is passed."""
+
+    def __init__(self, stream: BinaryIO, max_nbytes: int, max_value_nbytes: int):
+        """`max_value_nbytes` is for what is parsed at once."""
+        self._stream, self._left, self._limits = stream, max_nbytes, (max_nbytes, max_value_nbytes)
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        self._text, self._at = "", 0
+        self._line, self._column = 1, 1
+        """Where the text that is held begins."""
+
+    def next(self) -> str:
+        """The character at the cursor, spaces skipped; "" at the end."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]  # Matches everywhere.
+            if self._at < len(self._text) or not self._read_on():
+                return self._text[self._at:self._at + 1]
+
+    def value(self) -> Any:
+        """The value at the cursor, parsed at once; the cursor goes behind it."""
+        self.next()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except RecursionError as error:
+                raise ValueError(str(error)) from error
+            except json.JSONDecodeError as error:
+                if not self._read_on():
+                    raise ValueError(syntax_fault(error, self._place(error.pos))) from error
+                continue
+            except ValueError as error:
+                raise ValueError(f"{error} in {self._place(self._at)}") from error
+            # A number that ends with the buffer may go on behind it.
+            if self._text[end:end + 1] in (*"]},: \t\n\r",) or not self._read_on():
+                self._at = end
+                return value
+
+    def keys(self) -> Iterator[str]:
+        """The keys of the object at the cursor; each time, the cursor stands at the value, which is to be read."""
+        self._pass("{")
+        if self.next() == "}":
+            self._pass("}")
+            return
+        while True:
+            yield self._key()
+            if self._pass(",}") == "}":
+                return
+
+    def entries(self) -> Iterator[tuple[str, Any]]:
+        """The keys and values of the object at the cursor."""
+        for key in self.keys():
+            yield key, self.value()
+            while self.next() == "," and (entry := _ENTRY.match(self._text, self._at + 1)):
+                self._at = entry.end() - 1
+                yield entry[1], entry[2]
+
+    def items(self) -> Iterator[Any]:
+        """The values of the array at the cursor, each parsed at once."""
+        self._pass("[")
+        if self.next() == "]":
+            self._pass("]")
+            return
+        while True:
+            yield self.value()
+            if self._pass(",]") == "]":
+                return
+
+    def _key(self) -> str:
+        if self.next() != '"':
+            raise ValueError(f"a name in quotes is expected in {self._place(self._at)}")
+        key = self.value()
+        self._pass(":")
+        return key
+
+    def _pass(self, characters: str) -> str:
+        """Move behind one of these characters, and return it."""
+        found = self.next()
+        if not found or found not in characters:
+            cure = "" if found else "; it is cut off, download it again"
+            raise ValueError(f"{' or '.join(characters)} is expected in {self._place(self._at)}{cure}")
+        self._at += 1
+        return found
+
+    def _read_on(self) -> bool:
+        """Let go of what is behind the cursor, and read as much as is still there; False at the end of the text."""
+        num_kept = len(self._text) - self._at
+        if num_kept > self._limits[1]:
+            raise TooLong(self._limits[1])
+        # As much again as was not enough: reading on in small steps would parse a long value as often.
+        content = self._stream.read(min(self._left + 1, max(_CHUNK_NBYTES, num_kept)))
+        self._left -= len(content)
+        if self._left < 0:
+            raise TooLong(self._limits[0])
+        more = self._decode(content, final=not content)
+        if content:
+            newline = self._text.rfind("\n", 0, self._at)
+            self._line += self._text.count("\n", 0, self._at)
+            self._column = self._at - newline if newline >= 0 else self._column + self._at
+            self._text, self._at = self._text[self._at:] + more, 0
+        return bool(content)
+
+    def _place(self, at: int) -> str:
+        return place(self._text, at, self._line, self._column)
