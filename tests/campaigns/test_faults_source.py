@@ -183,16 +183,16 @@ def pausing_after(number, real=os.fsync, main_pid=os.getpid()):
 def test_a_worker_that_is_killed(tmp_path, monkeypatch):
     """The run ends with one clear error, and the same command goes on from what was done."""
     planned, killed = conversion(tmp_path), []
-    monkeypatch.setattr(os, "fsync", pausing_after(4))
 
     def kill_one(job):
         if not killed:
             killed.append(psutil.Process().children()[0].pid)
             os.kill(killed[0], signal.SIGKILL)
 
-    with pool() as executor, pytest.raises(ResourceError, match="a worker process died"):
-        run(planned.output, How(planned.memory.block_nbytes, executor, progress=kill_one))
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", pausing_after(4))
+        with pool() as executor, pytest.raises(ResourceError, match="a worker process died"):
+            run(planned.output, How(planned.memory.block_nbytes, executor, progress=kill_one))
     assert not (tmp_path / "nt").exists() and staging_of(tmp_path / "nt").exists()
     assert run(planned.output, How(planned.memory.block_nbytes)).num_kept >= 1
     assert main(["verify", str(tmp_path / "hf"), str(tmp_path / "nt"), "--quiet", "--max-memory", "4GiB"]) == 0

@@ -103,7 +103,7 @@ def test_an_overwritten_checkpoint_that_cannot_be_removed_is_named(tmp_path, mon
     """The new one is there and right: that is no failure."""
     source, flags = make_source(tmp_path / "hf"), ["--max-memory", "4GiB", "--overwrite"]
     assert main([str(source), str(tmp_path / "nt"), "--quiet"]) == 0
-    monkeypatch.setattr(staging, "clear", lambda folder: None)
+    monkeypatch.setattr(staging, "clear", lambda folder, naming: None)
     assert main([str(source), str(tmp_path / "nt"), "--tp", "2", *flags]) == 0
     left = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("left "))
     assert ".replaced: the old checkpoint could not be removed" in left and (tmp_path / "nt" / "config.yaml").exists()

@@ -105,10 +105,10 @@ def test_a_stop_just_before_the_last_rename_goes_on(tmp_path, source, monkeypatc
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         real(old, new, **below)
 
-    monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(ResourceError):
-        run_conversion(conversion(source, destination))
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", failing)
+        with pytest.raises(ResourceError):
+            run_conversion(conversion(source, destination))
     run_conversion(conversion(source, destination))
     assert main(["verify", str(source), str(destination), "--quiet"]) == 0
     assert not (destination / "stream_reshard.journal").exists()
@@ -187,10 +187,10 @@ def test_a_write_that_fails_is_resumable(tmp_path, source, monkeypatch, code, la
             raise OSError(code, os.strerror(code))
         return real(*arguments)
 
-    monkeypatch.setattr(durable.os, "pwritev", failing)
-    with pytest.raises(ResourceError, match=os.strerror(code)):
-        run_conversion(plan)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(durable.os, "pwritev", failing)
+        with pytest.raises(ResourceError, match=os.strerror(code)):
+            run_conversion(plan)
     assert not list(staging_of(tmp_path / "nt").rglob("*.part")), "the partial file is removed"
     run_conversion(conversion(source, tmp_path / "nt"))
     assert main(["verify", str(source), str(tmp_path / "nt"), "--quiet"]) == 0
@@ -208,9 +208,9 @@ def test_an_io_error_is_met_by_writing_the_file_anew(tmp_path, source, monkeypat
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(first, *arguments, **below)
 
-    monkeypatch.setattr(os, call, failing)
-    run_conversion(plan)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, failing)
+        run_conversion(plan)
     assert failed and not list(tmp_path.rglob("*.part"))
     assert main(["verify", str(source), str(tmp_path / "nt"), "--quiet"]) == 0
 
