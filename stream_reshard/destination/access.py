@@ -12,10 +12,11 @@ from stream_reshard.storage.folder import Access
 
 
 def access_to(shards: Iterable[Path]) -> Access:
-    """The most that all of these files let group and others do. Raises OSError."""
+    """Access for group and others that all of these files give; a file that is not there any more is left out."""
     access = Access()
     for path in shards:
-        access &= Access.of_file(path.stat().st_mode)
+        with suppress(FileNotFoundError):
+            access &= Access.of_file(path.stat().st_mode)
     return access
 
 
