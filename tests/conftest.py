@@ -78,9 +78,11 @@ def differs(verify):
 pytest.register_assert_rewrite("headers")
 
 
-@pytest.fixture(autouse=True)
-def imports_of_other_tests_do_not_count(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def imports_of_other_tests_do_not_count():
     """This process may hold torch and transformers, half a GiB. What a run reckons with is that of a process of its
     own, in which the tests of memory start the command."""
     real = memory.resident
-    monkeypatch.setattr(memory, "resident", lambda: min(real(), 128 * 2**20))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(memory, "resident", lambda: min(real(), 128 * 2**20))
+        yield
