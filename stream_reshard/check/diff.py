@@ -1,4 +1,4 @@
-"""Diff: in what two layouts of one model differ, tensor by tensor. No weight is read."""
+"""Diff: the differences between two layouts of one model, tensor by tensor. No weight is read."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from stream_reshard.machine import memory
 from stream_reshard.model.parameters import ModelConfig
 
 MAX_LISTED = 1000
-"""Differences that are told; of more only how many."""
+"""Differences that are listed; the rest are only counted."""
 
 
 def diff(one: Path, other: Path) -> dict[str, Any]:
-    """The differences between two checkpoints, in words. Raises Refused where one of them makes no sense."""
+    """The differences between two checkpoints, as lines of text. Raises Refused where one of them makes no sense."""
     problems = Problems()
     limit = memory.parse_limit(min(memory.DEFAULT_ALLOWED, memory.machine_limit()), memory.resident())
     opened: dict[Path, Source | None] = {}
@@ -41,7 +41,7 @@ def diff(one: Path, other: Path) -> dict[str, Any]:
 
 
 def lines(facts: dict[str, Any]) -> Iterator[str]:
-    """What `diff` found, for a person."""
+    """The result of `diff` as lines for a person."""
     yield from facts["differences"]
     if facts["num_more"]:
         yield f"and {facts['num_more']} more"

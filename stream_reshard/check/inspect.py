@@ -1,4 +1,4 @@
-"""Inspect: what a checkpoint folder holds, of either format: from its headers alone, its values too where asked."""
+"""Inspect: the contents of a checkpoint folder of either format, from its headers; on request its values too."""
 from __future__ import annotations
 
 import os
@@ -27,7 +27,7 @@ from stream_reshard.storage.small_files import check_readable
 from stream_reshard.storage.source_file import SourceFile
 
 MAX_LISTED = 20
-"""Faults, and tensors with values that are no numbers, that are told; of more only how many."""
+"""Limit on listed faults (the rest are counted), on stages, and on tensors with NaN or infinite values."""
 
 _MAX_NBYTES = 10 * 2**20
 """Cap on each header and small file."""
@@ -94,7 +94,7 @@ def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor
 
 def _layout(root: Path, config: NanotronModelConfig, manifest: Manifest | None,
             files: Mapping[str, WeightFile]) -> NanotronLayout:
-    """What the headers tell; the vocabulary that nobody knows counts its padding. Raises Refused."""
+    """The layout by the headers. Without a manifest the vocabulary includes its padding. Raises Refused."""
     vocab_size = manifest.facts["vocab_size"] if manifest else config.model.vocab_size
     return layout_of_files(root, config, min(vocab_size, config.model.vocab_size), agreeing(root, files))
 
@@ -124,7 +124,7 @@ def _file_facts(files: Mapping[str, WeightFile]) -> dict[str, Any]:
 
 
 def _depth(file: WeightFile) -> tuple[int, int]:
-    """Where in the model a block stands: embedding, layers by number, the rest."""
+    """Sort key for the position of a block in the model: embedding, layers by number, the rest."""
     name, _, layer = file.parameter.split(".pp_block")[0].partition(".")
     first = {"token_position_embeddings": 0, "decoder": 1}.get(name, 2)
     return first, int(layer) if layer.isdigit() and len(layer) < 9 else 0
@@ -142,7 +142,7 @@ def _holes(files: Iterable[WeightFile]) -> Iterator[SourceError]:
 
 
 def _value_facts(root: Path, tensors: Iterator[StoredTensor], stop: Stop) -> dict[str, Any]:
-    """How many weights are NaN or infinite, and in which tensors."""
+    """Counts of NaN and infinite weights, and the tensors that hold them."""
     num_nan = num_infinite = 0
     where: dict[str, list[int]] = {}
     with stop.awaited():

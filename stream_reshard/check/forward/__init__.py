@@ -6,7 +6,7 @@
 - hugging_face(_config, _tensors): what transformers computes, and from what
 - nanotron(_config, _tensors):     what Nanotron's ranks compute, and from what
 - weights:                matrices multiplied by bands of rows
-- steps:                  what a forward pass shows of itself
+- steps:                  intermediate results of a forward pass
 - compare, result:        the two passes side by side
 - report, plot:           the outcome as text, JSON, picture
 
@@ -34,62 +34,62 @@ _MAX_BAND_NBYTES = 8 * 2**20
 _MIN_BAND_NBYTES = 2**18
 _MAX_HEAD_ROWS = 4096
 _SLACK_NBYTES = 48 * 2**20
-"""What the libraries that multiply matrices keep for themselves, and all the small things."""
+"""Memory of the libraries that multiply matrices, and of all the small things."""
 _PLOT_NBYTES = 64 * 2**20
-"""What importing matplotlib and drawing add."""
+"""Memory that importing matplotlib and drawing add."""
 
 
 @dataclass(frozen=True)
 class How:
-    """What is run, and with what means."""
+    """Scope, tolerance and resources of a forward comparison."""
 
     text: Path | None = None
-    """Whose first tokens are read; None: random ones."""
+    """Text file whose first tokens are read; None: random ones."""
     num_tokens: int = 128
-    """At most so many."""
+    """Limit on the number of tokens."""
     seed: int = 0
-    """Chooses random tokens."""
+    """Seed of the random tokens."""
     tolerance: float = 1e-4
-    """What a difference may be, relative to the largest value of a token."""
+    """Largest difference that is allowed, relative to the largest value of a token."""
     dtype: str = "keep"
-    """What weights of the source are rounded to first; `keep` also takes the word of the copy's manifest."""
+    """Dtype to which weights of the source are rounded first; `keep`: that in the copy's manifest, else none."""
     allow: tuple[str, ...] = ()
     """`stages`: layers of the copy may stand on other stages than Nanotron's balancing gives them."""
     max_memory: int = memory.DEFAULT_ALLOWED
     """Limit on the peak resident set of the process tree, in bytes."""
     num_threads: int | None = None
-    """That multiply matrices; None: what torch chooses."""
+    """Threads that multiply matrices; None: torch's choice."""
     plot: Path | None = None
-    """The picture to be drawn."""
+    """Path of the picture to be drawn; None: no picture."""
 
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """Two checkpoints that will be run, and what it needs."""
+    """Two checkpoints to be run, and the memory this needs."""
 
     how: How
     source: Side
     copy: Side
     tokens: tuple[int, ...]
     dtype: str
-    """What weights of the source are rounded to first, or `keep`."""
+    """Dtype to which weights of the source are rounded first, or `keep`."""
     vocab_size: int
     """Rows of the head that are compared."""
     allowed: int
     reserved: int
     to_import: int
-    """What importing torch, and matplotlib, will add."""
+    """Bytes that importing torch, and matplotlib, will add."""
     band_nbytes: int
-    """Of a matrix as it is stored: so much is read at a time."""
+    """Bytes of a stored matrix that are read at a time."""
 
     @property
     def num_parts(self) -> int:
-        """Of the work, for a progress bar: embedding, layers, final norm, logits."""
+        """Parts of the work, for a progress bar: embedding, layers, final norm, logits."""
         return self.source.config.num_layers + 3
 
     @property
     def activations_nbytes(self) -> int:
-        """What both passes hold of the tokens."""
+        """Bytes that both passes hold for the tokens."""
         return 4 * sum(len(self.tokens) * side.config.num_features + len(self.tokens) ** 2 * side.config.num_scores
                        for side in (self.source, self.copy))
 
@@ -100,7 +100,7 @@ class ForwardPlan:
 
     @property
     def projected(self) -> int:
-        """What the process tree will reach, in bytes: a band as it is stored and in float32, logits of both sides in
+        """Projected peak of the process tree, in bytes: a band as it is stored and in float32, logits of both sides in
         several forms, the activations."""
         logits = 48 * len(self.tokens) * self.num_head_rows
         return (self.reserved + self.to_import + _SLACK_NBYTES + 3 * self.band_nbytes + logits

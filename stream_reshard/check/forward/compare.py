@@ -17,7 +17,7 @@ from stream_reshard.machine.stop import Stop
 def compare(source: Model, copy: Model, tokens: Sequence[int], vocab_sizes: tuple[int, int], tolerance: float,
             band: int, stop: Stop, progress: Callable[[int], None] = lambda done: None) -> Comparison:
     """Run both. `vocab_sizes`: rows of the head that are compared, and all that the copy has; `band`: rows of the head
-    taken at a time. `progress(done)` counts what is done: embedding, layers, logits.
+    taken at a time. `progress(done)` counts what is done: embedding, layers, final norm.
 
     Raises DifferenceError where they do not go through the same steps.
     """
@@ -46,7 +46,7 @@ def compare(source: Model, copy: Model, tokens: Sequence[int], vocab_sizes: tupl
 
 
 def difference(theirs: Step | None, ours: Step | None) -> Difference:
-    """How far a step of the copy (`ours`) is from that of the source. Raises DifferenceError where they are not one."""
+    """Difference of a step of the copy (`ours`) from the source's. Raises DifferenceError where they do not match."""
     if theirs is None or ours is None or (theirs.layer, theirs.name) != (ours.layer, ours.name):
         titles = [step.title if step else "nothing" for step in (theirs, ours)]
         raise DifferenceError(f"the two do not compute the same: where the source has {titles[0]}, the copy has "
@@ -87,7 +87,7 @@ class _LogitsComparison:
         """Mean of (source - copy) by the source's probabilities, over what was seen."""
         self._log_sums = torch.full((2, number), -math.inf, dtype=torch.float64)
         self._with_padding: Tensor | None = None
-        """Of the copy, rows of padding included."""
+        """Log sums of the copy, rows of padding included."""
         self._best = torch.full((2, number), -math.inf)
         self._argmax = torch.full((2, number), -1)
         self._chosen = torch.zeros(2, number, dtype=torch.float64)
@@ -120,7 +120,7 @@ class _LogitsComparison:
         self._with_padding = torch.logaddexp(before, copy.double().logsumexp(-1))
 
     def result(self) -> LogitsDifference:
-        """What all bands together say."""
+        """The difference over all bands together."""
         divergence = (self._weighted - (self._log_sums[0] - self._log_sums[1])).clamp_min(0)
         return LogitsDifference(
             _number(self._apart.max()), self._sum / self._count, float(_relative(self._apart, self._scale).max()),
@@ -129,7 +129,7 @@ class _LogitsComparison:
             None if self._with_padding is None else self._perplexity(1, self._with_padding))
 
     def _num_same_argmax(self) -> int:
-        """A token after which nothing is a number has no likeliest one."""
+        """Tokens after which both passes have the same likeliest token; where no logit is a number, there is none."""
         return int(((self._argmax[0] == self._argmax[1]) & (self._argmax[0] >= 0)).sum())
 
     def _perplexity(self, side: int, log_sums: Tensor) -> float:

@@ -20,7 +20,7 @@ from stream_reshard.check.forward.weights import Weights
 
 
 class HuggingFaceModel:
-    """One module after the other."""
+    """All modules of a checkpoint, one after the other."""
 
     def __init__(self, config: HuggingFaceConfig, tensors: HuggingFaceTensors, weights: Weights):
         self._config, self._tensors, self._weights = config, tensors, weights
@@ -78,7 +78,7 @@ class HuggingFaceModel:
         return turned.reshape(x.shape)
 
     def _frequencies(self) -> Tensor:
-        """Of rotary embedding, in radians per token (modeling_rope_utils: default, linear, llama3)."""
+        """Frequencies of rotary embedding, in radians per token (modeling_rope_utils: default, linear, llama3)."""
         config, scaling = self._config, self._config.rope_scaling
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
         plain = 1.0 / (config.rope_theta ** exponents)

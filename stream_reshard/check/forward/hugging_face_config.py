@@ -1,4 +1,4 @@
-"""What a Hugging Face checkpoint computes, as its config.json says it, in the words of transformers 4 and 5.
+"""The computation of a Hugging Face checkpoint, by its config.json, in the spelling of transformers 4 and 5.
 
 Written from transformers' configuration classes and their defaults (LlamaConfig, MistralConfig, Qwen2Config,
 Qwen2MoeConfig, SmolLM3Config) and from its modeling_rope_utils.
@@ -25,7 +25,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
                   "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
     "smollm3": {"num_key_value_heads": 4, "rope_theta": 2000000.0,
                 "tie_word_embeddings": True}}
-"""By family, where its config class says something else than Llama's."""
+"""Defaults by family that differ from those of Llama's config class."""
 
 _MAX_EXPERTS = 4096
 """No model has more in a layer."""
@@ -35,7 +35,7 @@ _ROPE_TYPES = ("default", "linear", "llama3")
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies of rotary embedding are changed."""
+    """Change of the frequencies of rotary embedding."""
 
     factor: float
     low_freq_factor: float | None = None
@@ -46,7 +46,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class HuggingFaceConfig:
-    """A config.json, with what follows from it."""
+    """A config.json, and values that follow from it."""
 
     hidden_size: int
     intermediate_size: int
@@ -66,27 +66,27 @@ class HuggingFaceConfig:
     has_o_bias: bool
     has_mlp_bias: bool
     is_tied: bool
-    """Whether the head is the embedding."""
+    """True where the head is the embedding."""
     activation: str
     layers_with_experts: tuple[bool, ...]
     num_experts: int
-    """0 without any, and so are the three below."""
+    """0 without experts, as are the three fields below."""
     top_k: int
     expert_intermediate_size: int
     shared_intermediate_size: int
     is_top_k_normalised: bool
-    """Whether the weights of the chosen experts are made to sum up to 1."""
+    """True where the weights of the chosen experts are scaled to a sum of 1."""
 
     @property
     def num_features(self) -> int:
-        """Of one token: what is alive at once in a layer, at most."""
+        """Values of one token that are alive at once in a layer, at most."""
         ffn = max(self.intermediate_size, self.num_experts, 2 * self.expert_intermediate_size,
                   self.shared_intermediate_size)
         return 4 * self.hidden_size + max(4 * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, 5 * ffn)
 
     @property
     def num_scores(self) -> int:
-        """Of a pair of tokens: attention scores that are alive at once, at most."""
+        """Attention scores of a pair of tokens that are alive at once, at most."""
         return 4 * max(1, self.num_heads // self.num_kv_heads)
 
 
@@ -173,7 +173,7 @@ def _windows(settings: Settings, family: str, num_layers: int) -> list[int | Non
 
 
 def _experts(settings: Settings, family: str, num_layers: int) -> dict[str, Any]:
-    """Qwen2MoeDecoderLayer: every so-manieth layer that is not named has experts."""
+    """Qwen2MoeDecoderLayer: every n-th layer that mlp_only_layers does not name has experts."""
     if family != "qwen2_moe":
         return {"layers_with_experts": (False,) * num_layers, "num_experts": 0, "top_k": 0,
                 "expert_intermediate_size": 0, "shared_intermediate_size": 0, "is_top_k_normalised": False}

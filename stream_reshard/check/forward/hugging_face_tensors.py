@@ -15,7 +15,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class HuggingFaceTensors(dict[str, StoredTensor]):
-    """By name."""
+    """Stored tensors by name."""
 
     def __init__(self, root: Path, problems: Problems, max_nbytes: int):
         """Reads index and headers; each may have `max_nbytes`. Raises SourceError."""

@@ -23,7 +23,7 @@ from stream_reshard.check.forward.weights import Weights
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
-"""By the names that nanotron/nn/activations.py has for them."""
+"""Activations by the names of nanotron/nn/activations.py."""
 
 
 class NanotronModel:

@@ -1,4 +1,4 @@
-"""What a Nanotron checkpoint computes, as its model_config.json says it, and the format version of its files.
+"""The computation of a Nanotron checkpoint, by its model_config.json and the format version of its files.
 
 Written from Nanotron's LlamaConfig, Qwen2Config and MoEConfig (nanotron/config/models_config.py), their defaults
 included, and from what the modules make of them.
@@ -35,7 +35,7 @@ class ExpertsConfig:
 
 @dataclass(frozen=True)
 class NanotronConfig:
-    """A model config, with what follows from it."""
+    """A model config, and values that follow from it."""
 
     hidden_size: int
     intermediate_size: int
@@ -48,17 +48,17 @@ class NanotronConfig:
     norm_eps: float
     rope_theta: float
     rope_interleaved: bool
-    """Whether rotary embedding turns neighbouring elements of a head, instead of those of its two halves."""
+    """True where rotary embedding turns neighbouring elements of a head, False where those of its two halves."""
     rope_interpolation: float
-    """What positions are divided by."""
+    """Divisor of positions."""
     no_rope_layer: int | None
-    """Every so-manieth layer goes without rotary embedding."""
+    """Every n-th layer has no rotary embedding."""
     window: int | None
     """Tokens that one attends to, itself included; None: all before it."""
     has_bias: bool
-    """Whether qkv_proj has one."""
+    """True where qkv_proj has a bias."""
     is_tied: bool
-    """Whether the head is the embedding."""
+    """True where the head is the embedding."""
     activation: str
     experts: ExpertsConfig | None
 
@@ -69,7 +69,7 @@ class NanotronConfig:
 
     @property
     def num_features(self) -> int:
-        """Of one token: what is alive at once in a layer, at most."""
+        """Values of one token that are alive at once in a layer, at most."""
         ffn = self.intermediate_size
         if self.experts:
             ffn = max(self.experts.num_experts, 2 * self.experts.intermediate_size,
@@ -78,12 +78,12 @@ class NanotronConfig:
 
     @property
     def num_scores(self) -> int:
-        """Of a pair of tokens: attention scores that are alive at once, at most."""
+        """Attention scores of a pair of tokens that are alive at once, at most."""
         return 2 * self.num_heads
 
     @property
     def layer_cost(self) -> int:
-        """What a decoder layer counts when stages are balanced (`get_block_compute_costs`)."""
+        """Cost of a decoder layer in the balancing of stages (`get_block_compute_costs`)."""
         attention = 4 * self.num_heads * self.head_dim * self.hidden_size
         return attention + 3 * self.intermediate_size * self.hidden_size
 

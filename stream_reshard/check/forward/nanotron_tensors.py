@@ -25,7 +25,7 @@ _RANKS = re.compile(r"_pp-rank-(\d{1,6})-of-(\d{1,6})_tp-rank-(\d{1,6})-of-(\d{1
 
 
 class NanotronTensors(dict[str, list[StoredTensor]]):
-    """By parameter: what every tensor-parallel rank holds of a sharded one, the one tensor of any other."""
+    """Tensors by parameter: one per tensor-parallel rank of a sharded parameter, one in all of any other."""
 
     def __init__(self, root: Path, problems: Problems, max_nbytes: int):
         """Looks for the topology only; `max_nbytes` limits a header. Raises SourceError where there is none."""
@@ -39,7 +39,7 @@ class NanotronTensors(dict[str, list[StoredTensor]]):
                               f"tensor-parallel rank is needed")
         (self.num_stages, self.num_tp), = sizes
         self.version = dict(read_header(root, f"{folder}/{names[0]}", max_nbytes).metadata).get("version", "")
-        """Of the format, as the header of the embedding says it."""
+        """Format version, from the header of the embedding."""
 
     def find(self, config: NanotronConfig, may_be_moved: bool) -> None:
         """Look for every parameter of the model. What is missing, or has another shape than Nanotron's module, goes to

@@ -10,11 +10,11 @@ from stream_reshard.storage.durable import NewFile, make_folder, target_error
 from stream_reshard.storage.folder import Folder
 
 _FLOOR = 1e-9
-"""Where differences of zero are drawn."""
+"""Value at which smaller differences are drawn, zero included."""
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Relative difference by layer, on a logarithmic scale, with what is tolerated and where it begins; a PNG at
+    """Relative difference by layer, on a logarithmic scale, with the tolerance and the first layer beyond it; a PNG at
     `path`, whole or not at all. Raises DestinationError or ResourceError where it cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What became of a forward pass: for a person, and as JSON."""
+"""Outcome of a forward pass: for a person, and as JSON."""
 from __future__ import annotations
 
 import math
@@ -12,7 +12,7 @@ from stream_reshard.machine.memory import human
 
 
 def plan_lines(plan: ForwardPlan) -> Iterator[str]:
-    """What will be done, and what it needs."""
+    """The planned work, and the memory it needs."""
     how = plan.how
     what = f"random tokens, seed {how.seed}" if how.text is None else f"tokens of {shown(how.text)}"
     cast = "" if plan.dtype == "keep" else f", SRC rounded to {plan.dtype}"
@@ -25,7 +25,7 @@ def plan_lines(plan: ForwardPlan) -> Iterator[str]:
 
 
 def lines(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int) -> Iterator[str]:
-    """The table of layers, the logits, what it took."""
+    """The table of layers, the logits, time and memory."""
     yield f"{'':<14}{'largest':>10}{'mean':>10}{'relative':>10}   first step beyond tolerance"
     for row in comparison.rows:
         output, first = row.output, row.first
@@ -47,7 +47,7 @@ def lines(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int) 
 
 
 def finding(plan: ForwardPlan, comparison: Comparison) -> DifferenceError | None:
-    """Where the two begin to differ, as an error; None where they agree."""
+    """The first difference between the two passes, as an error; None where they agree."""
     if comparison.agrees:
         return None
     name, tail = quoted(plan.copy.root), f"; --tolerance is {comparison.tolerance:g}"
@@ -70,7 +70,7 @@ def _magnitude(difference: Difference) -> str:
 
 
 def as_json(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int) -> dict[str, Any]:
-    """The same as one document; sizes in bytes, and null for what is no number."""
+    """Plan and outcome as one JSON document; sizes in bytes, null for numbers that are not finite."""
     logits, first = comparison.logits, comparison.first
     return {
         "agrees": comparison.agrees, "tolerance": comparison.tolerance,

@@ -7,10 +7,10 @@ from typing import Any
 from stream_reshard.errors import Problems, SourceError, quoted
 
 DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-"""Of weights that can be computed with as they stand: torch's names by safetensors'."""
+"""Dtypes of weights that can be computed with as they stand: torch's names by safetensors'."""
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
-"""Names of those that are computed here."""
+"""Activations that are computed here, by name."""
 
 _MAX_SIZE = 1 << 31
 """No size of a model, and no number in its config, is larger."""

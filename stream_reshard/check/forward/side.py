@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from stream_reshard.check.forward.weights import Weights
 
 MOVED_STAGES = "stages"
-"""What a manifest, or `allow`, calls blocks on other stages than those of Nanotron's balancing."""
+"""Name in a manifest, or in `allow`, for blocks on other stages than those of Nanotron's balancing."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class HuggingFaceSide:
     config: HuggingFaceConfig
     tensors: HuggingFaceTensors
     dtype: str
-    """What its weights were cast to when they were converted; `keep` where nothing says so."""
+    """Dtype to which the weights were cast when they were converted; `keep` where nothing says so."""
 
     @property
     def vocab_size(self) -> int:
@@ -39,7 +39,7 @@ class HuggingFaceSide:
 
     @property
     def title(self) -> str:
-        """The way it is run, for people."""
+        """Description of the run, for people."""
         return "as transformers does"
 
     def model(self, weights: Weights) -> Model:
@@ -58,11 +58,11 @@ class NanotronSide:
     vocab_size: int | None
     """Rows of embedding and head without padding; None where nothing says it."""
     dtype: str
-    """What its weights were cast to when they were converted; `keep` where nothing says so."""
+    """Dtype to which the weights were cast when they were converted; `keep` where nothing says so."""
 
     @property
     def title(self) -> str:
-        """The way it is run, for people."""
+        """Description of the run, for people."""
         return f"as Nanotron's {self.tensors.num_tp} x {self.tensors.num_stages} ranks do (tp x pp)"
 
     def model(self, weights: Weights) -> Model:

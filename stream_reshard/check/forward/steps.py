@@ -1,4 +1,4 @@
-"""Step, Model: what a forward pass shows of itself on its way, and what has one."""
+"""Step, Model: an intermediate result of a forward pass, and a checkpoint that can be run forward."""
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
@@ -14,23 +14,23 @@ HIDDEN = "hidden_states"
 """The last step of a layer: its output, the residual included."""
 
 HALVES, INTERLEAVED = "heads in halves", "heads interleaved"
-"""What rotary embedding turns with each other: elements of the two halves of a head, or neighbours."""
+"""Elements that rotary embedding turns with each other: those of the two halves of a head, or neighbours."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one module made of the tokens, in the order of features that Hugging Face has."""
+    """Output of one module, in Hugging Face's order of features."""
 
     layer: int | None
     """None outside of the layers."""
     name: str
-    """Of the module, as transformers calls it."""
+    """transformers' name of the module."""
     value: Tensor
     """(num_tokens, features), float32."""
     weight: str = ""
-    """Which weight it is the work of."""
+    """The weight that made the value; empty where no weight did."""
     settings: str = ""
-    """Which settings of the config went into it."""
+    """Settings of the config that the value depends on."""
     num_parts: int = 1
     """Tensor-parallel ranks that made the features, equally many each, one after the other."""
 
@@ -41,7 +41,7 @@ class Step:
 
 
 Work = Generator[Step, None, Tensor]
-"""Shows steps, and returns what it made in the end."""
+"""Generator that yields steps and returns its final value."""
 
 
 class Model(Protocol):

@@ -12,14 +12,14 @@ from stream_reshard.storage.small_files import open_regular
 TOKENIZER_NAME = "tokenizer.json"
 
 _TEXT_NBYTES_PER_TOKEN = 64
-"""As much of a text is read; few tokens are longer."""
+"""Bytes of a text that are read for each token; few tokens are longer."""
 
 _MAX_TOKENIZER_NBYTES = 2**26
 """The largest that are known take some 20 MB."""
 
 
 def random_tokens(number: int, vocab_size: int, seed: int) -> list[int]:
-    """The same for the same seed, on any machine."""
+    """Random token ids, the same for one seed on any machine."""
     return [random.Random(f"{seed} {place}").randrange(vocab_size) for place in range(number)]
 
 

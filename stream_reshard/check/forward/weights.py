@@ -27,7 +27,7 @@ class Bands:
         return max(1, self.nbytes // max(1, row_nbytes))
 
     def stored(self, nbytes: int) -> memoryview:
-        """A buffer of so many bytes."""
+        """A buffer of `nbytes` bytes."""
         if len(self._stored) < nbytes:
             self._stored = bytearray(nbytes)
         return memoryview(self._stored)[:nbytes]
@@ -43,11 +43,11 @@ class Weights:
     """Reads tensors of the files below `root`."""
 
     def __init__(self, root: Path, bands: Bands, stop: Stop, dtype: torch.dtype | None = None):
-        """`dtype`: what weights are rounded to before anything else; None leaves them as they are stored."""
+        """`dtype`: weights are rounded to it before anything else; None leaves them as they are stored."""
         self._root, self._bands, self._stop, self._dtype = root, bands, stop, dtype
 
     def as_stored(self) -> Weights:
-        """The same, rounding nothing."""
+        """Reader of the same files that rounds nothing."""
         return Weights(self._root, self._bands, self._stop)
 
     def linear(self, x: Tensor, weight: StoredTensor, bias: StoredTensor | None = None, first: int = 0,

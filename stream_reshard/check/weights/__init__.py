@@ -1,16 +1,16 @@
 """Verify: prove that two folders hold the same model, whatever their formats and topologies, in bounded memory.
 
 - checkpoint:   a checkpoint as matrices that can be read in blocks
-- hugging_face: a Hugging Face folder as such
+- hugging_face: a Hugging Face folder as such a checkpoint
 - groups:       the files of one Nanotron parameter, by Nanotron's own rules
-- nanotron:     a Nanotron folder as such, through the slice metadata in its own headers
+- nanotron:     a Nanotron folder as such a checkpoint, through the slice metadata in its own headers
 - compare:      one parameter of both, element by element
-- files:        which files there must be, and which may not be
+- files:        files that must be there, and files that must not
 - agreement:    settings, dtypes, digests
 - token_ids:    ids of special tokens
-- how:          what is compared, by the wish of a user
+- how:          scope of the comparison, by the wish of a user
 - look:         everything but the weights
-- start:        where a training by config.yaml takes its weights from
+- start:        weights from which a training by config.yaml starts
 - training:     config.yaml against the weights beside it
 - side:         one of the two folders, whatever its format
 - tasks:        the parts that read files, and running them
@@ -42,7 +42,7 @@ from stream_reshard.storage.small_files import MAX_JSON_NBYTES
 __all__ = ["How", "lines", "verify"]
 
 MAX_DIFFERENCES = 1000
-"""More are not kept: where every weight differs, their number says it."""
+"""Differences that are kept; the rest are counted: where every weight differs, their number says it."""
 
 
 def verify(source: Path, copy: Path, how: How = How(), stop: Stop | None = None,
@@ -88,7 +88,7 @@ def verify(source: Path, copy: Path, how: How = How(), stop: Stop | None = None,
 
 
 def lines(facts: dict[str, Any]) -> Iterator[str]:
-    """What `verify` found, for a person."""
+    """The result of `verify` as lines for a person."""
     if facts["quick"]:
         yield f"verified structure of {facts['num_files']} files, no weight compared"
     elif facts["sample"] < 1:
@@ -136,7 +136,7 @@ def _budget(original: Side, other: Side, how: How, allowed: int) -> memory.Memor
 
 def _tasks(original: Side, other: Side, told: FilesOfManifest | None, how: How, budget: memory.MemoryPlan,
            stop: Stop) -> tuple[Iterator[Task], int]:
-    """(the parts of the comparison that read files, how many there are)."""
+    """(the parts of the comparison that read files, their number)."""
     source, copy = original.checkpoint, other.checkpoint
     left_out = [*map(os.path.normpath, how.edited), *(copy.paths if copy and how.sample < 1 else ())]
     num_digests = 0
@@ -159,7 +159,7 @@ def _then_digests(tasks: Iterator[Task], other: Side, told: FilesOfManifest | No
 
 
 def _cast_text(source: Checkpoint, other: Side, how: How) -> str | None:
-    """What the source was cast to before it was compared, and who wanted it; None where it had that dtype."""
+    """The cast of the source for the comparison, and what asked for it: manifest or option; None without a cast."""
     dtype = cast_to(other, how)
     others = {source.weights.dtype_of(name) for name in source.weights} - {dtype}
     if dtype is None or not others:

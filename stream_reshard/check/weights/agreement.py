@@ -1,4 +1,4 @@
-"""What two checkpoints must agree on beyond their weights, and what one must be by its own manifest."""
+"""Agreement of two checkpoints beyond their weights, and of one checkpoint with its own manifest."""
 from __future__ import annotations
 
 from collections import Counter
@@ -27,16 +27,16 @@ WITHOUT_EFFECT = (*TOKEN_IDS, "initializer_range")
 
 @dataclass(frozen=True)
 class Setting:
-    """A setting in which the copy is not what the source is."""
+    """A setting in which the copy differs from the source."""
 
     name: str
     theirs: str
-    """What the source says."""
+    """The source's value, as text."""
     mine: str | None
-    """What the copy says; None where it says nothing of it."""
+    """The copy's value, as text; None where the copy does not state it."""
 
     def difference(self, copy: Checkpoint) -> DifferenceError:
-        """It, as an error."""
+        """The setting as an error."""
         cure = (f" (--allow {self.name} accepts it)" if self.name in {*ALLOWABLE, *NEUTRAL, *WITHOUT_EFFECT} else "")
         return DifferenceError(f"{self.name}: the source says: {self.theirs}; {quoted(copy.root)} says: "
                                f"{self.mine or 'nothing'}{cure}")
@@ -57,14 +57,14 @@ def setting_differences(source: Checkpoint, copy: Checkpoint) -> Iterator[Settin
 
 
 def vocabulary_difference(source: Checkpoint, copy: Checkpoint) -> Iterator[DifferenceError]:
-    """Where both folders say how many rows the vocabulary has, and not the same."""
+    """An error where both folders state the size of the vocabulary and the sizes differ."""
     mine, theirs = copy.vocab_size, source.vocab_size
     if None not in (mine, theirs) and mine != theirs:
         yield DifferenceError(f"the vocabulary has {mine} rows in {quoted(copy.root)}, {theirs} in the source")
 
 
 def parameter_differences(source: Checkpoint, copy: Checkpoint) -> Iterator[DifferenceError]:
-    """Parameters that only one of the two has: the first few, and how many more."""
+    """Parameters that only one of the two has: the first few, and the number of the rest."""
     for one, other in ((source, copy), (copy, source)):
         missing = [name for name in one.weights if name not in other.weights]
         for name in missing[:MAX_LISTED]:
@@ -77,9 +77,9 @@ def parameter_differences(source: Checkpoint, copy: Checkpoint) -> Iterator[Diff
 
 def dtype_differences(source: Checkpoint, copy: Checkpoint, told: str | None,
                       is_cast: bool) -> Iterator[DifferenceError]:
-    """Where the dtypes in the copy are not those that its own documents say, or that Nanotron has. `told`: what its
-    manifest says the weights were cast to. The config of a copy that is not cast may say what that of the source does:
-    some are wrong."""
+    """Errors for dtypes in the copy that are not those of its own documents, or of Nanotron. `told`: the dtype that its
+    manifest says the weights were cast to. The config of a copy that is not cast may repeat a wrong one of the
+    source."""
     model, counts = copy.model, Counter(map(copy.weights.dtype_of, copy.weights))
     float32 = [parameter.name for parameter in (model.parameter(number) for row, _ in enumerate(model.rows)
                if model.rows[row].is_float32 for number in range(model.firsts[row], model.firsts[row + 1]))]
@@ -99,7 +99,7 @@ def dtype_differences(source: Checkpoint, copy: Checkpoint, told: str | None,
 
 
 def digest_difference(root: Path, file: FileDone, digest: str | None) -> DifferenceError | None:
-    """A file that does not have the digest or size that the manifest says; `digest` is None where it says none."""
+    """A difference where size or digest of a file is not the manifest's; `digest` is None where that has none."""
     nbytes = (root / file.path).stat().st_size
     if (nbytes, digest) == (file.nbytes, file.xxh3_128):
         return None

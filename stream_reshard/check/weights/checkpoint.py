@@ -1,8 +1,8 @@
 """A checkpoint as verify sees it, of whatever format: matrices that can be read by rows.
 
-Every parameter is the matrix that Hugging Face stores (a vector is one column), in Hugging Face's order of rows. How a
-format keeps it is said in pieces: a box of the matrix, and the box of a stored tensor where it stands. Nothing of the
-planner is used here, neither its slices nor its arithmetic: a wrong plan cannot agree with itself.
+Every parameter is the matrix that Hugging Face stores (a vector is one column), in Hugging Face's order of rows. Pieces
+say how a format keeps it: a box of the matrix, and the box of a stored tensor that holds it. Nothing of the planner
+is used here, neither its slices nor its arithmetic: a wrong plan cannot agree with itself.
 """
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Block = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a parameter's matrix, and where it stands."""
+    """A box of a parameter's matrix, and the box of a stored tensor that holds it."""
 
     origin: Box
     """(rows, columns) of the matrix, in the order in which the format keeps the rows."""
@@ -36,10 +36,10 @@ class Piece:
     local: Box
     """(rows, columns) of the tensor; of three dims the first two count as rows."""
     is_transposed: bool = False
-    """Whether the tensor has the columns of `origin` as rows."""
+    """True where the tensor has the columns of `origin` as rows."""
 
     def index_of(self, row: int, column: int) -> tuple[int, ...]:
-        """Where an element of the matrix, in the format's order of rows, stands in the tensor."""
+        """Index in the tensor of an element of the matrix, whose rows are in the format's order."""
         inside = row - self.origin.start[0], column - self.origin.start[1]
         down, right = reversed(inside) if self.is_transposed else inside
         index = self.local.start[0] + down, self.local.start[1] + right
@@ -57,7 +57,7 @@ class Weight:
     """Rows that the pieces cover, padding included."""
     pieces: tuple[Piece, ...]
     interleaved: bool = False
-    """Whether the rows of a head alternate between its two halves."""
+    """The rows of a head alternate between its two halves."""
 
     @property
     def dtype(self) -> str:
@@ -74,8 +74,8 @@ class Weight:
         return matrix_of(self.parameter.matrix_shape)[1]
 
     def kept_rows(self, first: int, last: int) -> np.ndarray:
-        """Where the format keeps Hugging Face's rows first to last: within a head of d rows, row j of the first half
-        stands at 2j, row j of the second at 2j + 1."""
+        """Indices at which the format keeps Hugging Face's rows first to last: within a head of d rows, row j of the
+        first half stands at 2j, row j of the second at 2j + 1."""
         rows = np.arange(first, last)
         if not self.interleaved:
             return rows
@@ -102,7 +102,7 @@ class Weights(Mapping[str, Weight]):
 
     @abstractmethod
     def __contains__(self, name: object) -> bool:
-        """Nothing is made to answer this."""
+        """True where the checkpoint has the parameter; no weight is made for the answer."""
 
     @abstractmethod
     def dtype_of(self, name: str) -> str:
@@ -119,42 +119,42 @@ class Checkpoint:
 
     root: Path
     model: Model
-    """Of Nanotron's, the vocabulary is the padded one."""
+    """The vocabulary of a Nanotron model includes its padding."""
     vocab_size: int | None
     """Rows of the embedding without padding, where the folder says it."""
     extras: Mapping[str, Limit]
     """Settings beyond the config that change the forward pass, by name."""
     paths: Collection[str]
-    """Those of the weight files."""
+    """Paths of the weight files."""
     weights: Weights
     unsaid: Collection[str] = ()
-    """Settings of the config that this format has no word for."""
+    """Settings of the config that this format cannot express."""
     dtype: str | None = None
     """The dtype that the config tells its readers to load the weights in, under torch's name; None where it says
     nothing."""
     topology: Topology | None = None
-    """That of the names of the files. None where they are not Nanotron's."""
+    """The topology in the names of the files; None where they are not Nanotron's."""
     interleaved: bool = False
-    """Whether rotary embedding interleaves the rows of a head."""
+    """Rotary embedding interleaves the rows of a head."""
     interleaved_by_default: bool = False
-    """The same, for a config that does not say it."""
+    """Rotary embedding interleaves the rows of a head where the config does not say whether."""
     num_moved: int = 0
     """Files on other stages than Nanotron's balancing gives them, where that is allowed."""
     is_whole: bool = False
-    """Whether it is Nanotron itself that saved the config of the model: it writes every field."""
+    """True where Nanotron itself saved the config of the model: it writes every field."""
     knows_ids: bool = True
-    """False where the token ids are no more than what Nanotron's config could hold of those of the model."""
+    """False where only those token ids are known that Nanotron's config can hold."""
     padding_id: int | None = None
     """The token id for padding in a Nanotron config, which stops the training of that row on every rank."""
 
     @property
     def config(self) -> ModelConfig:
-        """What the config says of the model."""
+        """The config of the model."""
         return self.model.config
 
     @property
     def is_nanotron(self) -> bool:
-        """Whether it is one of Nanotron's."""
+        """True for a Nanotron checkpoint."""
         return self.topology is not None
 
     def num_elements(self, vocab_size: int) -> int:
@@ -166,7 +166,7 @@ class Opened:
     """A weight opened for reading; a context manager."""
 
     def __init__(self, root: Path, weight: Weight, max_nbytes: int):
-        """What is read at once has about `max_nbytes`, twice that where it is interleaved."""
+        """`max_nbytes`: about the size of one read; twice that where the weight is interleaved."""
         self.weight, self._max_nbytes = weight, max_nbytes
         self._stack = ExitStack()
         try:
@@ -188,7 +188,7 @@ class Opened:
         return np.concatenate([self._kept(row, row + 1, left, right) for row in map(int, kept)])
 
     def _kept(self, first: int, last: int, left: int, right: int) -> np.ndarray:
-        """The same, in the order in which the format keeps the rows."""
+        """Rows first to last, columns left to right, in the format's order of rows."""
         weight, window = self.weight, Box((first, left), (last, right))
         block: np.ndarray = np.empty(window.shape, f"u{ITEMSIZE[weight.dtype]}")
         for piece in weight.pieces:
@@ -222,7 +222,7 @@ class Opened:
 
 
 def blocks(num_rows: int, num_columns: int, itemsize: int, max_nbytes: int) -> Iterator[Block]:
-    """Blocks of about `max_nbytes` in the order of their elements: so many whole rows, or parts of one."""
+    """Blocks of about `max_nbytes` in the order of their elements: as many whole rows as fit, or parts of one."""
     num_elements = max(1, max_nbytes // itemsize)
     step, width = max(1, num_elements // num_columns), min(num_columns, num_elements)
     for first in range(0, num_rows, step):

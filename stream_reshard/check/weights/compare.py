@@ -15,7 +15,7 @@ from stream_reshard.storage.dtypes import ITEMSIZE, TORCH_DTYPES, cast
 
 @dataclass(frozen=True)
 class Rule:
-    """What of the parameters is compared, and how."""
+    """Settings that the comparisons of all parameters share."""
 
     block_nbytes: int
     """About the size of what is read of either checkpoint at a time."""
@@ -24,26 +24,26 @@ class Rule:
     dtype: str | None = None
     """The safetensors dtype the source is cast to first; None where the copy must have the source's own."""
     sample: float = 1.0
-    """Part of the blocks that are compared."""
+    """Fraction of the blocks that is compared."""
     seed: int = 0
-    """Chooses them."""
+    """Seed for the choice of blocks."""
     padding_is_zero: bool = True
-    """Whether rows past the vocabulary must be zero in the copy."""
+    """True where rows past the vocabulary must be zero in the copy."""
     source_is_told: bool = True
-    """Whether the source itself, or a user, says how many rows it has; where it is the copy alone, rows of the source
-    that are not zero are no padding."""
+    """True where the source itself, or a user, gives the size of the vocabulary; else rows of the source past the
+    copy's vocabulary must be zero."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What the comparison of one parameter, or of one file's digest, saw."""
+    """Result of comparing one parameter, or the digest of one file."""
 
     num_elements: int
     """Weights compared, without padding."""
     difference: DifferenceError | None = None
     """The first difference."""
     is_digest: bool = False
-    """Whether it was the digest of a file that was compared."""
+    """True where the digest of a file was compared."""
 
 
 def compare(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule, stop: Stop) -> Compared:
@@ -77,7 +77,7 @@ def _padding_difference(got: Opened, ours: Weight, num_rows: int, rule: Rule) ->
 
 def _hidden_difference(expected: Opened, theirs: Weight, num_rows: int, copy: Checkpoint,
                        rule: Rule) -> DifferenceError | None:
-    """The first row of the source past the copy's vocabulary that is not zero: it is no padding, or a user says so."""
+    """The first row of the source past the copy's vocabulary that is not zero: only a user can call it padding."""
     for first, last, left, right in _blocks(theirs.num_rows - num_rows, theirs, theirs.dtype, rule):
         rows = expected.block(num_rows + first, num_rows + last, left, right).any(axis=1)
         if rows.any():
@@ -95,7 +95,7 @@ def _title(weight: Weight) -> str:
 
 
 def shape_difference(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule) -> DifferenceError | None:
-    """Where shape or dtype of a parameter are not what the source asks for."""
+    """A difference where a parameter's shape or dtype is not what the source asks for."""
     ours = copy.weights[name]
     fault = _shape_fault(ours, source.weights[name], rule, source.is_nanotron == copy.is_nanotron)
     return _shape_difference(ours, fault) if fault else None
@@ -122,8 +122,8 @@ def _shape_fault(ours: Weight, theirs: Weight, rule: Rule, are_same_format: bool
 
 
 def compared_as(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule) -> str:
-    """The dtype in which two parameters are compared: the copy's, to which the source is cast. What Nanotron keeps in
-    float32 was cast by no one's wish: the narrower side is widened, so that no bit is lost without a word."""
+    """The dtype in which two parameters are compared: the copy's, to which the source is cast. Where no cast is asked
+    for, but Nanotron keeps the parameter in float32, the narrower side is widened, so that no bit is lost silently."""
     ours, theirs = copy.weights.dtype_of(name), source.weights.dtype_of(name)
     if rule.dtype or ours == theirs or not copy.weights[name].parameter.is_float32:
         return ours
@@ -131,7 +131,7 @@ def compared_as(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule) -> 
 
 
 def is_widening(source: str, target: str) -> bool:
-    """Whether a cast loses no bit."""
+    """True where a cast widens, so that no bit is lost."""
     return target in ("F32", "F64") and source in TORCH_DTYPES and ITEMSIZE[source] < ITEMSIZE[target]
 
 

@@ -1,6 +1,6 @@
-"""The files of a copy: which there must be, which there may not be, and those whose digests are compared.
+"""The files of a copy: those that must be there, those that must not, and those whose digests are compared.
 
-One walk through the folder. Of a file that a manifest names a byte is kept, of any other nothing: a folder may hold any
+One walk through the folder keeps one byte per file that a manifest names, none for others: a folder may hold any
 number of them.
 """
 from __future__ import annotations
@@ -34,14 +34,14 @@ _FOLLOWED = {
     "*.safetensors": "no index names it",
     "*.safetensors.index*.json": "readers may take it for the index"}
 """Patterns of names at the top of a checkpoint that its readers follow though nothing here was converted to them
-(nanotron/serialize/main.py; transformers/utils/__init__.py), and what comes of it."""
+(nanotron/serialize/main.py; transformers/utils/__init__.py), and the consequence."""
 
 _NAMES = (CONFIG_NAME, SINGLE_NAME, INDEX_NAME, MODEL_CONFIG_NAME, METADATA_NAME, CONFIG_YAML, MANIFEST_NAME, "model",
           "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-"""Names that readers look for; in other letters they may find it, or miss it, as the file system likes."""
+"""Names that readers look for; in another case, the file system decides whether a file is found or missed."""
 
 _MISSING, _THERE, _NO_FILE, _TAKEN = range(4)
-"""What is known of a file that a manifest names."""
+"""States of a file that a manifest names."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class FilesOfManifest:
 
     manifest: StoredManifest
     states: bytearray
-    """One per file."""
+    """One state per file."""
 
     def found(self, path: str, is_file: bool) -> bool:
         """Note a file that is there; False where the manifest does not name it."""
@@ -69,11 +69,11 @@ class FilesOfManifest:
 
     @property
     def num_there(self) -> int:
-        """How many are there and were not taken."""
+        """Number of files that are there and were not taken."""
         return self.states.count(_THERE)
 
     def take(self, path: str) -> FileDone | None:
-        """What the manifest says of a file that is there, once."""
+        """The manifest's entry of a file; None where the file is not there, or was taken before."""
         number = self.manifest.files.number_of(path)
         if number is None or self.states[number] != _THERE:
             return None
@@ -81,33 +81,33 @@ class FilesOfManifest:
         return self.manifest.files.get(path)
 
     def rest(self) -> Iterator[FileDone]:
-        """What it says of those that are there and were not taken."""
+        """The manifest's entries of the files that are there and were not taken."""
         return (file for state, file in zip(self.states, self.manifest.entries()) if state == _THERE)
 
 
 class Listing:
-    """Differences of several kinds: of each a few are told, and how many more there are."""
+    """Differences of several kinds: of each the first few, and the number of the rest."""
 
     def __init__(self) -> None:
         self.differences: list[DifferenceError] = []
         self._counts: dict[str, int] = {}
 
     def add(self, kind: str, text: str) -> None:
-        """One more of a kind."""
+        """Add a difference of a kind."""
         self._counts[kind] = self._counts.get(kind, 0) + 1
         if self._counts[kind] <= MAX_LISTED:
             self.differences.append(DifferenceError(text))
 
     def whole(self) -> list[DifferenceError]:
-        """What is told."""
+        """Listed differences, and one more per kind for the number of the rest."""
         more = ((kind, count - MAX_LISTED) for kind, count in self._counts.items() if count > MAX_LISTED)
         return [*self.differences, *(DifferenceError(f"and {count} more files are {kind}") for kind, count in more)]
 
 
 def file_set(root: Path, copy: Checkpoint | None, manifest: StoredManifest | None, ignored: Collection[str],
              allow: Collection[str]) -> tuple[FilesOfManifest | None, list[DifferenceError]]:
-    """(the files of the manifest, what is missing or extra but for the ignored ones). What readers look for, or would
-    follow, is judged whatever a manifest says, and where there is none nothing else can be; weight files of Nanotron's
+    """(the files of the manifest, differences for missing and extra files but the ignored ones). Files that readers
+    look for, or would follow, are judged with and without a manifest, others only with one; weight files of Nanotron's
     are judged by their reader."""
     told = FilesOfManifest(manifest, bytearray(len(manifest.files))) if manifest else None
     listing, tops = Listing(), set()
@@ -130,15 +130,15 @@ def file_set(root: Path, copy: Checkpoint | None, manifest: StoredManifest | Non
 
 
 def _needed(copy: Checkpoint) -> set[str]:
-    """What stands beside the weights of Nanotron's. Its trainer saves a config.yaml, but who saves with its functions
-    alone has none (serialize/main.py): a folder that Nanotron itself saved is none to start a training from."""
+    """Files that must stand beside Nanotron's weights. Nanotron's trainer saves a config.yaml, its functions alone save
+    none (serialize/main.py): a folder that Nanotron itself saved needs none."""
     if not copy.is_nanotron:
         return set()
     return {METADATA_NAME} if copy.is_whole else {METADATA_NAME, CONFIG_YAML}
 
 
 def _reason_against(path: str, copy: Checkpoint) -> str | None:
-    """Why a file should not be there."""
+    """Reason why a file should not be there; None without one."""
     top, _, below = path.partition("/")
     name = top.casefold()
     for known in _NAMES:

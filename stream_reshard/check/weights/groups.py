@@ -1,4 +1,4 @@
-"""The files of one Nanotron parameter, held against what Nanotron gives each rank (`create_sharded_parameter`,
+"""The files of one Nanotron parameter, checked against what Nanotron gives each rank (`create_sharded_parameter`,
 nanotron/parallel/sharded_parameters.py)."""
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stream_reshard.storage.header import StoredTensor
 
 
 class HeldFile(NamedTuple):
-    """What is held of a weight file; what many have in common is held once."""
+    """Facts kept of one weight file; values that many files share are kept once."""
 
     path: str
     begin: int
@@ -29,7 +29,7 @@ class HeldFile(NamedTuple):
 
     @property
     def tensor(self) -> StoredTensor:
-        """The one tensor in it."""
+        """The one tensor in the file."""
         return StoredTensor(self.path, "data", self.dtype, self.shape, self.begin)
 
 
@@ -61,8 +61,8 @@ class Group:
         return None
 
     def _own_shape(self) -> tuple[int, ...]:
-        """What the config makes of it: matrices one below the other; those of experts stacked, transposed, side by
-        side."""
+        """The unsharded shape by the config: matrices one below the other; those of experts stacked, transposed, side
+        by side."""
         stacked = [parameter.stacked for parameter in self.fused if parameter.stacked is not None]
         if stacked:
             return 1 + max(stacked), self.fused[0].matrix_shape[1], sum(self.rows) // (1 + max(stacked))
@@ -81,7 +81,8 @@ class Group:
         return None
 
     def _slice_faults(self, file: HeldFile) -> Iterator[str]:
-        """The part that Nanotron gives a rank: of each fused parameter its tp-th part, one below the other."""
+        """Faults of a rank that holds another part than Nanotron gives it: the tp-th part of each fused parameter, one
+        below the other."""
         if file.place is None:
             return
         dim = self._split_dim()

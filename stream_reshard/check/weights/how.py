@@ -1,4 +1,4 @@
-"""What of two checkpoints is compared, by the wish of a user and by what the two are."""
+"""Scope of the comparison of two checkpoints, by the wish of a user and by what the two are."""
 from __future__ import annotations
 
 import os
@@ -18,12 +18,12 @@ from stream_reshard.machine import memory
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 
 PADDING = "padding"
-"""What `allow` calls padding rows that are not zero: Nanotron itself leaves them to chance."""
+"""Name in `allow` for padding rows that are not zero: Nanotron itself leaves them to chance."""
 
 
 @dataclass(frozen=True)
 class How:
-    """What of two checkpoints is compared, and with what means."""
+    """Scope and resources of the comparison of two checkpoints."""
 
     max_memory: int = memory.DEFAULT_ALLOWED
     """Limit on the peak resident set of the process tree, in bytes."""
@@ -36,20 +36,19 @@ class How:
     seed: int = 0
     """Chooses the sample."""
     dtype: str = "keep"
-    """What the source is cast to before it is compared; `keep` also takes the word of the copy's manifest."""
+    """Dtype to which the source is cast first; `keep`: the one that the copy's manifest says, else none."""
     vocab_size: int | None = None
     """Rows of the embedding without padding, of a Nanotron source that does not say it."""
     allow: tuple[str, ...] = ()
-    """Names of settings that may differ, beside those of which the copy's manifest says so and the copy nothing."""
+    """Names of settings that may differ, beside those that the copy's manifest accepts and the copy does not state."""
     edited: tuple[str, ...] = ()
     """Paths of files in the copy that were edited on purpose: their digests are not compared."""
     ignored: tuple[str, ...] = ()
     """Paths in the copy that are not part of it."""
     name: Path | None = None
-    """Where the copy will stand; None: where it stands."""
+    """Final path of the copy; None: its present path."""
     plan: memory.MemoryPlan | None = None
-    """The memory that was reckoned with by a run which read or wrote both folders itself; their small files need no
-    cap then."""
+    """Memory plan of a run that read or wrote both folders itself; their small files then need no cap."""
 
 
 def check_names(other: Side, how: How) -> None:
@@ -89,6 +88,6 @@ def cast_to(other: Side, how: How) -> str | None:
 
 
 def true_vocab_size(source: Checkpoint, copy: Checkpoint) -> int:
-    """Rows of the embedding without padding. The source has the first word, so that nobody can make the copy smaller;
-    where it keeps no count, the copy's is taken, and what follows in the source must be zero."""
+    """Rows of the embedding without padding. The source's count comes first, so that nobody can make the copy smaller;
+    without it the copy's is taken, and the rows after it in the source must be zero."""
     return source.vocab_size or copy.vocab_size or min(copy.config.vocab_size, source.config.vocab_size)

@@ -28,7 +28,7 @@ def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems) ->
 
 
 def _loaded_as(raw: Mapping[str, Any]) -> str | None:
-    """What a config says of the dtype: transformers takes `dtype`, else the older `torch_dtype`
+    """The dtype that a config states: transformers takes `dtype`, else the older `torch_dtype`
     (transformers/configuration_utils.py)."""
     told = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
     return None if told in (None, "auto") else str(told).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What two folders tell without a look at the weights: in what they differ, and what of it is let pass, by whom."""
+"""Differences between two folders that show without a look at the weights, and which of them are let pass, by whom."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -21,17 +21,17 @@ from stream_reshard.machine import memory
 
 @dataclass(frozen=True)
 class Found:
-    """What a look at two folders tells without a look at the weights."""
+    """Findings about two folders, without a look at the weights."""
 
     differences: Problems = field(default_factory=Problems)
     accepted: list[str] = field(default_factory=list)
-    """Differences that were let pass, and who wanted it."""
+    """Differences that were let pass, each with the option or manifest that accepts it."""
     notes: list[str] = field(default_factory=list)
-    """What is right, and yet worth telling."""
+    """Remarks that are no differences."""
 
 
 def look(original: Side, other: Side, how: How, allowed: int, found: Found) -> FilesOfManifest | None:
-    """Everything in which the two differ without a look at the weights goes to `found`; returns the files of the copy's
+    """Collect in `found` all differences that show without a look at the weights; returns the files of the copy's
     manifest."""
     source, copy = original.checkpoint, other.checkpoint
     told, differences = file_set(other.root, copy, other.manifest, how.ignored, how.allow)
@@ -64,8 +64,8 @@ def look(original: Side, other: Side, how: How, allowed: int, found: Found) -> F
 
 
 def _judge(setting: Setting, copy: Checkpoint, other: Side, how: How, found: Found) -> None:
-    """Let a difference pass where a user says so; where only the copy's manifest says that one did, the copy may say
-    nothing of the setting, but nothing else than the source."""
+    """Let a difference pass that a user accepts. One that only the copy's manifest accepts passes where the copy does
+    not state the setting, but not where it states another value."""
     if setting.name in how.allow or (setting.name in other.allowed and setting.mine is None):
         found.accepted.append(f"{setting.name}: the source says: {setting.theirs}; {quoted(copy.root)} says: "
                               f"{setting.mine or 'nothing'}; {_who(setting.name, how)}")

@@ -1,4 +1,4 @@
-"""A Nanotron checkpoint, read through the slice metadata in its own headers, and held against Nanotron's own rules.
+"""A Nanotron checkpoint, read through the slice metadata in its own headers, and checked against Nanotron's own rules.
 
 At the topology it was saved for, Nanotron copies each file without looking at its header; at another one it trusts the
 headers alone. So both must say the same: every rank's file holds the part that Nanotron gives that rank (`groups`), and
@@ -27,23 +27,23 @@ from stream_reshard.model.topology import Topology
 from stream_reshard.storage.small_files import read_json
 
 PER_FILE = 10
-"""Bytes of JSON that take as much memory to parse as what is held of one weight file, and of its parameters."""
+"""Bytes of JSON that take as much memory to parse as the facts kept of one weight file and its parameters."""
 
 PER_PARAMETER = 5
-"""The same for a parameter that a config tells of."""
+"""Bytes of JSON that take as much memory to parse as one parameter of a config."""
 
 MAX_UNKNOWN = 1000
-"""Headers that are read of files which a manifest does not name: they tell what became of those that it does."""
+"""Headers that are read of files that a manifest does not name: they show what became of those that it does name."""
 
 MAX_LISTED = 10
-"""Files that make no sense of which a message tells; of more only how many."""
+"""Faults of one kind that are listed; the rest are only counted."""
 
 
 def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, problems: Problems,
                   may_be_moved: bool = False, known: Collection[str] | None = None) -> Checkpoint | None:
     """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared. With
-    `may_be_moved`, blocks may stand on other stages than Nanotron's balancing gives them. Of many files that are not
-    among the `known` ones few headers are read: that they are there is a difference already."""
+    `may_be_moved`, blocks may stand on other stages than Nanotron's balancing gives them. Of files that are not among
+    `known`, at most MAX_UNKNOWN headers are read: their presence is a difference already."""
     if not (root / MODEL_CONFIG_NAME).is_file():
         problems.append(not_committed(root))
         return None
@@ -109,7 +109,7 @@ def _held(file: WeightFile, common: dict[Any, Any]) -> HeldFile:
 
 
 def _disagreements(root: Path, files: list[HeldFile], max_nbytes: int) -> Iterator[SourceError]:
-    """What the files say of the whole checkpoint, against each other and checkpoint_metadata.json."""
+    """Contradictions about the whole checkpoint, among the files and with checkpoint_metadata.json."""
     places = [file.place for file in files if file.place]
     told: dict[str, set[Any]] = {"version": {file.version for file in files if file.place},
                                  "tp": {place.num_tp for place in places}, "pp": {place.num_pp for place in places}}
@@ -125,7 +125,7 @@ def _disagreements(root: Path, files: list[HeldFile], max_nbytes: int) -> Iterat
 
 
 def _wrong_stages(files: list[HeldFile], config: NanotronModelConfig) -> Iterator[SourceError]:
-    """Files on another stage than their block, where all agree on how many there are."""
+    """Files on another stage than Nanotron gives their block, where all files agree on the number of stages."""
     sizes = {file.place.num_pp for file in files if file.place}
     stages = stages_of(config.model, NanotronFormat(Topology(pp=sizes.pop()))) if len(sizes) == 1 else {}
     for file in files:
@@ -136,10 +136,10 @@ def _wrong_stages(files: list[HeldFile], config: NanotronModelConfig) -> Iterato
 
 
 class _Weights(Weights):
-    """The parameters that groups of files hold. Of each is kept in which group it is, and behind which rows."""
+    """The parameters that groups of files hold. For each, its group and the number of rows before it are kept."""
 
     def __init__(self, root: Path, model: Model, files: list[HeldFile], interleaved: bool, problems: Problems):
-        """What speaks against loading them goes to `problems`; parameters of which something does are left out."""
+        """Faults of the files go to `problems`; parameters that have one are left out."""
         self._model, self._interleaved = model, interleaved
         self._places: dict[str, tuple[list[HeldFile], int]] = {}
         by_name: dict[str, list[HeldFile]] = defaultdict(list)
@@ -195,8 +195,8 @@ def _fused(model: Model) -> Iterator[list[Parameter]]:
 
 
 def _begins(fused: list[Parameter]) -> Iterator[int]:
-    """Behind how many rows each of them stands; of experts, whose array is (expert, column, row), in their own matrix:
-    gate's rows before up's."""
+    """Number of rows before each fused parameter; of experts, whose array is (expert, column, row), in their own
+    matrix: gate's rows before up's."""
     begin = end = 0
     for parameter in fused:
         if not parameter.stacked:
@@ -220,7 +220,7 @@ def _weight(parameter: Parameter, files: list[HeldFile], begin: int, interleaved
 
 
 def _stacked_weight(parameter: Parameter, file: HeldFile, begin: int) -> Weight:
-    """The matrix of an expert, which stands transposed."""
+    """The matrix of an expert, which is stored transposed."""
     num_rows, num_columns = parameter.matrix_shape
     top = (parameter.stacked or 0) * num_columns
     local = Box((top, begin), (top + num_columns, begin + num_rows))

@@ -25,24 +25,24 @@ class Side:
 
     root: Path
     manifest: StoredManifest | None = None
-    """None where it has none, or a broken one."""
+    """None where the folder has none, or a broken one."""
     checkpoint: Checkpoint | None = None
-    """None where nothing in it can be compared."""
+    """None where nothing in the folder can be compared."""
 
     @property
     def dtype(self) -> str:
-        """What its weights were cast to on their way here, as far as its manifest tells; else `keep`."""
+        """The dtype to which the manifest says the weights were cast, or `keep`."""
         return self.manifest.facts["dtype"] if self.manifest else "keep"
 
     @property
     def allowed(self) -> Collection[str]:
-        """The settings that were accepted when it was made: names that a user of this tool could accept. Any other that
-        a manifest holds means nothing."""
+        """Settings that were accepted when the folder was made. Names in the manifest that no user can accept are left
+        out."""
         return allowed_by(self.manifest)
 
 
 def allowed_by(manifest: StoredManifest | None) -> Collection[str]:
-    """The names in a manifest of what was accepted, as far as they mean anything."""
+    """Accepted settings that a manifest names, without names that no user can accept."""
     return {*ALLOWABLE, STAGES}.intersection(manifest.facts["allowed"] if manifest else ())
 
 
@@ -50,7 +50,7 @@ def open_side(root: Path, max_nbytes: int, problems: Problems, allow: Collection
               is_copy: bool = False) -> Side:
     """Open a folder; everything wrong goes to `problems`, but for what is in `allow` or its manifest accepts. No header
     or small file may have more than `max_nbytes`. Of a copy with many files that its manifest does not name, most are
-    not opened: that they are there is a difference already."""
+    not opened: their presence is a difference already."""
     found = Problems()
     side = _opened(root, max_nbytes, found, allow, is_copy)
     problems.extend(explained(found))

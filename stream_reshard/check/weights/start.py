@@ -1,8 +1,9 @@
-"""Where a training by config.yaml takes its weights from: this very folder, a copy of it, or something else.
+"""Weights from which a training by config.yaml starts: those of this very folder, of a copy of it, or others.
 
 Nanotron starts from `checkpoints.resume_checkpoint_path` where it leads to a checkpoint (`parse_ckpt_path`,
 nanotron/serialize/main.py), else from `model.init_method` (`_load_model_checkpoint`, nanotron/trainer.py). Of a folder
-that config.yaml names, nothing is opened but its manifest and latest.txt, and nothing of them is told but a number.
+that config.yaml names, nothing is opened but its manifest and latest.txt, and messages show no more of them than a
+number, or the first 40 bytes of latest.txt.
 """
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ _MAX_LATEST_NBYTES = 2**12
 """latest.txt holds a number."""
 
 _STATES = {"load_optimizer": "optimizer", "load_lr_scheduler": "lr_scheduler"}
-"""What Nanotron loads beside the weights where it resumes, and from which folder, unless it is told not to."""
+"""Folders of state that Nanotron loads too where it resumes, by the setting that can turn this off."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,18 @@ class Folder:
 
     root: Path
     name: Path
-    """Where it will stand: elsewhere than now while a conversion is not committed."""
+    """Final path of the folder; differs from `root` while a conversion is not committed."""
     manifest: StoredManifest | None
 
     def is_at(self, path: Path) -> bool:
-        """Whether a path leads here."""
+        """True where a path leads to this folder."""
         try:
             return os.path.abspath(path) == os.path.abspath(self.name) or os.path.samefile(path, self.root)
         except (OSError, ValueError):
             return False
 
     def is_copied_at(self, path: Path) -> bool:
-        """Whether the same checkpoint stands there: all files that its manifest names, and the same manifest."""
+        """True where a path holds the same checkpoint: the same manifest, and weight files of the sizes in it."""
         other = Problems().collect(open_manifest, path) if self.manifest else None
         if self.manifest is None or other is None or other.digest != self.manifest.digest:
             return False
@@ -57,8 +58,8 @@ class Folder:
 
 def start_problems(folder: Folder, content: bytes, init_method: Any, checkpoints: Mapping[str, Any],
                    notes: list[str]) -> Iterator[SourceError]:
-    """Why a training does not start from this folder. `content`: of config.yaml. What is right and yet worth telling
-    goes to `notes`."""
+    """Reasons why a training does not start from this folder. `content`: that of config.yaml. Remarks that are no
+    faults go to `notes`."""
     if not isinstance(init_method, Mapping) or init_method.keys() != {"path"}:
         said = ", ".join(sorted(map(str, init_method))) if isinstance(init_method, Mapping) else init_method
         yield SourceError(f"{CONFIG_YAML}: model.init_method holds {quoted(said or 'nothing')}, so the training does "
@@ -91,14 +92,14 @@ def _path_problems(folder: Folder, content: bytes, key: str, told: Any, notes: l
 
 
 def _is_as_made(folder: Folder, content: bytes) -> bool:
-    """Whether config.yaml is what the manifest says."""
+    """True where the content of config.yaml has the digest in the manifest."""
     file = folder.manifest.files.get(CONFIG_YAML) if folder.manifest else None
     return file is not None and file.xxh3_128 == xxhash.xxh3_128(content).hexdigest()
 
 
 def _resume_problems(folder: Folder, content: bytes, told: Any, checkpoints: Mapping[str, Any],
                      notes: list[str]) -> Iterator[SourceError]:
-    """Where Nanotron resumes, which comes before init_method."""
+    """Reasons why Nanotron does not resume from this folder; resuming comes before init_method."""
     key = "checkpoints.resume_checkpoint_path"
     path = told if isinstance(told, str) and "\0" not in told else ""
     if path and os.path.lexists(os.path.join(path, LATEST)):

@@ -21,8 +21,8 @@ Task = Callable[[], Compared]
 
 def weight_tasks(source: Checkpoint, copy: Checkpoint, rule: Rule, told: FilesOfManifest | None,
                  buffer_nbytes: int, stop: Stop) -> Iterator[Task]:
-    """Every parameter that both have; the digest of a file that the manifest has `told` comes just before the first
-    weight in it, so that the second reading finds it in memory."""
+    """One task per parameter that both checkpoints have; the digest of a file in `told` comes just before the first
+    weight in that file, so that the second reading finds it in memory."""
     for name in shared(source, copy):
         if told is not None:
             for path in copy.weights.paths_of(name):
@@ -32,12 +32,12 @@ def weight_tasks(source: Checkpoint, copy: Checkpoint, rule: Rule, told: FilesOf
 
 
 def digest_tasks(root: Path, told: FilesOfManifest, buffer_nbytes: int, stop: Stop) -> Iterator[Task]:
-    """The digests that the manifest has `told` and that were not compared yet."""
+    """Tasks for the digests in `told` that were not compared yet."""
     return (partial(_digest, root, file, buffer_nbytes, stop) for file in told.rest())
 
 
 def shared(source: Checkpoint, copy: Checkpoint) -> Iterator[str]:
-    """Names of the parameters that both have."""
+    """Names of the parameters that both checkpoints have."""
     return (name for name in copy.weights if name in source.weights)
 
 
@@ -51,7 +51,7 @@ def _digest(root: Path, file: FileDone, buffer_nbytes: int, stop: Stop) -> Compa
 
 def run(tasks: Iterable[Task], num_tasks: int, num_workers: int, stop: Stop,
         progress: Callable[[int, int], None]) -> Iterator[Compared]:
-    """What each task saw, as they finish; `progress(done, total)` counts tasks."""
+    """Results of the tasks, as they finish; `progress(done, total)` counts tasks."""
     executor = ThreadPoolExecutor(num_workers) if num_workers > 1 else None
     try:
         with closing(engines.run_all(lambda task: task(), tasks, stop, executor)) as results:

@@ -13,7 +13,7 @@ from stream_reshard.model.parameters import TOKEN_IDS, TokenId, first_id
 
 
 def with_ids_of(manifest: StoredManifest | None, checkpoint: Checkpoint) -> Checkpoint:
-    """A Nanotron checkpoint with the token ids that its manifest tells of the model, where it has one that does."""
+    """A Nanotron checkpoint with the model's token ids from its manifest, where that holds them."""
     config, padding_id = checkpoint.config, first_id(checkpoint.config.pad_token_id)
     family = next(family for family in FAMILIES.values() if family.name == config.family)
     known = with_known_ids(config, family, manifest.facts.get("token_ids") if manifest else None)

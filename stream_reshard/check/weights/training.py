@@ -1,4 +1,4 @@
-"""The config.yaml beside the weights, from which Nanotron trains: whether it describes them, and starts from them."""
+"""Checks of the config.yaml beside the weights: it must describe them, and start a training from them."""
 from __future__ import annotations
 
 import importlib.util
@@ -23,8 +23,8 @@ _NOT_OF_THE_WEIGHTS = {"vocab_size", "unsaid_ids", *TOKEN_IDS}
 
 def training_problems(folder: Folder, checkpoint: Checkpoint, max_nbytes: int, notes: list[str]
                       ) -> tuple[Problems, Problems]:
-    """(how the config.yaml in a folder, if there is one, describes other weights, why it does not start from those
-    beside it); what is right and yet worth telling goes to `notes`."""
+    """(settings in which the config.yaml in a folder, if any, describes other weights; reasons why a training does not
+    start from those beside it). Remarks that are no faults go to `notes`."""
     problems, elsewhere = Problems(), Problems()
     if not has_yaml() or not os.path.lexists(folder.root / CONFIG_YAML):
         return problems, elsewhere
@@ -38,7 +38,7 @@ def training_problems(folder: Folder, checkpoint: Checkpoint, max_nbytes: int, n
 
 
 def _model_problems(text: Mapping[str, Any], checkpoint: Checkpoint, notes: list[str]) -> Iterator[SourceError]:
-    """Where it does not describe the weights. Raises SourceError or Refused where it makes no sense at all."""
+    """Settings in config.yaml that do not fit the weights. Raises SourceError or Refused where it makes no sense."""
     told = parse_model_config(_below(text, "model", "model_config"), f"{CONFIG_YAML}: model_config")
     multiple = _below(text, "model").get("make_vocab_size_divisible_by", 1)
     pairs = _pairs(text, told, checkpoint)
@@ -61,7 +61,7 @@ def _model_problems(text: Mapping[str, Any], checkpoint: Checkpoint, notes: list
 
 
 def _pairs(text: Mapping[str, Any], told: NanotronModelConfig, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
-    """What is said, and what the weights need, by what it is about."""
+    """(value in config.yaml, value that the weights need) by setting."""
     pairs = {field.name: (getattr(told.model, field.name), getattr(checkpoint.config, field.name))
              for field in fields(ModelConfig) if field.name not in _NOT_OF_THE_WEIGHTS}
     pairs |= {key: (getattr(told.model, key), id) for key, id in ids_written(checkpoint.config).items()}
@@ -80,7 +80,7 @@ def _pairs(text: Mapping[str, Any], told: NanotronModelConfig, checkpoint: Check
 
 
 def _told(value: Any) -> str:
-    """A scalar; of anything else its kind only, for aliases can make a short text an endless value."""
+    """A scalar as text; of anything else only its type, for aliases can make a short text an endless value."""
     return quoted(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
 
 
@@ -92,7 +92,7 @@ def _parsed(content: bytes) -> Mapping[str, Any]:
         """Refuses merge keys, which let a short text grow without end."""
 
         def flatten_mapping(self, node: Any) -> None:
-            """Where other loaders would merge."""
+            """Raise YAMLError for a merge key, which other loaders would follow."""
             if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
                 raise yaml.YAMLError("merge keys (<<) are not read here; write their values out")
 
@@ -121,7 +121,7 @@ def _size(value: Any, limit: int) -> int:
 
 
 def has_yaml() -> bool:
-    """Whether config.yaml can be read; without PyYAML only its digest is compared."""
+    """True where config.yaml can be read; without PyYAML only its digest is compared."""
     return importlib.util.find_spec("yaml") is not None
 
 
