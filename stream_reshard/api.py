@@ -161,8 +161,8 @@ def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_AL
            progress: Callable[[int, int], None] = lambda done, total: None, **choices: Any) -> dict[str, Any]:
     """Compare every weight of two checkpoints, of whatever formats, through the headers of their files; returns counts.
 
-    `progress(done, total)` counts parts of the work. `choices`: fields of `check.weights.How` by name, such as quick=True,
-    sample=0.1, seed=1, num_workers=2. Raises Refused with every difference (a DifferenceError each: file, parameter,
+    `progress(done, total)` counts parts of the work. `choices`: fields of `check.weights.How` by name, such as
+    quick=True, sample=0.1, seed=1, num_workers=2. Raises Refused with every difference (a DifferenceError each: file, parameter,
     first index, both values).
     """
     from stream_reshard.check.weights import How

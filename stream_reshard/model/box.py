@@ -106,8 +106,8 @@ def tiling_fault(boxes: Sequence[Box], whole: Box) -> str | None:
 
 
 def has_twins(numbers: Iterable[int]) -> bool:
-    """True where a number (of at most 64 bits, with a sign) occurs twice. Sorted in parts: a list of a million would take
-    five times their size."""
+    """True where a number (of at most 64 bits, with a sign) occurs twice. Sorted in parts: a list of a million would
+    take five times their size."""
     parts = [array("q") for _ in range(64)]
     for number in numbers:
         parts[number & 63].append(number)
