@@ -162,8 +162,8 @@ def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_AL
     """Compare every weight of two checkpoints, of whatever formats, through the headers of their files; returns counts.
 
     `progress(done, total)` counts parts of the work. `choices`: fields of `check.weights.How` by name, such as
-    quick=True, sample=0.1, seed=1, num_workers=2. Raises Refused with every difference (a DifferenceError each: file, parameter,
-    first index, both values).
+    quick=True, sample=0.1, seed=1, num_workers=2. Raises Refused with every difference (a DifferenceError each: file,
+    parameter, first index, both values).
     """
     from stream_reshard.check.weights import How
     from stream_reshard.check.weights import verify as compare

@@ -35,7 +35,7 @@ class StreamReshardError(Exception):
     def __init__(self, *words: str, kind: str = "", num_more: int = 0):
         super().__init__(*words)
         self.kind = kind
-        """Plural noun phrase for faults of this kind, as in "and 7 more tensors are missing"; "" where there is none."""
+        """Plural noun phrase for faults of this kind, as in "and 7 more tensors are missing"; "" for none."""
         self.num_more = num_more
         """Number of further faults of the kind, found and not kept."""
 

@@ -49,10 +49,10 @@ class Index:
     others: dict[str, int] = field(default_factory=dict)
     """The shard of each tensor that the model does not have."""
     num_more: int = 0
-    """Number of such names beyond those kept: more than any good source has."""
+    """Number of further tensors that the model does not have, not kept: no good source has so many."""
 
     def told(self, num_parameters: int) -> array[int]:
-        """Per parameter the place that the index says and 1; 0 where it does not name it."""
+        """For each parameter 1 + the index of its shard; 0 where the index does not name it."""
         told = array("I", [0]) * num_parameters
         for number, place in zip(self.numbers, self.places):
             told[number] = place + 1

@@ -77,8 +77,9 @@ class NanotronModelConfig:
 
 
 def interleaves_by_default(config: NanotronModelConfig, versions: Collection[str | None]) -> bool:
-    """Rotary order (True: interleaved) of a config that gives none: trees before September 2024 have no such field and interleave always
-    (release 0.4 even where it is said), later ones do not. `versions`: of the format, as the weight files say them."""
+    """True where a config that gives no rotary order means the interleaved one. Trees before September 2024 have no
+    such field and interleave always (release 0.4 even where it is given), later ones do not. `versions`: of the format,
+    as the weight files say them."""
     return "1.2" in versions or (config.rope_interleaved is None and bool({"1.3", "1.4"} & set(versions)))
 
 

@@ -28,11 +28,11 @@ class _Kind:
     path: str
     """Beginning of the paths of the files; `{layer}` is the index of the layer."""
     rows: tuple[int, ...]
-    """Rows of the model that are fused in each group."""
+    """Rows of the model that are fused in each parameter."""
     firsts: tuple[int, ...]
     """Number of the first parameter of each row."""
     num_each: tuple[int, ...]
-    """Number of parameters of each row in one group: more than one where experts are stacked."""
+    """Number of parameters of each row in one of Nanotron's: more than one where experts are stacked."""
     stages: array[int]
     """The stage of each."""
 
