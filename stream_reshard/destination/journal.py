@@ -24,7 +24,7 @@ SYNC_SECONDS = 5.0
 
 
 MAX_FIRST_LINE_NBYTES = 2**24
-"""Upper limit for the record of a run, with the identities of its source files."""
+"""Upper limit in bytes for the record of a run, with the identities of its source files."""
 
 _FAILED = {"failed": True}
 """The last record where the comparison with the source found a difference."""

@@ -30,7 +30,7 @@ MANIFEST_NAME = "stream_reshard.json"
 MAX_MANIFEST_NBYTES = 2**28
 
 MAX_FILE_NBYTES = 1024
-"""Upper limit for the entry of one file in the manifest."""
+"""Upper limit in bytes for the entry of one file in the manifest."""
 
 _MAX_KEYS = 100
 """No manifest has more keys at its top."""

@@ -78,7 +78,7 @@ def no_weights(root: Path) -> SourceError:
 
 
 def unfinished(root: Path) -> str | None:
-    """Trace that an unfinished download left in a folder, or in the cache beside it."""
+    """Words on what an unfinished download left in a folder, or in the cache beside it."""
     places = [root, root / ".cache" / "huggingface" / "download"]
     if root.parent.name == "snapshots":
         places.append(root.parent.parent / "blobs")

@@ -19,7 +19,7 @@ from stream_reshard.storage.header import TensorFile
 @dataclass(frozen=True)
 class Job:
     """One unit of work: all files cut from the same parameters, plus groups interleaved with them in the source, so
-    that each source byte is read once. Idempotent, and independent of every other job; copies are derived at run time."""
+    that each source byte is read once. Idempotent, and independent of other jobs; copies are derived when it runs."""
 
     files: tuple[TensorFile, ...]
     parameters: tuple[str, ...]

@@ -126,7 +126,7 @@ class Survey:
         return array("I", sorted(range(len(self._spans)), key=self._spans.__getitem__))
 
     def starts(self, order: array[int]) -> array[int]:
-        """Index in `order` of the first group of each job. Groups that lie between each other's bytes are one job, which
+        """Index in `order` of the first group of each job. Groups that lie between each other's bytes are one job that
         reads all of them in one go: in Hugging Face's shards k_proj, o_proj, q_proj, v_proj follow each other."""
         starts, reach = array("I"), -1
         for index, group in enumerate(order):

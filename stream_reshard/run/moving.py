@@ -20,7 +20,7 @@ from stream_reshard.storage.target_file import NewTensorFile
 
 @dataclass(frozen=True)
 class OpenFiles:
-    """Open files and buffers of a job while it moves bytes."""
+    """Files, writes and stop request of a job that moves bytes."""
 
     sources: Mapping[str, SourceFile]
     """By path, as in the slices."""

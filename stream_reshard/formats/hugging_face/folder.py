@@ -161,7 +161,7 @@ class _Found:
                               kind=f"tensors are not where {INDEX_NAME} says")
 
     def _untrue(self, told: array[int], index: Index) -> Iterator[str]:
-        """Entries of the index that are untrue, of tensors that are not read: a tied head, buffers."""
+        """Remarks on untrue entries of the index, of tensors that are not read: a tied head, buffers."""
         firsts = self.model.firsts
         tied = ((self.model.parameter(firsts[row]).hugging_face, told[firsts[row]] - 1,
                  self._places[firsts[row]] if self._codes[firsts[row]] else -1)
@@ -198,7 +198,7 @@ class _Found:
                                  ignored, notes)
 
     def _respelled(self) -> Iterator[str]:
-        """Number of names that are not the parameters' own, with an example."""
+        """Remarks on names that are not the parameters' own: how many, with an example."""
         for spelling, count in sorted(Counter(code // SPELLING for code in self._codes if code).items()):
             number = next(number for number, code in enumerate(self._codes) if code // SPELLING == spelling)
             names = self.model.spellings(number)

@@ -127,7 +127,7 @@ class NanotronLayout(Layout):
         return self.rules.topology.tp
 
     def ranks_of(self, group: Group) -> tuple[RankFile, ...]:
-        """Parts of a group, one for each rank."""
+        """Files of a group, one for each rank, without paths."""
         if (ranks := self._ranks.get(group.kind)) is None:
             fused = tuple(map(self.model.parameter, group.numbers))
             ranks = self._ranks[group.kind] = rank_files(fused, group.kind[1], self.rules)
