@@ -84,7 +84,7 @@ class Conversion:
 
     @property
     def transport(self) -> Transport:
-        """By which way bytes move."""
+        """Way in which bytes move."""
         is_mapped = self.options.io == "mmap" or (self.options.io == "auto" and self.file_system in MAPPED)
         return Transport(is_mapped, copies_on_server=self.file_system in NETWORK_FILE_SYSTEMS,
                          digests=self.options.digests)

@@ -26,7 +26,7 @@ def layout_differences(one: Layout, other: Layout) -> Iterator[str]:
 
 
 def _explained(mine: tuple[Slice, ...], theirs: tuple[Slice, ...]) -> Iterator[str]:
-    """In what the places of one parameter differ."""
+    """Differences between the places of one parameter."""
     if len(mine) != len(theirs):
         yield f"in {len(mine)} pieces and in {len(theirs)}"
         return

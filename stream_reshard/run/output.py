@@ -116,7 +116,7 @@ class How:
     """Replace a destination that is there already, once the new one is complete."""
     break_lock: bool = False
     transport: Transport = Transport()
-    """By which way bytes move; that blocks can be shared is found out by the run itself."""
+    """Way in which bytes move; the run itself finds out whether blocks can be shared."""
     num_workers: int = 1
     """Jobs that may read at the same time in one process."""
     check: Callable[[Path], object] | None = None

@@ -20,7 +20,7 @@ from stream_reshard.storage.source_file import SourceFile
 
 @dataclass(frozen=True)
 class Transport:
-    """By which way bytes move in a run. Changes nothing of the tensors."""
+    """Way in which bytes move in a run. Changes nothing of the tensors."""
 
     is_mapped: bool = False
     """Write from a mapping of the source where that needs no buffer, instead of reading it."""
@@ -29,7 +29,7 @@ class Transport:
     copies_on_server: bool = False
     """Let the file system copy (copy_file_range): over a network the bytes stay on the server."""
     digests: str = "auto"
-    """Of which files: all, none, or those whose bytes all came by (auto)."""
+    """Files that get a digest: all, none, or those whose bytes all passed through this process (auto)."""
 
     @property
     def passes_by(self) -> bool:

@@ -57,7 +57,7 @@ class LikeTemplate(ToNanotron):
         return NanotronLayout(root, model, self.rules, self.template.dtypes, stages=self.template.stages)
 
     def notes(self, source: Source, layout: Layout) -> Iterator[str]:
-        """In what the template differs from what this tool would have chosen, tensor by tensor."""
+        """Differences of the template from the choices of this tool, tensor by tensor."""
         assert isinstance(layout, NanotronLayout) and source.layout, "it is made by this"
         yield from super().notes(source, layout)
         own = NanotronLayout(layout.root, layout.model, replace(self.rules, vocab_rows=None, vocab_multiple=1),
