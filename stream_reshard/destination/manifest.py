@@ -105,8 +105,8 @@ def _without_paths(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class FileTable:
-    """Entry of each file in a manifest, found by its path: some 40 bytes a file, for no path is kept. A file's number is
-    its position in the manifest."""
+    """Entry of each file in a manifest, found by its path: some 40 bytes a file, for no path is kept. Files are
+    numbered in the order of the manifest."""
 
     def __init__(self, files: Iterable[FileDone]):
         """Raises ValueError where a file is named twice."""
