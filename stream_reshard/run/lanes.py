@@ -151,7 +151,7 @@ class Lanes:
         self._num_drawn = self._next = 0
         """Tickets drawn; the first of them that still may take a lane."""
         self._done: set[int] = set()
-        """Later tickets that are already finished or given up."""
+        """Later tickets that have a lane already or were given up."""
 
     def __reduce__(self) -> tuple[type[Lanes], tuple[int, int]]:
         return Lanes, self._made_of
