@@ -1,4 +1,4 @@
-"""What a notebook wants, and all that the command line uses: plan, run, verify, inspect, diff::
+"""Interface for notebooks, and all that the command line uses: plan, run, verify, inspect, diff::
 
     from stream_reshard import api
     conversion = api.plan("llama-7b", "llama-7b-tp4", tp=4, pp=2, max_memory="256MiB")
@@ -44,7 +44,7 @@ __all__ = ["Conversion", "ForwardResult", "Result", "Stop", "described", "descri
            "inspect", "plan", "plan_forward", "run", "run_forward", "verify"]
 
 _SWITCH_SECONDS = 0.0005
-"""How long a thread may keep others from running Python while bytes are moved."""
+"""Longest time that a thread keeps others from running Python while bytes are moved."""
 
 Folder = str | PathLike[str]
 Size = int | str
@@ -55,7 +55,7 @@ def plan(source: Folder, destination: Folder | None = None, *, tp: int = 1, pp: 
          max_memory: Size = memory.DEFAULT_ALLOWED, max_shard_size: Size = Options.max_shard_nbytes,
          tokenizer: Folder | None = None, template: Folder | None = None, allow: Collection[str] = (),
          stop: Stop | None = None, **choices: Any) -> Conversion:
-    """What a conversion will do; reads headers and configs only, and writes nothing.
+    """Plan of a conversion; reads headers and configs only, and writes nothing.
 
     `tp`, `pp`, `dp`: ranks along each parallel axis of Nanotron. `max_memory`: limit on the peak resident set of the
     whole process tree, this process included. `max_shard_size`: bytes of tensors in a Hugging Face shard. `template`: a
@@ -98,24 +98,24 @@ class Result:
     peak_nbytes: int
     """Highest resident set of this process."""
     io: Mapping[str, int]
-    """What the kernel counted meanwhile (proc_pid_io(5)): rchar, wchar, read_bytes, write_bytes."""
+    """Bytes that the kernel counted during the run (proc_pid_io(5)): rchar, wchar, read_bytes, write_bytes."""
     done: Done = field(repr=False)
 
     @property
     def already_done(self) -> bool:
-        """Whether the destination held this very output before, and was not to be made anew."""
+        """True where the destination held this very output before, and was not to be made anew."""
         return self.done.was_finished and not self.conversion.options.overwrite
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What was planned and what became of it, as JSON; sizes in bytes."""
+        """The plan and its outcome, as JSON; sizes in bytes."""
         if self.already_done:
             return report.as_json(self.conversion) | {"already_done": True}
         return report.summary(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done)
 
     @property
     def lines(self) -> Iterator[str]:
-        """The same for a person."""
+        """Summary of the run, for a person."""
         if self.already_done:
             return report.done_lines(self.conversion)
         return report.summary_lines(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done)
@@ -161,9 +161,9 @@ def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_AL
            progress: Callable[[int, int], None] = lambda done, total: None, **choices: Any) -> dict[str, Any]:
     """Compare every weight of two checkpoints, of whatever formats, through the headers of their files; returns counts.
 
-    `progress(done, total)` counts parts of the work. `choices`: fields of `verify.How` by name, such as quick=True,
-    sample=0.1, seed=1, num_workers=2. Raises Refused with every difference (a DifferenceError each: file, parameter,
-    first index, both values).
+    `progress(done, total)` counts parts of the work. `choices`: fields of `check.weights.How` by name, such as
+    quick=True, sample=0.1, seed=1, num_workers=2. Raises Refused with every difference (a DifferenceError each: file,
+    parameter, first index, both values).
     """
     from stream_reshard.check.weights import How
     from stream_reshard.check.weights import verify as compare
@@ -175,11 +175,11 @@ def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_AL
 @memory.granted()
 def plan_forward(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_ALLOWED,
                  text: Folder | None = None, plot: Folder | None = None, **choices: Any) -> ForwardPlan:
-    """What running two checkpoints over the same tokens will need; reads headers and configs only.
+    """Plan of a run of two checkpoints over the same tokens, with its memory; reads headers and configs only.
 
     `text`: a file whose first tokens are taken, by the tokenizer.json in one of the folders; random ones without it.
-    `plot`: a .png file to draw. `choices`: fields of `forward.How` by name, such as num_tokens=64, seed=1,
-    tolerance=1e-3, dtype="bfloat16". For people `described_forward` tells it. Raises Refused.
+    `plot`: a .png file to draw. `choices`: fields of `check.forward.How` by name, such as num_tokens=64,
+    seed=1, tolerance=1e-3, dtype="bfloat16". For people `described_forward` tells it. Raises Refused.
     """
     from stream_reshard.check import forward
     how = forward.How(text=None if text is None else Path(text), plot=None if plot is None else Path(plot),
@@ -211,13 +211,13 @@ class ForwardResult:
 
     @property
     def lines(self) -> Iterator[str]:
-        """The same for a person."""
+        """Differences by layer and of the logits, for a person."""
         from stream_reshard.check.forward import report
         return report.lines(self.plan, self.comparison, self.seconds, self.peak_nbytes)
 
     @property
     def difference(self) -> DifferenceError | None:
-        """Where the two begin to differ by more than is tolerated; None where they agree."""
+        """First step at which the two differ by more than is tolerated; None where they agree."""
         from stream_reshard.check.forward import report
         return report.finding(self.plan, self.comparison)
 
@@ -238,7 +238,7 @@ def run_forward(plan: ForwardPlan, progress: Callable[[int, int], None] = lambda
 
 @memory.granted()
 def inspect(folder: Folder, values: bool = False, stop: Stop | None = None) -> dict[str, Any]:
-    """What a checkpoint folder of either format holds: family, sizes, dtypes, topology, stages, versions, faults; with
+    """Contents of a checkpoint folder of either format: family, sizes, dtypes, topology, stages, versions, faults; with
     `values` every weight is read, and NaN and infinities are counted. Raises SourceError."""
     from stream_reshard.check.inspect import inspect as look
     root, notes = followed(Path(folder))
@@ -248,7 +248,7 @@ def inspect(folder: Folder, values: bool = False, stop: Stop | None = None) -> d
 
 @memory.granted()
 def diff(one: Folder, other: Folder) -> dict[str, Any]:
-    """In what the layouts of two checkpoints of one model differ, tensor by tensor: {"same", "differences",
+    """Differences between the layouts of two checkpoints of one model, tensor by tensor: {"same", "differences",
     "num_more"}. No weight is read. Raises Refused."""
     from stream_reshard.check.diff import diff as compare
     (left, notes), (right, more) = followed(Path(one)), followed(Path(other))

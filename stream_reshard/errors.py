@@ -28,16 +28,16 @@ class StreamReshardError(Exception):
 
     exit_code = 1
     severity = 9
-    """Where it stands in a list of problems: lower is worse and is printed first."""
+    """Position in a list of problems: lower is worse and is printed first."""
     hint = ""
-    """What to do next, on a line of its own."""
+    """Next thing to do, on a line of its own."""
 
     def __init__(self, *words: str, kind: str = "", num_more: int = 0):
         super().__init__(*words)
         self.kind = kind
-        """What several such faults are, as in "and 7 more tensors are missing"; "" where they are not counted so."""
+        """Plural noun phrase for faults of this kind, as in "and 7 more tensors are missing"; "" for none."""
         self.num_more = num_more
-        """How many more of the kind were found, and not kept."""
+        """Number of further faults of the kind, found and not kept."""
 
 
 class UsageError(StreamReshardError):
@@ -134,7 +134,7 @@ _MAX_OF_A_KIND = 10
 """Faults of one kind that are told; of more only how many."""
 
 _MAX_OTHERS = 50
-"""The same for faults that are not counted by kind."""
+"""Faults without a kind that are told."""
 
 
 def explained(problems: Iterable[StreamReshardError]) -> list[StreamReshardError]:

@@ -20,11 +20,11 @@ from stream_reshard.machine import memory
 from stream_reshard.machine.stop import Stop
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""What asks a run to stop; batch systems send the last one some time before the limit."""
+"""Signals that ask a run to stop; batch systems send the last one some time before the limit."""
 
 
 def _planned(arguments: argparse.Namespace, stop: Stop) -> api.Conversion:
-    """What the flags mean."""
+    """The conversion that the flags choose."""
     return api.plan(
         arguments.source, arguments.destination, tp=arguments.tp, pp=arguments.pp, dp=arguments.dp, to=arguments.to,
         max_memory=arguments.max_memory, num_workers=arguments.workers, max_shard_size=arguments.max_shard_size,
@@ -118,7 +118,7 @@ def plan_command(arguments: argparse.Namespace, stop: Stop) -> None:
 
 
 def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
-    """`verify SRC DST`. With --forward everything is done, whatever differs before, and all is told in the end."""
+    """`verify SRC DST`. With --forward all checks run even after a difference; all are reported at the end."""
     from stream_reshard.check.weights import lines
     found, forward = Problems(), None
     for name in ("text", "tokens", "tolerance", "plot"):

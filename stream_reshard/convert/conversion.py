@@ -48,7 +48,7 @@ MAPPED: frozenset[str] = frozenset()
 _SAFETENSORS_DTYPES = {torch: name for name, torch in TORCH_DTYPES.items()}
 
 _SMALL_FILES_NBYTES = 2**20
-"""What the documents, the manifest and folders may take beside the weights."""
+"""Bytes that the documents, the manifest and folders may take beside the weights."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Conversion:
     plan: Plan
     memory: memory.MemoryPlan
     notes: tuple[str, ...]
-    """What the user should know and the target will not honour."""
+    """Remarks for the user, and settings that the target will not honour."""
     num_threads: int
     """Jobs under way at once: some of them move bytes, others wait for the disk."""
     copies: dict[str, Companion] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Conversion:
 
     @property
     def transport(self) -> Transport:
-        """By which way bytes move."""
+        """Way in which bytes move."""
         is_mapped = self.options.io == "mmap" or (self.options.io == "auto" and self.file_system in MAPPED)
         return Transport(is_mapped, copies_on_server=self.file_system in NETWORK_FILE_SYSTEMS,
                          digests=self.options.digests)
@@ -101,7 +101,7 @@ class Conversion:
 
     @cached_property
     def output(self) -> Output:
-        """What will stand in the destination, which must be given."""
+        """Output for the destination, which must be given."""
         options = self.options
         assert options.destination is not None, "an output needs a destination"
         destination = real_path(options.destination)
@@ -117,7 +117,7 @@ class Conversion:
 
     @property
     def is_done(self) -> bool:
-        """Whether the destination holds this very output already."""
+        """The destination holds this very output already."""
         return self.options.destination is not None and self.output.is_done()
 
 
@@ -235,9 +235,8 @@ def _always(dtype: str, number: int) -> str:
 
 
 def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memory.MemoryPlan, list[str]]:
-    """What the run will need of memory, and what to say of it. A run keeps a record per file, and `held` bytes of
-    documents; where no destination is given nothing is run, and a limit that is too small for the records alone is no
-    reason to refuse."""
+    """Memory of the run, and remarks on it. A run keeps a record per file, and `held` bytes of documents. Without a
+    destination only the plan must fit in memory, not the run's per-file records."""
     of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.workers, casts,
                  NUM_BUFFERS + options.verify * memory.VERIFY_BUFFERS)
     if options.verify:  # It keeps a record of each file once more, and opens the source again.

@@ -35,7 +35,7 @@ _MAX_READ_NBYTES = 2**26
 
 def notes_of(options: Options, source: Source, target: Target, plan: Plan,
              copies: Mapping[str, Companion]) -> Iterator[str]:
-    """What a user should know of a conversion."""
+    """Remarks on a conversion for the user."""
     if options.destination is not None and options.destination.is_symlink():
         yield f"{quoted(options.destination)} is a link; {quoted(os.path.realpath(options.destination))} is written"
     yield from (f"accepted: {limit.text}" for limit in target.limits(source))

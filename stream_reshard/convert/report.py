@@ -1,4 +1,4 @@
-"""What a person reads: the plan as a table, the summary of a run; and the same as JSON."""
+"""Reports for a person and as JSON: the plan, the summary of a run."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -63,7 +63,7 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
 
 
 def summary(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int], done: Done) -> dict[str, Any]:
-    """What a finished run did, as JSON; sizes in bytes. `io`: what the kernel counted meanwhile."""
+    """Summary of a finished run, as JSON; sizes in bytes. `io`: counts of the kernel during the run."""
     return as_json(conversion) | {"seconds": round(seconds, 3), "peak_nbytes": peak, "num_files_kept": done.num_kept,
                                   "leftovers": list(map(str, done.leftovers)), "num_digests": done.num_digests,
                                   "nbytes_cloned": done.moved.cloned, "nbytes_copied": done.moved.copied,
@@ -75,7 +75,7 @@ def summary(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, 
 
 def summary_lines(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int],
                   done: Done) -> Iterator[str]:
-    """What a finished run did, for a person."""
+    """Summary of a finished run, for a person."""
     memory, plan = conversion.memory, conversion.plan
     yield (f"done     {plan.target.num_files} files, {human(plan.nbytes)} in {seconds:.1f} s "
            f"({human(plan.nbytes / max(seconds, 1e-9))}/s), durable in "
@@ -107,7 +107,7 @@ def _moved_line(conversion: Conversion, io: Mapping[str, int], done: Done) -> st
 
 
 def done_lines(conversion: Conversion) -> Iterator[str]:
-    """What a run says that found its work done."""
+    """Lines of a run that found its work done."""
     proof = "and equals the source" if conversion.options.verify else "`verify` proves it"
     yield (f"done     {shown(conversion.options.destination)} holds this conversion already, complete; {proof}, "
            f"--overwrite makes it anew")

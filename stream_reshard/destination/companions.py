@@ -53,7 +53,7 @@ class Companion:
     """A file that is copied."""
 
     path: Path
-    """Where it stands; absolute, with links not yet followed."""
+    """Path of the original; absolute, with links not yet followed."""
     identity: Identity
     """The file as the plan saw it."""
 
@@ -117,7 +117,7 @@ class _Folder:
         self._root, self._problems, self._found = root, problems, Companions()
         self._real = Path(os.path.realpath(root))
         self._homes = (self._real, *_blobs_of(self._real))
-        """Where a link may lead without a word."""
+        """Folders into which a link may lead without a word."""
 
     def companions(self, names: Iterable[str]) -> Companions:
         """Those of these names, and the code that they name."""

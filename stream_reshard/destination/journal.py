@@ -24,7 +24,7 @@ SYNC_SECONDS = 5.0
 
 
 MAX_FIRST_LINE_NBYTES = 2**24
-"""What a run is, with the identities of its source files, is shorter."""
+"""Upper limit in bytes for the record of a run, with the identities of its source files."""
 
 _FAILED = {"failed": True}
 """The last record where the comparison with the source found a difference."""
@@ -122,7 +122,7 @@ class Journal:
 
 
 def is_journal(path: Path) -> bool:
-    """Whether a file is what a run of this tool has left: a record of a run first, or the torn beginning of one."""
+    """True where a file was left by a run of this tool: a record of a run first, or the torn beginning of one."""
     try:
         with open_regular(path) as stream:
             if os.fstat(stream.fileno()).st_nlink > 1:

@@ -31,7 +31,7 @@ _RECORD_NBYTES, _BEGINNING = 1024, b'{"pid": '
 """Size of what a lock file holds, and how it begins."""
 
 _CANNOT_LOCK = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
-"""What network file systems without a lock service answer to flock."""
+"""errno values of flock on network file systems without a lock service."""
 
 
 _MINE: set[str] = set()
@@ -106,7 +106,7 @@ class Lock:
         self._mine: dict[str, Any] = {}
         self._is_written = False
         self.note: list[int] | None = None
-        """What the run before this one, which was stopped, or this one has noted."""
+        """Note of this run, or of the stopped run before it."""
 
     def __enter__(self) -> Lock:
         try:
@@ -171,7 +171,7 @@ class Lock:
             raise
 
     def _is_current(self, descriptor: int) -> bool:
-        """Whether the path still names the file that was opened: its holder removes it when it ends."""
+        """True where the path still names the file that was opened: its holder removes it when it ends."""
         try:
             return os.path.samestat(os.fstat(descriptor), os.stat(self.path, follow_symlinks=False))
         except FileNotFoundError:
@@ -260,7 +260,7 @@ def _is_here_and_alive(owner: Mapping[str, Any]) -> bool:
 
 
 def _owner(descriptor: int, path: Path) -> dict[str, Any]:
-    """What a lock file says; nothing where a run was stopped before it wrote. Raises DestinationError for a file that
+    """Record in a lock file; empty where a run was stopped before it wrote. Raises DestinationError for a file that
     no run has written: it is not ours to remove."""
     content = os.pread(descriptor, 2 * _RECORD_NBYTES, 0)
     if not content.strip(b"\0"):

@@ -30,13 +30,13 @@ MANIFEST_NAME = "stream_reshard.json"
 MAX_MANIFEST_NBYTES = 2**28
 
 MAX_FILE_NBYTES = 1024
-"""What the manifest says of one file has fewer bytes."""
+"""Upper limit in bytes for the entry of one file in the manifest."""
 
 _MAX_KEYS = 100
 """No manifest has more keys at its top."""
 
 _PIECE_NBYTES = 2**18
-"""What is read at a time for the digest."""
+"""Bytes that are read at a time for the digest."""
 
 _NO_DIGEST = bytes(16)
 """In the table for a file that has none. No digest is this one, but for a chance of 1 in 2**128."""
@@ -72,12 +72,12 @@ class FileDone:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a conversion beyond its output."""
+    """Record of a conversion: all that is known of it beyond its output."""
 
     run: Mapping[str, Any]
-    """What made it: digests of the plan and of the documents, identities of the source files. Equal for equal runs."""
+    """Identity of the run: digests of plan and documents, identities of the source files. Equal for equal runs."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the output itself cannot say: its vocabulary without padding, the dtype asked for, what was allowed."""
+    """Facts that the output cannot show: vocabulary without padding, the dtype asked for, the settings allowed."""
     files: Mapping[str, FileDone] = field(default_factory=dict)
     """Every file of the folder but this one, by its path."""
 
@@ -105,8 +105,8 @@ def _without_paths(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class FileTable:
-    """What a manifest says of each file, found by its path: some 40 bytes a file, for no path is kept. Files have the
-    numbers in which they stand there."""
+    """Entry of each file in a manifest, found by its path: some 40 bytes a file, for no path is kept. Files are
+    numbered in the order of the manifest."""
 
     def __init__(self, files: Iterable[FileDone]):
         """Raises ValueError where a file is named twice."""
@@ -132,7 +132,7 @@ class FileTable:
         return self._numbers[at] if at < len(self._keys) and self._keys[at] == key else None
 
     def get(self, path: str) -> FileDone | None:
-        """What the manifest says of a file; None where it does not name it."""
+        """Entry of a file in the manifest; None where it does not name it."""
         if (number := self.number_of(path)) is None:
             return None
         digest = bytes(self._digests[16 * number:16 * number + 16])
@@ -155,7 +155,7 @@ class StoredManifest:
     files: FileTable
 
     def entries(self) -> Iterator[FileDone]:
-        """What it says of each file, in the order of their paths, read once more. Raises as `open_manifest`."""
+        """Entries of all files, in the order of their paths, read once more. Raises as `open_manifest`."""
         for kind, value in _parts(self.root, MAX_FILE_NBYTES * 64, MAX_JSON_NBYTES):
             if kind == "files":
                 yield value

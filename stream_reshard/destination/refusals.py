@@ -1,4 +1,4 @@
-"""What speaks against a destination, and what room it has: looked at before anything is written."""
+"""Reasons to refuse a destination, and the free space on its disk: found before anything is written."""
 from __future__ import annotations
 
 import os
@@ -16,7 +16,7 @@ _MAX_NAME_NBYTES, _MAX_PATH_NBYTES = 255, 4095
 """NAME_MAX and PATH_MAX of Linux, without the NUL."""
 
 _BELOW_NBYTES = 256
-"""What the path of a weight file has below the destination, at most."""
+"""Bytes of the path of a weight file below the destination, at most."""
 
 
 def destination_problems(source: Path, destination: Path, overwrite: bool) -> Iterator[StreamReshardError]:
@@ -84,7 +84,7 @@ def refuse_occupied(destination: Path, overwrite: bool, naming: Naming) -> None:
 
 
 def _path_fault(destination: Path) -> str | None:
-    """Why a path cannot be that of a destination: it is too long, a link leads back to itself, a folder above may not
+    """Reason to refuse the path of a destination: it is too long, a link leads back to itself, a folder above may not
     be entered."""
     *above, own = [len(os.fsencode(part)) for part in destination.absolute().parts]
     if max([own + SUFFIX_NBYTES, *above]) > _MAX_NAME_NBYTES:
@@ -110,7 +110,7 @@ def _holds_working_folder(path: Path) -> bool:
 
 
 def _links_of(source: Path) -> Iterator[Path]:
-    """Where the links in a source lead; its other files are in it."""
+    """Targets of the links in a source; its other files are in it."""
     if os.path.isdir(source):
         below = (f"model/{path}" for path in files_below(source / "model"))
         names = chain(links_in(source), (path for path in below if os.path.islink(source / path)))
@@ -125,7 +125,7 @@ def _removable_source(source: Path, folders: Collection[Path]) -> Path | None:
 
 
 def _is_same_or_inside(path: Path, folder: Path) -> bool:
-    """Whether `path` is `folder` or below it, under whatever name: bind mounts are seen through."""
+    """True where `path` is `folder` or below it, under whatever name: bind mounts are seen through."""
     if folder in (path, *path.parents):
         return True
     try:

@@ -49,12 +49,12 @@ def lock_of(destination: Path) -> Path:
 
 
 def _new_name_beside(destination: Path) -> Path:
-    """Where something goes that is to be removed."""
+    """New path for something that is to be removed."""
     return destination.with_name(f".{destination.name}.{os.urandom(6).hex()}.replaced")
 
 
 def replaced_beside(destination: Path) -> Iterator[Path]:
-    """What was to be removed, and a stopped run did not come to it."""
+    """Paths that a stopped run was to remove, and did not."""
     pattern = re.compile(rf"\.{re.escape(destination.name)}\.[0-9a-f]{{12}}\.replaced")
     beside = destination.parent.iterdir() if os.path.isdir(destination.parent) else ()
     return (path for path in beside if pattern.fullmatch(path.name))
@@ -219,7 +219,7 @@ class Staging:
         self.folder.close()
 
     def disown(self) -> None:
-        """What is here must never become the destination: no marker, and nothing to take up again."""
+        """Make the folder unusable: remove marker and manifest, note the failure in the journal."""
         self.confirm()
         self._unlink(self.record.marker)
         self._unlink(MANIFEST_NAME)
@@ -276,8 +276,8 @@ def _identity(folder: Path) -> list[int]:
 
 
 def was_swapped(destination: Path, note: list[int] | None) -> bool:
-    """Whether the destination is the new folder that the note of a stopped run tells of. What stands in the staging
-    folder, if anything, is the old one then."""
+    """True where the destination is the new folder that the note of a stopped run tells of. The staging folder, if
+    there is one, is then the old destination."""
     return note is not None and destination.is_dir() and _identity(destination) == note[-1:]
 
 

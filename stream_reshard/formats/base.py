@@ -27,11 +27,11 @@ class Source:
     family: Family
     config: ModelConfig
     limits: tuple[Limit, ...]
-    """What it says beyond that and changes the forward pass."""
+    """Settings beyond `config` that change the forward pass."""
     notes: tuple[str, ...] = ()
-    """What the user should know of it."""
+    """Remarks about the checkpoint for the user."""
     rope_interleaved: bool = False
-    """Whether a head is kept as (pair, half)."""
+    """A head is kept as (pair, half)."""
     config_class: str | None = None
     """Nanotron's config class, where the checkpoint names one."""
     model: Model | None = None
@@ -47,21 +47,21 @@ class Source:
 
 
 class Target(ABC):
-    """What is to be written."""
+    """A format to be written, with its choices."""
 
     marker: ClassVar[str]
     """The file whose presence makes a folder a checkpoint."""
 
     def limits(self, source: Source) -> Iterable[Limit]:
-        """What the source says and this target cannot express."""
+        """Settings of the source that this target cannot express."""
         return source.limits
 
     def notes(self, source: Source, layout: Layout) -> Iterable[str]:
-        """What the user should know of the choice."""
+        """Remarks about the choices for the user."""
         return ()
 
     def accepted(self, layout: Layout) -> Iterable[str]:
-        """What `verify` finds in the layout, and was chosen: names as its `--allow` takes them."""
+        """Names (as in `verify --allow`) of deviations in the layout that the user chose."""
         return ()
 
     @abstractmethod
@@ -70,7 +70,7 @@ class Target(ABC):
 
     @abstractmethod
     def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> Layout:
-        """What is to be where."""
+        """The layout of the files to be written below `root`."""
 
     @abstractmethod
     def documents(self, source: Source, layout: Layout, dtype: str, destination: Path,
@@ -78,12 +78,12 @@ class Target(ABC):
         """The small files beside the weights, by name; `companions` are copied there."""
 
     def held_nbytes(self, layout: Layout) -> int:
-        """What the documents take in memory, beyond a little."""
+        """Bytes of memory that the documents take, beyond a little."""
         return 0
 
     @abstractmethod
     def facts(self, layout: Layout) -> dict[str, Any]:
-        """What was chosen, for JSON."""
+        """The choices, for JSON."""
 
     @abstractmethod
     def lines(self, layout: Layout, facts: Mapping[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Why a path is no checkpoint, or a folder holds no weights that are read here: the one cause, and what to do.
+"""Reasons why a path is no checkpoint, or a folder holds no weights that are read here: the one cause, and its cure.
 
 These run when opening failed. They look at names, and at the beginning of a few small files; weights are not read.
 """
@@ -16,7 +16,7 @@ from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, 
 from stream_reshard.storage.small_files import dangling, read_capped, read_error, read_json
 
 _MARKERS = (CONFIG_NAME, "model_config.json")
-"""What makes a folder a checkpoint of either format."""
+"""Files that make a folder a checkpoint of either format."""
 
 _HUB_ID = re.compile(r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/+)?"
                      r"([A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}?)(?:/(?:tree|resolve|blob)/.*)?", re.ASCII)
@@ -47,7 +47,7 @@ _MAX_NAMES = 10**5
 
 
 def no_checkpoint(root: Path) -> SourceError:
-    """Why `root` is no checkpoint of either format."""
+    """Reason why `root` is no checkpoint of either format."""
     if not os.path.isdir(root):
         return _no_folder(root)
     names = _names(root)
@@ -57,7 +57,7 @@ def no_checkpoint(root: Path) -> SourceError:
 
 
 def no_weights(root: Path) -> SourceError:
-    """Why a folder with a config.json, and neither model.safetensors nor its index, holds no weights for us."""
+    """Reason why a folder with a config.json, but neither model.safetensors nor its index, holds no weights for us."""
     names = _names(root)
     for name in (SINGLE_NAME, INDEX_NAME):
         if cause := dangling(root, name):
@@ -78,7 +78,7 @@ def no_weights(root: Path) -> SourceError:
 
 
 def unfinished(root: Path) -> str | None:
-    """What a download that was not finished left in a folder, or in the cache beside it."""
+    """Words on what an unfinished download left in a folder, or in the cache beside it."""
     places = [root, root / ".cache" / "huggingface" / "download"]
     if root.parent.name == "snapshots":
         places.append(root.parent.parent / "blobs")
@@ -90,7 +90,7 @@ def unfinished(root: Path) -> str | None:
 
 
 def above(root: Path) -> Cause | None:
-    """Where the folder above is the checkpoint that was meant, such as of `original`, `model`, `onnx`."""
+    """The cause where the folder above is the checkpoint that was meant, such as of `original`, `model`, `onnx`."""
     parent = Path(os.path.abspath(root)).parent
     if any(os.path.isfile(parent / marker) for marker in _MARKERS):
         return Cause(f"{quoted(root)} is a part of a checkpoint; the folder above is the whole: give {quoted(parent)}")
@@ -176,7 +176,7 @@ def _folders(root: Path) -> Iterator[str]:
 
 
 def _elsewhere(root: Path, names: list[str]) -> Cause | None:
-    """Where the checkpoint stands in a folder below, or the folder is a part of one."""
+    """The cause where the checkpoint stands in a folder below, or the folder is a part of one."""
     found = [name for name in names[:1000] if any(os.path.isfile(root / name / marker) for marker in _MARKERS)]
     if len(found) == 1:
         return Cause(f"{quoted(root)} is not a checkpoint, but its folder {quoted(found[0])} is one: give "

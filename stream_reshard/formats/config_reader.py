@@ -86,7 +86,7 @@ class ConfigReader:
         return self.positive("rope_theta", value, float)
 
     def model_config(self, family: Family) -> ModelConfig:
-        """What the config says about a model of this family. Complaints are collected in `problems`."""
+        """Settings of a model of this family, out of the config. Complaints are collected in `problems`."""
         heads = self.number("num_attention_heads", int)
         config = ModelConfig(
             family=family.name,
@@ -119,8 +119,8 @@ class ConfigReader:
         return 0.0 if is_zero else self.number("initializer_range", float, 0.02)
 
     def _no_rope_layer(self, family: Family) -> int | None:
-        """Which layers go without rotary embedding: Nanotron says it by an interval; transformers by an interval or a
-        list in which 0 is such a layer (SmolLM3Config)."""
+        """Interval of the layers without rotary embedding. transformers gives it as such, or as a list in which 0 is
+        such a layer (SmolLM3Config)."""
         if self.is_nanotron:
             return None if self.raw.get("no_rope_layer") is None else self.number("no_rope_layer", int)
         if family.name != "smollm3":

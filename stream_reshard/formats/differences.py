@@ -1,4 +1,4 @@
-"""In what two layouts of one model differ, in words."""
+"""Differences between two layouts of one model, in words."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from stream_reshard.formats.layout import Layout, Slice
 
 
 def layout_differences(one: Layout, other: Layout) -> Iterator[str]:
-    """In what two layouts of one model differ: as a whole, then parameter by parameter."""
+    """Differences between two layouts of one model: as a whole, then parameter by parameter."""
     for key, mine in one.facts.items():
         if key in other.facts and mine != other.facts[key]:
             yield f"{key}: {quoted(mine)} and {quoted(other.facts[key])}"
@@ -26,7 +26,7 @@ def layout_differences(one: Layout, other: Layout) -> Iterator[str]:
 
 
 def _explained(mine: tuple[Slice, ...], theirs: tuple[Slice, ...]) -> Iterator[str]:
-    """In what the places of one parameter differ."""
+    """Differences between the places of one parameter."""
     if len(mine) != len(theirs):
         yield f"in {len(mine)} pieces and in {len(theirs)}"
         return

@@ -33,10 +33,10 @@ class Slice:
     parameter: str
     """Name of the parameter."""
     region: Box
-    """Which elements, in the coordinates of the parameter."""
+    """Elements of the parameter, in its own coordinates."""
     tensor: StoredTensor
     place: Box
-    """Where they stand, in the coordinates of the tensor; as many elements as `region`."""
+    """Their place, in the coordinates of the tensor; as many elements as `region`."""
     order: tuple[tuple[int, ...], ...]
     """For each dim of the tensor the parameter's dims that it runs through, outermost first; () where `place` holds one
     index. ((0, 2, 1), (3,)) is a matrix whose rows run through dims 0, 2, 1."""
@@ -57,7 +57,7 @@ class Slice:
         return tuple(dim for group in self.order for dim in group)
 
     def offset_of(self, region: Box) -> int:
-        """Where the first element of `region` (in the parameter's coordinates) stands in the tensor, in elements."""
+        """Offset in the tensor of the first element of `region` (in the parameter's coordinates), in elements."""
         inner = region.seen_from(self.region)
         corner = offset_in(self.tensor.shape, self.place.start)
         return corner + sum(a * step for a, step in zip(inner.start, self.strides))
@@ -84,7 +84,7 @@ class Group(NamedTuple):
     """Files that share parameters with each other and with no other file, and those parameters."""
 
     position: int
-    """Which group of its layout it is."""
+    """Index of the group in its layout."""
     kind: Any
     """Groups of one kind differ in the names of parameters and files, and in where their data begin. Hashable."""
     numbers: tuple[int, ...]
@@ -93,7 +93,7 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Layout(ABC):
-    """What is where in one checkpoint. A format is a module that makes one.
+    """Place of every parameter in the files of one checkpoint. A format is a module that makes one.
 
     A large model has a million slices, so none is held: a layout knows how to derive those of one parameter, or the
     files of one group. Parameters go by their numbers in the model.
@@ -102,18 +102,18 @@ class Layout(ABC):
     format: ClassVar[str]
     """Name of the format, for people."""
     files_word: ClassVar[str] = "shards"
-    """What the format calls its files."""
+    """The format's word for its files."""
     root: Path
     model: Model
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the whole of it is beyond its model: format, and what decides which file holds what."""
+        """Facts about the layout beyond its model: format, and the choices that decide which file holds what."""
         return {"format": self.format}
 
     @abstractmethod
     def slices_of(self, number: int) -> tuple[Slice, ...]:
-        """Where the elements of a parameter stand, every one exactly once; () where they stand nowhere."""
+        """Slices that hold each element of a parameter exactly once; () where none is stored."""
 
     def fills_of(self, number: int) -> tuple[Fill, ...]:
         """The padding that stands beside the elements of a parameter."""
@@ -125,7 +125,7 @@ class Layout(ABC):
 
     @abstractmethod
     def likeness_of(self, number: int) -> Hashable:
-        """Two parameters of one row that agree in this stand alike: their slices differ in names and begins only."""
+        """Key of a parameter: those of one row with equal keys are stored alike; only names and offsets differ."""
 
     @abstractmethod
     def places_of(self, number: int) -> tuple[tuple[int, int], ...]:
@@ -134,7 +134,7 @@ class Layout(ABC):
     @property
     @abstractmethod
     def num_groups(self) -> int:
-        """How many groups there are."""
+        """Number of groups."""
 
     @abstractmethod
     def group(self, position: int) -> Group:
@@ -164,7 +164,7 @@ class Layout(ABC):
     @property
     @abstractmethod
     def num_files(self) -> int:
-        """How many files there are."""
+        """Number of files."""
 
     @property
     def paths(self) -> Iterator[str]:

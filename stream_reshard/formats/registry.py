@@ -25,7 +25,7 @@ def open_any(root: Path, max_nbytes: int, vocab_size: int | None, problems: Prob
 
 
 def is_nanotron(root: Path) -> bool:
-    """Whether a folder holds a Nanotron checkpoint, or what is left of one: weights decide, else the config."""
+    """True where a folder holds a Nanotron checkpoint, or what is left of one: weights decide, else the config."""
     if os.path.isdir(root / "model" / "model"):
         return True
     return not os.path.isfile(root / CONFIG_NAME) and (os.path.isdir(root / "model")

@@ -1,4 +1,4 @@
-"""What a config says beyond the common settings, and no other format here can express.
+"""Settings of a config that no other format here can express.
 
 Each limit has a name. Where the weights fit all the same, `--allow NAME` converts them; where they do not (a bias that
 has no place, another head size) nothing does.
@@ -26,11 +26,11 @@ class Limit:
     """One thing that cannot be expressed elsewhere."""
 
     name: str
-    """What `--allow` takes, where it may be allowed."""
+    """Name for `--allow`, where the limit may be allowed."""
     text: str
-    """What the config says, and what would become of it."""
+    """The setting, and its fate in a conversion."""
     value: Any = None
-    """What the config says, whole: two configs agree where these are equal."""
+    """Whole value of the setting: two configs agree where these are equal."""
 
 
 def limit_problems(limits: Iterable[Limit], allowed: Collection[str], name: str) -> Problems:

@@ -1,4 +1,4 @@
-"""What the machine says of itself: file systems, cores, and what the kernel has counted for this process."""
+"""Facts about the machine: file systems, cores, limits, and the kernel's counters of this process."""
 from __future__ import annotations
 
 import math
@@ -28,7 +28,7 @@ class Mount(NamedTuple):
     device: str
     """As `major:minor`."""
     point: bytes
-    """Where it is mounted."""
+    """Path of the mount point."""
     kind: str
     """Its type, such as ext4."""
 
@@ -69,7 +69,7 @@ _NOWHERE = Mount("", b"", "unknown")
 
 
 def read_ahead_nbytes(device: int) -> int:
-    """How far the kernel reads ahead in files on a device (`st_dev`), in bytes; 0 where it does not tell.
+    """Bytes that the kernel reads ahead in files on a device (`st_dev`); 0 where it does not tell.
 
     Source: sysfs-class-bdi, and for a partition the queue of its disk (sysfs-block).
     """
@@ -100,7 +100,7 @@ def _quotas() -> Iterator[float]:
 
 
 def free_descriptors() -> int:
-    """How many files this process can open beside those that are open now (RLIMIT_NOFILE)."""
+    """Number of files that this process can open beside those open now (RLIMIT_NOFILE)."""
     try:
         num_open = len(os.listdir("/proc/self/fd")) - 1
     except OSError:
@@ -133,7 +133,7 @@ def group_limit() -> int | None:
 
 
 _GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-"""Where control groups are mounted, and where the kernel tells those of this process."""
+"""Mount point of control groups, and the file that lists those of this process."""
 
 
 def _groups(controller: str) -> list[Path]:

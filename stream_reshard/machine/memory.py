@@ -1,4 +1,4 @@
-"""Memory: parse a limit, what the machine allows, what the process holds, what a run will reach. All in bytes.
+"""Memory: parse a limit, the limit of the machine, memory held now, memory that a run will reach. All in bytes.
 
 *allowed* is the limit on the peak resident set of the whole process tree, *reserved* is what it holds before the work
 starts (measured), *projected* is what the work will bring it to. Words and idea are those of the cubed project.
@@ -28,27 +28,27 @@ VERIFY_BUFFERS = 2
 """Buffers that a worker of a comparison has."""
 
 VERIFY_NBYTES = 3 * 2**20
-"""What a check at the end of a run needs beside its buffers: modules imported late, records of the source."""
+"""Memory of a check at the end of a run, beside its buffers: modules imported late, records of the source."""
 
 _MANY_WORKERS_NBYTES = 2**28
 _MAX_DEFAULT_WORKERS = 8
 
 _PER_WORKER = 2 * 2**20
-"""What a thread needs beside its buffers: its stack, lists of pieces."""
+"""Memory of a thread, beside its buffers: its stack, lists of pieces."""
 _SLACK = 6 * 2**20
-"""What the run needs beside its workers: the journal, the manifest, modules imported late."""
+"""Memory of a run, beside its workers: the journal, the manifest, modules imported late."""
 TORCH_NBYTES = 230 * 2**20
-"""What importing torch adds."""
+"""Memory that importing torch adds."""
 _NUMPY_NBYTES = 16 * 2**20
-"""What importing numpy adds."""
+"""Memory that importing numpy adds."""
 _NUMPY_SPACE_NBYTES, _BLAS_THREAD_NBYTES = 2**26, 2**25
 """Address space that importing numpy takes, and for each core; hardly any of it is touched."""
 _NUM_DESCRIPTORS = 8
 """Files that are open at once whatever is done: configs, a header, folders that are listed, modules being imported."""
 _PER_FILE = 2048
-"""What a target file costs in records and in the manifest."""
+"""Memory of a target file: its records, and its part of the manifest."""
 _PLAN_NBYTES = 5 * 2**20
-"""What is kept of headers and index: a few bytes per tensor."""
+"""Memory of headers and index: a few bytes per tensor."""
 _PARSED_PER_BYTE = 56
 """Bytes that parsing a byte of JSON takes, at most: nested empty lists in a text with one wide character."""
 
@@ -124,14 +124,14 @@ def peak_resident() -> int:
 
 
 def machine_limit() -> int:
-    """What the machine, or the control group of this process, has in all."""
+    """All memory of the machine, or of the control group of this process."""
     import psutil
     total, group = psutil.virtual_memory().total, group_limit()
     return total if group is None else min(total, group)
 
 
 def chosen_workers(num_workers: int | None, allowed: int) -> int:
-    """What a user says, or the default. Raises UsageError for less than one."""
+    """Number of workers: as the user says, or the default. Raises UsageError for less than one."""
     if num_workers is None:
         return default_workers(allowed, num_cores())
     if num_workers < 1:
@@ -155,15 +155,15 @@ class MemoryPlan:
     block_nbytes: int
     """Size of one buffer."""
     casts: bool
-    """Whether results of casts will be held."""
+    """Buffers for results of casts are needed too."""
     to_import: int
-    """What will be added before the work begins: modules that are imported later, records of files."""
+    """Memory added before the work begins: modules that are imported later, records of files."""
     num_buffers: int
     """Buffers that one worker has."""
 
     @property
     def projected(self) -> int:
-        """What the process tree will reach."""
+        """Peak that the process tree will reach."""
         buffers = self.num_buffers + 2 * self.casts
         return (self.reserved + self.to_import + _SLACK
                 + self.num_workers * (_PER_WORKER + buffers * self.block_nbytes))

@@ -10,15 +10,15 @@ from stream_reshard.errors import Interrupted
 
 
 class Stop:
-    """Whether someone asked the run to stop. Shared by all threads; in another process it is a copy that stays silent,
-    so that a worker there finishes the job it has."""
+    """A request to stop the run, once it is made. Shared by all threads; the copy in another process stays silent, so
+    that a worker there finishes its job."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
         self.signal_number = 0
         """The signal that asked; 0 where a failure elsewhere in the run did."""
         self.is_awaited = False
-        """Whether the work now looks at this request often; where it does not, a handler has to raise by itself."""
+        """The work now looks at this request often; where False, a signal handler has to raise by itself."""
 
     def __reduce__(self) -> tuple[type[Stop], tuple[()]]:
         return Stop, ()

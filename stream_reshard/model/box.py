@@ -53,7 +53,7 @@ class Box:
         return Box(start, stop) if all(map(lt, start, stop)) else None
 
     def contains(self, other: Box) -> bool:
-        """Whether every element of `other` is in this box."""
+        """True where the box holds every element of `other`."""
         return self.overlap(other) == other or not other.num_elements
 
     def seen_from(self, origin: Box) -> Box:
@@ -87,7 +87,7 @@ class Box:
 
 
 def tiling_fault(boxes: Sequence[Box], whole: Box) -> str | None:
-    """Why `boxes` do not cover every element of `whole` exactly once; None where they do.
+    """Reason why `boxes` do not cover every element of `whole` exactly once; None where they do.
 
     Disjoint boxes inside `whole` whose volumes add up to its volume leave no element out.
     """
@@ -106,8 +106,8 @@ def tiling_fault(boxes: Sequence[Box], whole: Box) -> str | None:
 
 
 def has_twins(numbers: Iterable[int]) -> bool:
-    """Whether a number (of at most 64 bits, with a sign) occurs twice. Sorted in parts: a list of a million would take
-    five times their size."""
+    """True where a number (of at most 64 bits, with a sign) occurs twice. Sorted in parts: a list of a million would
+    take five times their size."""
     parts = [array("q") for _ in range(64)]
     for number in numbers:
         parts[number & 63].append(number)

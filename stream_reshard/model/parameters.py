@@ -43,10 +43,10 @@ class Parameter:
     tied_to: str | None = None
     """Name of the parameter whose values it shares; a tied parameter is stored nowhere itself."""
     stacked: int | None = None
-    """Which of the experts it belongs to, where Nanotron stacks the transposed matrices of all of them in one array
+    """Index of its expert, where Nanotron stacks the transposed matrices of all of them in one array
     (expert, column, row); rows of several matrices stand beside each other there."""
     is_float32: bool = False
-    """Whether Nanotron keeps it in float32 whatever the others have."""
+    """Nanotron keeps the parameter in float32, whatever the dtype of the others."""
 
     @property
     def whole(self) -> Box:
@@ -103,7 +103,7 @@ def first_id(ids: TokenId) -> int | None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a checkpoint's config says about the model, in one spelling. Sizes in elements."""
+    """Settings of the model in a checkpoint's config, in one spelling. Sizes in elements."""
 
     family: str
     """Name of the architecture table."""
@@ -142,7 +142,7 @@ class ModelConfig:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many there are of what the names of parameters count."""
+        """Extent of each field in the names of parameters: number of layers, and of experts per layer."""
         return {"layer": self.num_hidden_layers} | ({"expert": self.experts.num_experts} if self.experts else {})
 
     @property
@@ -172,13 +172,13 @@ class Row:
     nanotron: str
     """Parameter name in Nanotron, below `model.`. Rows that share a name are fused along dim 0, in table order."""
     is_stacked: bool = False
-    """Whether Nanotron keeps all `{expert}`s in one array, each transposed; fused rows stand beside each other then."""
+    """Nanotron keeps all `{expert}`s in one array, each transposed; fused rows stand beside each other then."""
     is_float32: bool = False
-    """Whether Nanotron keeps it in float32."""
+    """Nanotron keeps the parameter in float32."""
 
     @property
     def per_layer(self) -> bool:
-        """Whether there is one such parameter in each layer."""
+        """The row stands for parameters of each layer, not for one of the model."""
         return "{layer}" in self.parameter
 
 
@@ -225,7 +225,7 @@ class Model:
         return None
 
     def spelling_of(self, number: int, key: str) -> int:
-        """Which of `spellings` the name of a tensor is that holds a parameter."""
+        """Index in `spellings` of the name of a tensor that holds a parameter."""
         return self.spellings(number).index(key)
 
     def spellings(self, number: int) -> tuple[str, str, str]:
@@ -249,7 +249,7 @@ class Model:
             stacked=indices["expert"] if row.is_stacked else None, is_float32=row.is_float32)
 
     def is_tied(self, row: int) -> bool:
-        """Whether the parameters of a row share the values of another: checkpoints need not hold them."""
+        """True where the parameters of a row share the values of another: checkpoints need not hold them."""
         return self.rows[row].parameter == "lm_head" and self.config.tie_word_embeddings
 
     @property
@@ -259,7 +259,7 @@ class Model:
 
     @property
     def num_stored(self) -> int:
-        """How many parameters checkpoints hold themselves."""
+        """Number of parameters that checkpoints hold themselves."""
         return sum(self.firsts[row + 1] - self.firsts[row] for row in self.stored_rows)
 
     @property

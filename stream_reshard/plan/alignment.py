@@ -1,4 +1,4 @@
-"""Where the data of a target file begin. A header may be padded with spaces, so its length is ours to choose.
+"""Offset of the data in a target file. A header may be padded with spaces, so its length is ours to choose.
 
 File systems that share blocks between files do so where an offset in the source and the one in the target agree modulo
 the block. So the data of a file begin where most of the bytes that the source has in one piece stand as they stand
@@ -30,7 +30,7 @@ _MAX_CHOICES = 4096
 
 @dataclass(frozen=True)
 class Wish:
-    """What one stretch of a target file asks for: to stand, modulo a block, where it stands in the source."""
+    """A contiguous run whose offset in the target should equal its offset in the source, modulo the block size."""
 
     source: int
     """Index of the source tensor that has it in one piece."""
@@ -60,7 +60,7 @@ def wishes_of(files: Sequence[TensorFile],
 
 
 def _stretches(held: Sequence[Slice], wanted: Sequence[Slice]) -> Iterator[tuple[Window, Part]]:
-    """Where one parameter stands in one piece on both sides, in tensors that are worth it."""
+    """Runs of one parameter that are contiguous on both sides, in tensors that are worth it."""
     if not wanted:
         return
     step = whole_step(held, wanted)
@@ -96,7 +96,7 @@ class Alignment:
         return (group.kind, *map(self.source.likeness_of, group.numbers))
 
     def __call__(self, group: Group) -> tuple[int, ...]:
-        """Where the data of each file of a group begin, in bytes."""
+        """Offset of the data in each file of a group, in bytes."""
         begins = [begin for number in group.numbers for _, begin in self.source.places_of(number)]
         return self.choose(group, self.likeness_of(group), begins)
 

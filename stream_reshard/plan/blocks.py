@@ -33,7 +33,7 @@ class Window:
 
     @property
     def offset(self) -> int:
-        """Where it begins in its file, in bytes."""
+        """Offset of the window in its file, in bytes."""
         return self.slice.tensor.begin + self.start * self.slice.tensor.itemsize
 
     @property
@@ -42,13 +42,13 @@ class Window:
         return (self.stop - self.start) * self.slice.tensor.itemsize
 
     def offset_of(self, part: Part) -> int:
-        """Where a part of it begins in its file, in bytes."""
+        """Offset in the window's file of the elements of a part, in bytes."""
         return self.offset + part.window_offset * self.slice.tensor.itemsize
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where one window's elements of a block stand in one target tensor. Strides and offsets in elements."""
+    """Place in one target tensor of the elements of a block that one window holds. Strides and offsets in elements."""
 
     window: int
     """Index of the window."""
@@ -74,7 +74,7 @@ class Part:
 
     @property
     def offset(self) -> int:
-        """Where it begins in the target's file, in bytes."""
+        """Offset of the part in the target's file, in bytes."""
         return self.target.tensor.begin + self.target_offset * self.target.tensor.itemsize
 
     @property
@@ -89,7 +89,7 @@ class Part:
 
     @property
     def is_stretch(self) -> bool:
-        """Whether its elements stand one behind the other, in the same order, on both sides."""
+        """The elements are contiguous and in the same order on both sides."""
         return self.run == self.num_elements
 
 
@@ -102,12 +102,12 @@ class Step:
     """Grouped by target tensor."""
 
     def is_kept(self, part: Part) -> bool:
-        """Whether a part stands in one piece, in the same order and dtype, on both sides: its bytes are only moved."""
+        """True where a part is contiguous and keeps its order and dtype: its bytes are copied unchanged."""
         return part.is_stretch and part.target.tensor.dtype == self.windows[part.window].slice.tensor.dtype
 
     @property
     def is_stretched(self) -> bool:
-        """Whether that is so for all of its parts."""
+        """Every part is contiguous and keeps its dtype, so bytes are copied unchanged."""
         return all(map(self.is_kept, self.parts))
 
 

@@ -18,9 +18,8 @@ from stream_reshard.storage.header import TensorFile
 
 @dataclass(frozen=True)
 class Job:
-    """The work that writes the files which share parameters with each other and with no other file, so that each source
-    byte is read once; and those of other groups that lie in between. Idempotent, and independent of every other job;
-    its copies are derived when it runs."""
+    """One unit of work: all files cut from the same parameters, plus groups interleaved with them in the source, so
+    that each source byte is read once. Idempotent, and independent of other jobs; copies are derived when it runs."""
 
     files: tuple[TensorFile, ...]
     parameters: tuple[str, ...]
@@ -34,18 +33,18 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What goes where. Two plans with one digest are one plan."""
+    """A source layout against a target layout. Two plans with one digest are one plan."""
 
     source: Layout
     target: Layout
     order: array[int] = field(repr=False)
     """The target's groups in the order of the source's bytes."""
     starts: array[int] = field(repr=False)
-    """Where in `order` jobs begin."""
+    """Index in `order` of the first group of each job."""
     nbytes: int
     """Bytes of all target files."""
     largest_job_nbytes: int
-    """What the largest job writes."""
+    """Bytes that the largest job writes."""
     casts: Mapping[tuple[str, str], int]
     """Number of parameters per (source dtype, target dtype) that changes."""
     dtypes: Mapping[str, int]

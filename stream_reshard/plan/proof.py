@@ -21,7 +21,7 @@ from stream_reshard.storage.header import header_of
 _MAX_FAULTS = 100
 
 MAX_JOINED = 4
-"""Groups in one job: a source in which everything lies between everything must not become one endless job."""
+"""At most this many groups per job, so that a shuffled source does not become a single job."""
 
 
 @dataclass
@@ -41,12 +41,12 @@ class _Alike:
 
 
 class Survey:
-    """What one pass over the groups finds."""
+    """Findings of one pass over the groups."""
 
     def __init__(self, alignment: Alignment, target: Layout):
         self.source, self.target, self.faults = alignment.source, target, list[str]()
         self._nbytes = array("Q")
-        """Per group what its files take."""
+        """Bytes of the files of each group."""
         self._alike: dict[Hashable, _Alike] = {}
         self._seen = bytearray(target.model.firsts[-1])
         self._paths = array("q")
@@ -117,7 +117,7 @@ class Survey:
         return sum(self._nbytes)
 
     def largest_job_nbytes(self, order: array[int], starts: array[int]) -> int:
-        """What the largest job writes."""
+        """Bytes that the largest job writes."""
         ends = (*starts[1:], len(order))
         return max(sum(self._nbytes[group] for group in order[start:end]) for start, end in zip(starts, ends))
 
@@ -126,8 +126,8 @@ class Survey:
         return array("I", sorted(range(len(self._spans)), key=self._spans.__getitem__))
 
     def starts(self, order: array[int]) -> array[int]:
-        """Where in `order` jobs begin. Groups that lie between each other's bytes are one job, which can read all of
-        them in one go: in Hugging Face's shards k_proj, o_proj, q_proj, v_proj follow each other."""
+        """Index in `order` of the first group of each job. Groups that lie between each other's bytes are one job that
+        reads all of them in one go: in Hugging Face's shards k_proj, o_proj, q_proj, v_proj follow each other."""
         starts, reach = array("I"), -1
         for index, group in enumerate(order):
             first, last = self._spans[group]
@@ -159,7 +159,7 @@ class Survey:
 
 
 def group_faults(source: Layout, target: Layout, group: Group) -> Iterator[str]:
-    """Why the files of a group are not written exactly once, or its parameters not used exactly once."""
+    """Reasons why the files of a group are not written exactly once, or its parameters not used exactly once."""
     files = target.files_of(group)
     places: dict[tuple[str, str], list[Box]] = defaultdict(list)
     for number in group.numbers:

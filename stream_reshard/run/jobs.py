@@ -20,7 +20,7 @@ from stream_reshard.storage.target_file import NewTensorFile, Transport
 
 @dataclass(frozen=True)
 class Work:
-    """What every job of a run needs to know. Picklable."""
+    """Facts that every job of a run needs. Picklable."""
 
     plan: Plan
     staging: Folder
@@ -40,7 +40,7 @@ class JobDone:
 
     files: tuple[FileDone, ...]
     was_kept: bool
-    """Whether an earlier attempt had written them."""
+    """The files were written by an earlier attempt."""
     moved: Moved = Moved()
 
 

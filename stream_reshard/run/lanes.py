@@ -91,7 +91,7 @@ class Lane:
 
 
 class Writing:
-    """What one job has given to the assistant of its lane."""
+    """Writes that one job has given to the assistant of its lane."""
 
     def __init__(self, lane: Lane):
         self.lane = lane
@@ -151,7 +151,7 @@ class Lanes:
         self._num_drawn = self._next = 0
         """Tickets drawn; the first of them that still may take a lane."""
         self._done: set[int] = set()
-        """Tickets behind that one that will not take a lane before it."""
+        """Later tickets that have a lane already or were given up."""
 
     def __reduce__(self) -> tuple[type[Lanes], tuple[int, int]]:
         return Lanes, self._made_of

@@ -20,7 +20,7 @@ from stream_reshard.storage.target_file import NewTensorFile
 
 @dataclass(frozen=True)
 class OpenFiles:
-    """What a job works with while it moves bytes."""
+    """Files, writes and stop request of a job that moves bytes."""
 
     sources: Mapping[str, SourceFile]
     """By path, as in the slices."""
@@ -47,7 +47,7 @@ class Moved:
                      self.num_overflowed + other.num_overflowed)
 
     def into(self, targets: Iterable[NewTensorFile]) -> Moved:
-        """The same, with what these files know: bytes that seemed to be copied and are cloned, overflows of casts."""
+        """Corrected by what the files counted: copied bytes that turned out to be cloned, overflowed casts."""
         files = list(targets)
         cloned, overflowed = sum(file.cloned_nbytes for file in files), sum(file.num_overflowed for file in files)
         return Moved(self.cloned + cloned, self.copied - cloned, self.strided, self.num_overflowed + overflowed)

@@ -64,7 +64,7 @@ class Output:
     """For the manifest: what the output itself cannot say."""
     @property
     def run(self) -> dict[str, Any]:
-        """Which run this is: `same_run` for two attempts at the same output, and for nothing else. Of files only what
+        """Identity of the run: `same_run` for two attempts at the same output, and for nothing else. Of files only what
         lasts is in it, so that it can be taken up after a reboot, a remount, and on another machine."""
         copied = {str(own.path): [name, *lasting(own.identity)] for name, own in self.copies.items()}
         return {"plan_sha256": self.plan.digest, "documents_sha256": self.documents_sha256,
@@ -77,7 +77,7 @@ class Output:
         return finished(self.destination, self.run, self.max_files)
 
     def is_done(self) -> bool:
-        """Whether the destination holds this very output already."""
+        """The destination holds this very output already."""
         manifest = self.finished()
         return manifest is not None and not self.moved(manifest)
 
@@ -106,7 +106,7 @@ class Output:
 
 @dataclass(frozen=True)
 class How:
-    """How a run goes about it; changes nothing of the output."""
+    """Ways and means of a run; changes nothing of the output."""
 
     block_nbytes: int
     executor: Executor | None = None
@@ -116,7 +116,7 @@ class How:
     """Replace a destination that is there already, once the new one is complete."""
     break_lock: bool = False
     transport: Transport = Transport()
-    """By which way bytes move; that blocks can be shared is found out by the run itself."""
+    """Way in which bytes move; the run itself finds out whether blocks can be shared."""
     num_workers: int = 1
     """Jobs that may read at the same time in one process."""
     check: Callable[[Path], object] | None = None
@@ -128,7 +128,7 @@ class How:
 
 @dataclass(frozen=True)
 class Done:
-    """How a run ended that ended well."""
+    """Result of a run that ended well."""
 
     num_kept: int
     """Tensor files that an earlier attempt had written."""
@@ -139,7 +139,7 @@ class Done:
     num_digests: int = 0
     """Tensor files that the manifest has a digest of."""
     was_finished: bool = False
-    """Whether the destination was finished before."""
+    """The destination was finished before."""
 
 
 def run(output: Output, how: How) -> Done:

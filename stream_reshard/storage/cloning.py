@@ -21,7 +21,7 @@ _FILE_CLONE_RANGE = struct.Struct("=qQQQ")
 
 _CANNOT = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EPERM,
                      errno.ETXTBSY, errno.EBADF, errno.EISDIR, errno.EMLINK})
-"""What says that these two files cannot share these blocks, rather than that the disk is full or broken. EMLINK: a
+"""errno values for two files that cannot share these blocks, not for a full or broken disk. EMLINK: a
 block has as many owners as its file system can count."""
 
 
@@ -38,7 +38,7 @@ def share(source: int, source_offset: int, target: int, offset: int, nbytes: int
 
 
 def can_share(source: Path, folder: Path) -> bool:
-    """Whether new files in `folder` can share blocks with the file `source`; tried on a file without a name."""
+    """True where new files in `folder` can share blocks with the file `source`; tried on a file without a name."""
     try:
         if os.stat(source).st_dev != os.stat(folder).st_dev or os.stat(source).st_size < BLOCK_NBYTES:
             return False
@@ -56,7 +56,7 @@ def can_share(source: Path, folder: Path) -> bool:
 
 
 def can_share_all(root: Path, paths: Iterable[str], folder: Path) -> bool:
-    """Whether that is so for every one of these files below `root`."""
+    """True where new files in `folder` can share blocks with every one of these files below `root`."""
     return all(can_share(root / path, folder) for path in paths)
 
 

@@ -27,7 +27,7 @@ def cast(view: memoryview, source: str, target: str) -> memoryview:
 
 
 def num_overflowed(before: memoryview, source: str, after: memoryview, target: str) -> int:
-    """How many finite elements a cast made infinite: float16 ends at 65504."""
+    """Number of finite elements that a cast made infinite: float16 ends at 65504."""
     if source == target:
         return 0
     torch = import_torch()

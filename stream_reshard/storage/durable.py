@@ -37,14 +37,14 @@ _fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", 
 _SYNC_FILE_RANGE_WRITE = 2
 
 _DIGESTED_NBYTES = 2**18
-"""What is read back at a time: it stays in the processor's cache."""
+"""Bytes that are read back at a time: a piece stays in the processor's cache."""
 
 _WRITEBACK_NBYTES = 2**18
 """Smaller writes wait for the next fsync: a request of its own costs more than it saves."""
 
 _REFUSALS = frozenset({errno.EROFS, errno.EPERM, errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
                        errno.EISDIR, errno.EEXIST, errno.EXDEV, errno.EBUSY, errno.ENOTEMPTY})
-"""What says that the destination does not take this output at all, rather than not now."""
+"""errno values that no retry cures."""
 
 _CURES = {errno.ENOSPC: "; free some space and run the same command again",
           errno.EDQUOT: "; raise the quota or free some space, and run the same command again",

@@ -164,7 +164,7 @@ def parse_header(path: str, text: bytes, size: int, full: Path | None = None) ->
 
 
 class _Malformed(Exception):
-    """What is wrong with a header, in words."""
+    """A fault of a header, in words."""
 
     def told(self, path: str) -> SourceError:
         """The error a user sees."""

@@ -34,7 +34,7 @@ class JsonReader:
         self._decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self._text, self._at = "", 0
         self._line, self._column = 1, 1
-        """Where the text that is held begins."""
+        """Line and column of the beginning of the text that is held."""
 
     def next(self) -> str:
         """The character at the cursor, spaces skipped; "" at the end."""

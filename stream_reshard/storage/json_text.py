@@ -12,7 +12,7 @@ from stream_reshard.errors import quoted
 _KEY = re.compile(r'"([^"\\\n]{1,200})"\s*:')
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]', re.DOTALL)
 _LONG_NUMBER = re.compile(r"\d{4301}")
-"""What Python refuses to make an int of (sys.set_int_max_str_digits)."""
+"""Numbers of which Python refuses to make an int (sys.set_int_max_str_digits)."""
 
 Path = tuple[str, ...]
 """The keys that lead to a value, the outermost first; positions in lists are left out."""
@@ -27,7 +27,7 @@ class Doubts:
     """Values on which readers of JSON disagree: keys that occur twice with different values, numbers that are none."""
 
     texts: list[str] = field(default_factory=list)
-    """What they are, with key and line; so many at most."""
+    """Descriptions of the values, with key and line; at most `MAX_DOUBTS`."""
     num_more: int = 0
 
 
@@ -110,13 +110,13 @@ def read_json_text(content: bytes, matters: Container[str] | None) -> tuple[Any,
 
 
 def syntax_fault(error: json.JSONDecodeError, where: str) -> str:
-    """What is wrong with a text that ends with what was parsed."""
+    """Fault of a text that ends with what was parsed."""
     is_cut = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
     return f"{error.msg.removesuffix(' at')} in {where}{'; it is cut off, download it again' if is_cut else ''}"
 
 
 def place(text: str, at: int, line: int = 1, column: int = 1) -> str:
-    """Where a character stands, for people: line, column, and the last key before it. The text begins in `line` and
+    """Place of a character, for people: line, column, and the last key before it. The text begins in `line` and
     `column`."""
     newline = text.rfind("\n", 0, at)
     column = at - newline if newline >= 0 else column + at

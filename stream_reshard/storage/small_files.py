@@ -18,7 +18,7 @@ MAX_JSON_NBYTES = 10 * 2**20
 
 _MAY_PASS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE,
                        errno.ENOMEM})
-"""What says that a file cannot be read now, rather than never."""
+"""errno values after which reading may succeed later."""
 
 _MAX_DEPTH = 64
 """Folders within folders, at most: a checkpoint of Nanotron has some ten."""
@@ -29,11 +29,11 @@ counter)."""
 
 _LITTER = re.compile(r"\._.*|\.DS_Store|\.localized|(?i:thumbs\.db|ehthumbs\.db|desktop\.ini)", re.DOTALL)
 _LITTER_FOLDERS = frozenset({"__MACOSX", ".AppleDouble", ".Spotlight-V100", ".Trashes", ".fseventsd", "@eaDir"})
-"""What macOS, Windows and network drives leave in folders, without being asked."""
+"""Names that macOS, Windows and network drives leave in folders, without being asked."""
 
 
 def is_litter(path: str) -> bool:
-    """Whether a file, by its path, was left by the desktop of a system rather than by a user or a program."""
+    """True where a file, by its path, was left by the desktop of a system rather than by a user or a program."""
     *folders, name = path.split("/")
     return bool(_LITTER.fullmatch(name)) or not _LITTER_FOLDERS.isdisjoint(folders)
 
@@ -166,8 +166,8 @@ def read_json_with_notes(root: Path, name: str, max_nbytes: int = MAX_JSON_NBYTE
 
 
 def misplaced(root: Path, name: str, wanted: str | None) -> Cause | None:
-    """Why `root / name` is not what is `wanted`, where its first bytes or its link tell: "weights", "JSON", or anything
-    but a pointer of Git LFS."""
+    """Reason why `root / name` is not what is `wanted`, where its first bytes or its link tell: "weights", "JSON", or
+    anything but a pointer of Git LFS."""
     if cause := dangling(root, name):
         return cause
     try:
@@ -179,7 +179,7 @@ def misplaced(root: Path, name: str, wanted: str | None) -> Cause | None:
 
 
 def dangling(root: Path, name: str) -> Cause | None:
-    """Why a link leads to no file, where `root / name` is such a link."""
+    """Reason why a link leads to no file, where `root / name` is such a link."""
     path = root / name
     if not os.path.islink(path) or os.path.exists(path):
         return None

@@ -44,7 +44,7 @@ _MAX_STRETCHES = 64
 """Places in a file of which it is known that what follows may come later."""
 
 _RETRIED = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN})
-"""What a read reports when a server or a path to it was away for a moment."""
+"""errno values of a read while a server or a path to it is away for a moment."""
 
 
 class ReadAhead:
@@ -61,7 +61,7 @@ class ReadAhead:
         self._reach = window_nbytes - _ASK_NBYTES if hasattr(os, "RWF_NOWAIT") else 0
         self._byte = bytearray(1)
         self._begin = self._next = self._asked = 0
-        """Where reading in order began, where the last read ended, up to where was asked."""
+        """Offsets in bytes: begin of reading in order, end of the last read, end of what was asked for."""
 
     def ask(self, descriptor: int, offset: int, nbytes: int) -> None:
         """To be called before the bytes from `offset` on are read."""
@@ -102,7 +102,7 @@ class SourceFile:
 
     @property
     def is_mapped(self) -> bool:
-        """Whether there is a mapping that can be written from."""
+        """There is a mapping that can be written from."""
         return self._mapping is not None
 
     @property
@@ -212,7 +212,7 @@ class SourceFile:
 
 
 def same_bytes(root: Path, first: StoredTensor, second: StoredTensor, buffer_nbytes: int = 2**20) -> bool:
-    """Whether two tensors of one checkpoint hold the same dtype, shape and bytes; reads both, in bounded memory."""
+    """True where two tensors of one checkpoint hold the same dtype, shape and bytes; reads both, in bounded memory."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     with SourceFile(root, first.file) as one, SourceFile(root, second.file) as two:

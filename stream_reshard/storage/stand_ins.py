@@ -1,4 +1,4 @@
-"""What stands in place of a file: a pointer of Git LFS, a page of a server, an archive under another name."""
+"""Stand-ins for a file: a pointer of Git LFS, a page of a server, an archive under another name."""
 from __future__ import annotations
 
 import re
@@ -19,7 +19,7 @@ _ARCHIVES = {
     b"GGUF": "a GGUF file", b"\x89HDF": "an HDF5 file, as TensorFlow writes weights", b"\x93NUMPY": "a NumPy file",
     b"\x1f\x8b": "a gzip file", b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file", b"(\xb5/\xfd": "a Zstandard file",
     b"7z\xbc\xaf": "a 7-Zip file", b"Rar!": "a RAR file", b"%PDF": "a PDF file", b"\x7fELF": "a program"}
-"""What a file is that begins so."""
+"""Kind of a file, by its first bytes."""
 
 _ANSWERS = {"error", "errors", "message", "detail", "error_description"}
 """Keys of what a server answers in place of a file."""
@@ -71,7 +71,7 @@ def _text(head: bytes, wanted: str) -> tuple[str, str] | None:
 
 
 def answer(value: Mapping[str, Any], needed: str) -> str | None:
-    """What a server said, where a JSON object is its answer in place of a file that has the key `needed`."""
+    """Message of a server, where a JSON object is its answer in place of a file that has the key `needed`."""
     if needed in value or len(value) > 8 or not (said := _ANSWERS & value.keys()):
         return None
     return f"is the answer of a server, not the file ({quoted(value[min(said)])}); {_AGAIN}"

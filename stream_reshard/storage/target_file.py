@@ -1,6 +1,6 @@
 """Writing tensor files. How bytes get there is decided here.
 
-A stretch that stands in one piece on both sides is shared where the file system can (`sharing`), else copied: read into
+A stretch that stands in one piece on both sides is shared where the file system can (`cloning`), else copied: read into
 a buffer and written from there, or written straight from a mapping of the source.
 """
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stream_reshard.storage.source_file import SourceFile
 
 @dataclass(frozen=True)
 class Transport:
-    """By which way bytes move in a run. Changes nothing of the tensors."""
+    """Way in which bytes move in a run. Changes nothing of the tensors."""
 
     is_mapped: bool = False
     """Write from a mapping of the source where that needs no buffer, instead of reading it."""
@@ -29,11 +29,11 @@ class Transport:
     copies_on_server: bool = False
     """Let the file system copy (copy_file_range): over a network the bytes stay on the server."""
     digests: str = "auto"
-    """Of which files: all, none, or those whose bytes all came by (auto)."""
+    """Files that get a digest: all, none, or those whose bytes all passed through this process (auto)."""
 
     @property
     def passes_by(self) -> bool:
-        """Whether stretches are left to the file system, instead of coming through this process."""
+        """Stretches are left to the file system, instead of coming through this process."""
         return self.is_shared or self.copies_on_server
 
 
@@ -92,7 +92,7 @@ class NewTensorFile(NewFile):
         return first, last
 
     def _passed_by(self) -> None:
-        """Some bytes did not come by: to digest them would be to read what was not read for a reason."""
+        """Note that bytes never passed through this process; hashing them would mean reading them back."""
         self._position = -1
         self.is_digested = self.transport.digests == "all"
 

@@ -1,4 +1,4 @@
-"""Why the tensors of a Hugging Face folder are not those of its model: the one cause behind many faults.
+"""Reasons why the tensors of a Hugging Face folder are not those of its model: the one cause behind many faults.
 
 This runs when opening failed, and reads the headers of a few shards once more.
 """
@@ -57,7 +57,7 @@ def quantization_of(raw: Mapping[str, Any]) -> str | None:
 
 @dataclass
 class _Seen:
-    """What some shards hold, beside the tensors that they should."""
+    """Tensors that some shards hold, beside those that they should."""
 
     strange: dict[str, str] = field(default_factory=dict)
     """Dtypes of tensors that the model does not have, by name; so many at most."""

@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says about the model, in one spelling for transformers 4 and 5."""
+"""Settings of the model in a Hugging Face config.json, in one spelling for transformers 4 and 5."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ class SourceConfig:
     rope: Mapping[str, Any]
     """`rope_parameters` of transformers 5 and `rope_scaling` of transformers 4; empty where neither says anything."""
     notes: tuple[str, ...]
-    """What was understood in a way worth telling."""
+    """Remarks on settings that are understood in a way worth telling."""
 
 
 def read_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:

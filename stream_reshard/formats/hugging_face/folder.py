@@ -161,7 +161,7 @@ class _Found:
                               kind=f"tensors are not where {INDEX_NAME} says")
 
     def _untrue(self, told: array[int], index: Index) -> Iterator[str]:
-        """What the index says of tensors that are not read, and is not so: a tied head, buffers."""
+        """Remarks on untrue entries of the index, of tensors that are not read: a tied head, buffers."""
         firsts = self.model.firsts
         tied = ((self.model.parameter(firsts[row]).hugging_face, told[firsts[row]] - 1,
                  self._places[firsts[row]] if self._codes[firsts[row]] else -1)
@@ -198,7 +198,7 @@ class _Found:
                                  ignored, notes)
 
     def _respelled(self) -> Iterator[str]:
-        """How many names are not the parameters' own, with an example."""
+        """Remarks on names that are not the parameters' own: how many, with an example."""
         for spelling, count in sorted(Counter(code // SPELLING for code in self._codes if code).items()):
             number = next(number for number, code in enumerate(self._codes) if code // SPELLING == spelling)
             names = self.model.spellings(number)
@@ -211,7 +211,7 @@ class _Found:
 
 
 def _fault(tensor: StoredTensor, shape: tuple[int, ...]) -> tuple[str, str]:
-    """Why a tensor cannot be taken for a parameter of this shape, and what several such tensors have."""
+    """Reason to refuse a tensor for a parameter of this shape, and the words for several such tensors."""
     if tensor.shape != shape:
         return (f"{tensor.key} has the shape {tensor.shape}, but config.json asks for {shape}",
                 "tensors have other shapes than config.json asks for")

@@ -38,7 +38,7 @@ MAX_KEY_NBYTES = 2**14
 
 @dataclass
 class Index:
-    """What an index says: in which shard each tensor is. Shards go by their index in `shards`."""
+    """The shard of each tensor, as an index names it. Shards go by their index in `shards`."""
 
     shards: list[str] = field(default_factory=list)
     num_tensors: int = 0
@@ -49,10 +49,10 @@ class Index:
     others: dict[str, int] = field(default_factory=dict)
     """The shard of each tensor that the model does not have."""
     num_more: int = 0
-    """How many more of those there are than any good source has; nothing is kept of them."""
+    """Number of further tensors that the model does not have, not kept: no good source has so many."""
 
     def told(self, num_parameters: int) -> array[int]:
-        """Per parameter the place that the index says and 1; 0 where it does not name it."""
+        """For each parameter 1 + the index of its shard; 0 where the index does not name it."""
         told = array("I", [0]) * num_parameters
         for number, place in zip(self.numbers, self.places):
             told[number] = place + 1
@@ -65,7 +65,7 @@ class Shards:
 
     names: tuple[str, ...]
     num_tensors: int
-    """How many tensors they hold, as far as is known before all are opened."""
+    """Number of tensors in the shards, as far as is known before all are opened."""
     single: TensorFile | None = None
     """The only shard, where there is no index."""
     index: Index = field(default_factory=Index)

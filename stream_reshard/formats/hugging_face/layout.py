@@ -19,12 +19,12 @@ DTYPES = (None, *ITEMSIZE)
 CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 SPELLING = 32
-"""What a spelling counts in a code, beside the dtype's."""
+"""Factor of the spelling in a code that also holds the dtype."""
 
 
 @dataclass(frozen=True, eq=False)
 class HuggingFaceLayout(Layout):
-    """What is where in a folder of shards. Per parameter 13 bytes are kept; shape and name are the model's to say."""
+    """Layout of a folder of shards. Per parameter 13 bytes are kept; shape and name are the model's to say."""
 
     format = "Hugging Face"
     shards: tuple[str, ...]
@@ -41,7 +41,7 @@ class HuggingFaceLayout(Layout):
     ignored: Mapping[str, str]
     """Stored tensors that hold no parameter, with the reason."""
     notes: tuple[str, ...] = ()
-    """What is told of names that were read in another way, and of an index that is not quite true."""
+    """Remarks on names that were read in another way, and of an index that is not quite true."""
 
     @property
     def nbytes(self) -> int:
@@ -62,7 +62,7 @@ class HuggingFaceLayout(Layout):
                             self.model.parameter(number).matrix_shape, self.begins[number])
 
     def count_dtypes(self) -> dict[str, int]:
-        """How many tensors have which dtype."""
+        """Number of tensors of each dtype."""
         counts: Counter[str] = Counter()
         for code, count in Counter(self.codes).items():
             if code:

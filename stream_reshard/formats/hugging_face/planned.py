@@ -21,7 +21,7 @@ DEFAULT_MAX_SHARD_NBYTES = 5 * 10**9
 """That of huggingface_hub."""
 
 _METADATA = {"format": "pt"}
-"""What transformers wants a header to say."""
+"""Metadata that transformers wants in a header."""
 
 _MODULES = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 """The modules of a layer in the order in which transformers makes them (modeling_llama.py, LlamaDecoderLayer)."""
@@ -32,7 +32,7 @@ _NUM_HELD = 4
 
 @dataclass(frozen=True, eq=False)
 class HuggingFaceTarget(Layout):
-    """What `save_pretrained` would write for a model."""
+    """Layout that `save_pretrained` would write for a model."""
 
     format = "Hugging Face"
     dtypes: Callable[[int], str]
@@ -40,7 +40,7 @@ class HuggingFaceTarget(Layout):
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
     """Bytes of tensors in one shard, at most; a tensor that is larger has one for itself."""
     begins: Callable[[Group], Sequence[int]] | None = None
-    """Where the data of the file of a group begin; None where headers are as short as can be."""
+    """Offset in bytes of the data in the file of a group; None where headers are as short as can be."""
     _held: list[tuple[int, dict[int, StoredTensor]] | None] = field(default_factory=lambda: [None] * _NUM_HELD,
                                                                     repr=False)
     """Some shards, each with its tensors by parameter; threads may put what is the same over each other."""
@@ -146,5 +146,5 @@ class HuggingFaceTarget(Layout):
 
 
 def _place_in_layer(key: str) -> int:
-    """Which module of its layer holds a tensor."""
+    """Position in its layer of the module that holds a tensor."""
     return next((place for place, name in enumerate(_MODULES) if f".{name}." in key), 0)

@@ -43,7 +43,7 @@ class ToHuggingFace(Target):
         return cls(options.max_shard_nbytes, source.router_dtype if options.dtype == "keep" else None)
 
     def limits(self, source: Source) -> Iterator[Limit]:
-        """What no config.json that is written here says; nothing of it may be dropped from one that says it."""
+        """Settings that no config.json written here holds; `--allow` drops none from a source's own config.json."""
         for limit in source.limits:
             is_said = source.config_name == CONFIG_NAME
             yield replace(limit, name=f"{limit.name} in a new config.json") if is_said else limit

@@ -1,4 +1,4 @@
-"""What a Hugging Face config says and Nanotron cannot express, or would get wrong without a word."""
+"""Settings of a Hugging Face config that Nanotron cannot express, or would silently get wrong."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from stream_reshard.formats.unsupported import Limit
 QUANTIZATION = "quantization"
 
 _MISTRAL_WINDOW = 4096
-"""What MistralConfig takes where config.json says nothing; null is full attention."""
+"""Window that MistralConfig takes where config.json gives none; null is full attention."""
 
 _WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
@@ -41,7 +41,7 @@ def limits(config: SourceConfig) -> Iterator[Limit]:
 
 
 def quantization_limits(config: SourceConfig) -> Iterator[Limit]:
-    """What a config says of quantised weights. Where they are not, nothing keeps them from being converted; but
+    """Settings of a config for quantised weights. Where they are not, nothing keeps them from being converted; but
     transformers would quantise them when it loads them."""
     if method := quantization_of(config.raw):
         yield Limit(QUANTIZATION, f"config.json says that the weights are quantised ({quoted(method)})", method)
@@ -93,7 +93,7 @@ def _attention_limits(config: SourceConfig) -> Iterator[Limit]:
 
 
 def _has_sliding_window(config: SourceConfig) -> bool:
-    """Whether any layer attends to a window only, by the rules of transformers' configs."""
+    """True where any layer attends to a window only, by the rules of transformers' configs."""
     raw = config.raw
     if kinds := raw.get("layer_types"):
         return not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
@@ -105,7 +105,7 @@ def _has_sliding_window(config: SourceConfig) -> bool:
 
 
 def dropped(config: SourceConfig) -> list[str]:
-    """What the user should know of a config although it is converted: settings that go, keys that nobody knows."""
+    """Remarks on a config that is converted all the same: settings that go, keys that nobody knows."""
     notes = []
     if config.raw.get("attention_dropout"):
         notes.append(f"attention_dropout {quoted(config.raw['attention_dropout'])}: Nanotron trains without it")

@@ -1,4 +1,4 @@
-"""What the `model_config.json` of a Nanotron checkpoint says about the model, in the spelling all formats share."""
+"""Settings of the model in the `model_config.json` of a Nanotron checkpoint, in the spelling all formats share."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
@@ -67,18 +67,19 @@ class NanotronModelConfig:
     model: ModelConfig
     """`vocab_size` is the padded one here: Nanotron keeps no other."""
     rope_interleaved: bool | None
-    """Whether a head is kept as (pair, half); None where it is not said."""
+    """True where a head is kept as (pair, half); None where it is not said."""
     extras: Mapping[str, Limit]
     """Settings beyond the common ones that change the forward pass, by name."""
     says_rope_theta: bool = True
-    """Whether the base of the rotary embedding is said. The config of release 0.4 has no such field."""
+    """The config gives the base of the rotary embedding. The config of release 0.4 has no such field."""
     is_whole: bool = False
-    """Whether every field is there, as where Nanotron itself saves it."""
+    """Every field is there, as where Nanotron itself saves the config."""
 
 
 def interleaves_by_default(config: NanotronModelConfig, versions: Collection[str | None]) -> bool:
-    """What a config means that does not say it: trees before September 2024 have no such field and interleave always
-    (release 0.4 even where it is said), later ones do not. `versions`: of the format, as the weight files say them."""
+    """True where a config that gives no rotary order means the interleaved one. Trees before September 2024 have no
+    such field and interleave always (release 0.4 even where it is given), later ones do not. `versions`: of the format,
+    as the weight files say them."""
     return "1.2" in versions or (config.rope_interleaved is None and bool({"1.3", "1.4"} & set(versions)))
 
 

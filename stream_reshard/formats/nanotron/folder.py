@@ -1,4 +1,4 @@
-"""Which folder of Nanotron's holds the checkpoint, and which of the files in it count."""
+"""Folder that holds a Nanotron checkpoint, and the files in it that count."""
 from __future__ import annotations
 
 import os
@@ -17,7 +17,7 @@ def weight_paths(root: Path) -> Iterator[str]:
 
 
 def litter_notes(root: Path) -> Iterator[str]:
-    """What is told of the litter below `model`."""
+    """Remarks on the litter below `model`."""
     found = [path for path in files_below(root / "model") if is_litter(path)]
     if found:
         yield (f"{len(found)} files that macOS or Windows left below model/, such as {quoted(f'model/{found[0]}')}, "
@@ -25,7 +25,7 @@ def litter_notes(root: Path) -> Iterator[str]:
 
 
 def not_committed(root: Path) -> SourceError:
-    """Why a folder is no checkpoint of Nanotron's."""
+    """Reason why a folder is no checkpoint of Nanotron's."""
     if not os.path.isdir(root):
         return no_checkpoint(root)
     return dangling(root, MODEL_CONFIG_NAME) or above(root) or SourceError(

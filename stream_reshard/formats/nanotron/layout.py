@@ -26,20 +26,20 @@ class _Kind:
     """The Nanotron parameters that one name in the architecture table stands for."""
 
     path: str
-    """What the paths of their files begin with; `{layer}` is which one it is."""
+    """Beginning of the paths of the files; `{layer}` is the index of the layer."""
     rows: tuple[int, ...]
-    """What is fused in each."""
+    """Rows of the model that are fused in each parameter."""
     firsts: tuple[int, ...]
     """Number of the first parameter of each row."""
     num_each: tuple[int, ...]
-    """How many parameters of each row are in one: more than one where experts are stacked."""
+    """Number of parameters of each row in one of Nanotron's: more than one where experts are stacked."""
     stages: array[int]
     """The stage of each."""
 
 
 @dataclass(frozen=True, eq=False)
 class NanotronLayout(Layout):
-    """What Nanotron saves for a model: the same files, header fields and places.
+    """Layout that Nanotron saves for a model: the same files, header fields and places.
 
     The model must fit the topology (`topology_problems`).
     """
@@ -50,7 +50,7 @@ class NanotronLayout(Layout):
     dtypes: Callable[[int], str]
     """The safetensors dtype of each parameter, by its number; fused parameters must agree."""
     begins: Callable[[Group], Sequence[int]] | None = None
-    """Where the data of each file of a group begin; None where headers are as short as can be."""
+    """Offset in bytes of the data in each file of a group; None where headers are as short as can be."""
     stages: Mapping[str, int] | None = None
     """The stage of each pipeline block, where a checkpoint is there; None where it is Nanotron's own choice."""
     _ranks: dict[tuple[int, str], tuple[RankFile, ...]] = field(default_factory=dict, repr=False)
@@ -127,7 +127,7 @@ class NanotronLayout(Layout):
         return self.rules.topology.tp
 
     def ranks_of(self, group: Group) -> tuple[RankFile, ...]:
-        """What the ranks hold of a group."""
+        """Files of a group, one for each rank, without paths."""
         if (ranks := self._ranks.get(group.kind)) is None:
             fused = tuple(map(self.model.parameter, group.numbers))
             ranks = self._ranks[group.kind] = rank_files(fused, group.kind[1], self.rules)
@@ -162,7 +162,7 @@ class NanotronLayout(Layout):
 
     @cached_property
     def _first_files(self) -> tuple[int, ...]:
-        """How many files the groups of earlier kinds have, per kind; and behind them how many there are in all."""
+        """Number of files of the groups of earlier kinds, per kind; and behind them the number of all files."""
         sizes = (len(kind.stages) * len(self.ranks_of(self.group(first)))
                  for kind, first in zip(self._kinds, self._first_groups))
         return tuple(accumulate(sizes, initial=0))

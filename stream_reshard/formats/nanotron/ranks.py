@@ -1,4 +1,4 @@
-"""What each tensor-parallel rank keeps of a group of fused parameters: the header of its file, and what stands where.
+"""Part of a group of fused parameters that each tensor-parallel rank keeps: the header of its file, and its contents.
 
 It is the same for every layer; which layer it is, its stage, and where the data begin are for the layout to say.
 Sources: file names from `get_path` (nanotron/serialize/utils.py), what is split how from the tensor-parallel layers
@@ -23,7 +23,7 @@ _KEY = "data"
 
 @dataclass(frozen=True)
 class RankPart:
-    """What one rank holds of one parameter, in three coordinate systems."""
+    """Part of one parameter that one rank holds, in three coordinate systems."""
 
     region: Box
     """Of the parameter; may be empty where the rank holds padding only."""
@@ -38,12 +38,12 @@ class RankPart:
 
     @property
     def held(self) -> Box:
-        """Where the region stands in the rank's tensor."""
+        """Place of the region in the rank's tensor."""
         return self.place.with_extent(0, self.place.start[0], self.place.start[0] + self.num_rows)
 
     @property
     def padding(self) -> Box | None:
-        """Where padding stands in the rank's tensor: rows past the end of the vocabulary."""
+        """Place of the padding in the rank's tensor: rows past the end of the vocabulary."""
         first, last = self.place.start[0] + self.num_rows, self.place.stop[0]
         return self.place.with_extent(0, first, last) if first < last else None
 
@@ -53,7 +53,7 @@ class RankFile:
     """The file of one rank."""
 
     suffix: str
-    """What its name ends in, with the stage as `{stage}`."""
+    """End of the file's name, with the stage as `{stage}`."""
     file: TensorFile
     """Its header, as short as can be; without a path."""
     parts: tuple[RankPart, ...]
@@ -105,7 +105,7 @@ def _padded_shape(parameter: Parameter, rules: NanotronFormat) -> tuple[int, ...
 
 
 def _parts(fused: Sequence[Parameter], tp: int, rules: NanotronFormat) -> Iterator[RankPart]:
-    """What rank `tp` holds of each parameter: the shard is the ranks' parts one below the other, not a part of the
+    """Part of each parameter that rank `tp` holds: the shard is the ranks' parts one below the other, not a part of the
     fused whole (`contiguous_chunks`, nanotron/parallel/sharded_parameters.py)."""
     local_row = global_row = 0
     for parameter in fused:

@@ -1,4 +1,4 @@
-"""What a Nanotron checkpoint is beyond its model: topology, version, padding; and which models it can hold."""
+"""Choices of a Nanotron checkpoint beyond its model: topology, version, padding; and which models it can hold."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ VERSIONS = ("1.5", "1.4", "1.2")
 """Checkpoint format versions this module writes: main, trees from April 2024 on, release 0.4 and before."""
 
 STAGES = "stages"
-"""What `--allow` of verify calls blocks on other stages than Nanotron's balancing gives them: its loader finds them,
+"""Name in `verify --allow` for blocks on other stages than Nanotron's balancing gives them: its loader finds them,
 but reads every file for it."""
 
 MAX_TP, MAX_PP = 1024, 4096
@@ -32,7 +32,7 @@ class NanotronFormat:
     """Nanotron's config class that the trainer will use."""
     version: str = "1.5"
     rope_interleaved: bool = False
-    """Whether a head is kept as (pair, half) instead of Hugging Face's (half, pair)."""
+    """A head is kept as (pair, half) instead of Hugging Face's (half, pair)."""
     vocab_multiple: int = 1
     """Nanotron's make_vocab_size_divisible_by."""
     vocab_rows: int | None = None

@@ -76,7 +76,7 @@ def _true_vocab_size(config: NanotronModelConfig, told: int | None) -> int:
 
 
 def _notes(layout: NanotronLayout) -> list[str]:
-    """What is unusual."""
+    """Remarks on unusual traits of the checkpoint."""
     moved = layout.moved_blocks
     return [f"{len(moved)} blocks such as {moved[0]} stand on other stages than Nanotron's balancing gives them"
             ] if moved else []
@@ -159,7 +159,7 @@ def layout_of_files(root: Path, config: NanotronModelConfig, vocab_size: int, fi
 
 
 def format_of(config: NanotronModelConfig, files: WeightFiles) -> NanotronFormat:
-    """What kind of Nanotron checkpoint it is."""
+    """Format of a Nanotron checkpoint, by its config and files."""
     interleaved = bool(config.rope_interleaved) or interleaves_by_default(config, {files.version})
     return NanotronFormat(files.topology, config.config_class, files.version, interleaved,
                           vocab_rows=config.model.vocab_size)
@@ -195,7 +195,7 @@ class _Dtypes:
 
 
 class _Begins:
-    """Where the data of the files of a group begin."""
+    """Offsets in bytes of the data in the files of a group."""
 
     def __init__(self, layout: NanotronLayout, files: WeightFiles):
         self._layout = layout
@@ -221,7 +221,7 @@ def _faults(layout: NanotronLayout, files: WeightFiles) -> Iterator[SourceError]
 
 
 def _fault(found: WeightFile, rank: RankFile) -> str | None:
-    """Why a file is not the one that Nanotron makes for its rank."""
+    """Reason why a file is not the one that Nanotron makes for its rank."""
     wanted, metadata = rank.file.tensors[0], dict(rank.file.metadata)
     if found.tensor.shape != wanted.shape:
         return f"has the shape {found.tensor.shape}, but model_config.json asks for {wanted.shape}"

@@ -32,7 +32,7 @@ class ToNanotron(Target):
 
     @classmethod
     def chosen(cls, options: Options, source: Source) -> ToNanotron:
-        """What the flags mean for this source. Raises Refused."""
+        """The target that the flags choose for this source. Raises Refused."""
         family, problems = source.family, Problems()
         kept = source.config_class if options.version != "1.2" else None
         name = (kept or family.nanotron_configs[0]) if options.config_class == "auto" else options.config_class

@@ -23,7 +23,7 @@ MAX_LISTED = 100
 """Differences that a plan tells; of more only how many."""
 
 _MAY_DIFFER = {"family", "vocab_size", "initializer_range", "unsaid_ids", *TOKEN_IDS}
-"""What of a config changes neither the tensors nor the forward pass; of the vocabulary only the rows must fit."""
+"""Fields of a config that change neither the tensors nor the forward pass; of the vocabulary only the rows must fit."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class LikeTemplate(ToNanotron):
         return NanotronLayout(root, model, self.rules, self.template.dtypes, stages=self.template.stages)
 
     def notes(self, source: Source, layout: Layout) -> Iterator[str]:
-        """In what the template differs from what this tool would have chosen, tensor by tensor."""
+        """Differences of the template from the choices of this tool, tensor by tensor."""
         assert isinstance(layout, NanotronLayout) and source.layout, "it is made by this"
         yield from super().notes(source, layout)
         own = NanotronLayout(layout.root, layout.model, replace(self.rules, vocab_rows=None, vocab_multiple=1),
@@ -88,7 +88,7 @@ def _flag_problems(options: Options) -> Iterator[UsageError]:
 
 
 def _model_problems(root: Path, template: Source, family: Family, config: ModelConfig) -> Iterator[SourceError]:
-    """Where the template is a checkpoint of another model."""
+    """Problems where the template is a checkpoint of another model."""
     if template.family.rows != family.rows:
         yield SourceError(f"{quoted(root)} holds a {template.family.name} model, the source is {family.name}")
     for field in fields(ModelConfig):

@@ -1,4 +1,4 @@
-"""What a Nanotron weight file says of itself: in its name, and in the slice metadata of its header. Parsed strictly.
+"""Description of a Nanotron weight file, from its name and the slice metadata of its header. Parsed strictly.
 
 Names as `get_path` makes them (nanotron/serialize/utils.py), metadata as `TensorMetadata.to_str_dict` writes it
 (nanotron/serialize/metadata.py), slices in the grammar of `SlicesPair` (nanotron/parallel/parameters.py).
@@ -37,7 +37,7 @@ MAX_PAIRS = 64
 
 @dataclass(frozen=True)
 class Place:
-    """Where on the parallel axes a sharded file belongs, as its name says."""
+    """Coordinates of a sharded file on the parallel axes, as its name gives them."""
 
     pp: int
     num_pp: int

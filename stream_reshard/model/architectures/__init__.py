@@ -38,7 +38,7 @@ UNSUPPORTED = {
     "mamba": "Nanotron's main branch no longer runs Mamba",
     "phi3": "its projections are fused and its rope is scaled in ways Nanotron does not know",
 }
-"""Why a well-known `model_type` is refused, for a message that helps."""
+"""Reason to refuse a well-known `model_type`, for a message that helps."""
 
 _CLASS = re.compile(r"(?:fsdp)?(.+?)(?:for[a-z0-9]+|lmheadmodel|pretrainedmodel|model)?", re.ASCII | re.IGNORECASE)
 
@@ -52,7 +52,7 @@ def model_type_of(class_name: str) -> str | None:
 
 
 def has_language_model_head(class_name: str) -> bool:
-    """Whether a class, by its name, predicts the next token."""
+    """True where a class, by its name, predicts the next token."""
     return class_name.lower().endswith(("causallm", "lmheadmodel", "conditionalgeneration"))
 
 

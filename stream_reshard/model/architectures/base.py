@@ -16,21 +16,21 @@ class Family:
     hugging_face_class: str
     """The class name in config.json's `architectures`."""
     model_type: str
-    """What transformers goes by."""
+    """Key by which transformers chooses a class: `model_type` in config.json."""
     nanotron_configs: tuple[str, ...]
     """Nanotron's config classes that express the family, the usual one first."""
     rows: tuple[Row, ...]
     """In the order of the forward pass; the rows of one layer stand together."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What config.json says of every model of the family."""
+    """Settings in config.json that every model of the family has."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """What a config.json means that does not mention a key, where the family has its own word."""
+    """Values of keys that a config.json leaves out, where the family has a default of its own."""
     tie_by_default: bool = False
-    """What a config.json that does not mention `tie_word_embeddings` means."""
+    """Value of `tie_word_embeddings` where a config.json leaves it out."""
 
     @property
     def has_attention_bias(self) -> bool:
-        """Whether the query, key and value projections have biases."""
+        """The query, key and value projections have biases."""
         return any(row.parameter.endswith("attention.q_bias") for row in self.rows)
 
 
