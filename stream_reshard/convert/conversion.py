@@ -31,7 +31,7 @@ from stream_reshard.plan.plan import Job, Plan, make_plan
 from stream_reshard.run.lanes import MAX_UNUSED, NUM_BUFFERS
 from stream_reshard.run.output import Done, How, Output, run
 from stream_reshard.storage.cloning import can_share_all
-from stream_reshard.storage.dtypes import TORCH_DTYPES, import_torch
+from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES, import_torch
 from stream_reshard.storage.identity import Identity
 from stream_reshard.storage.small_files import real_path
 from stream_reshard.storage.target_file import Transport
@@ -44,8 +44,6 @@ _NUM_OPEN = 8
 
 MAPPED: frozenset[str] = frozenset()
 """File systems on which a mapping is faster than reading."""
-
-_SAFETENSORS_DTYPES = {torch: name for name, torch in TORCH_DTYPES.items()}
 
 _SMALL_FILES_NBYTES = 2**20
 """Bytes that the documents, the manifest and folders may take beside the weights."""
@@ -131,7 +129,7 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
         names = {*source.identities, *(name for name, own in found.files.items() if own.path.parent == options.source)}
         sums = expected_sums(options.source, names, options.source_sha256)
         problems.extend(sum_problems(options.source, list(source.layout.paths), sums, stop or Stop()))
-    dtypes = source.layout.dtype_at if options.dtype == "keep" else partial(_always, _SAFETENSORS_DTYPES[options.dtype])
+    dtypes = source.layout.dtype_at if options.dtype == "keep" else partial(_always, SAFETENSORS_DTYPES[options.dtype])
     wanted = target.layout(options.destination or Path(), source.model, dtypes)
     plan = make_plan(source.layout, wanted)
     casts = bool(plan.casts)
@@ -145,7 +143,7 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     conversion = Conversion(options, source, target, plan, budget, notes, num_threads, found.files)
     if options.destination is not None:
         _check_destination(conversion, problems)
-    problems.extend(_memory_problems(budget))
+    problems.extend(budget.problems("the run"))
     problems.raise_if_any()
     return conversion
 
@@ -247,13 +245,6 @@ def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memor
         return whole, []
     return bare, [f"a run of this plan needs --max-memory {memory.human(whole.projected)} for the records of "
                   f"{plan.target.num_files} files"]
-
-
-def _memory_problems(budget: memory.MemoryPlan) -> Iterator[StreamReshardError]:
-    if budget.projected > budget.allowed:
-        yield ResourceError(f"--max-memory {memory.human(budget.allowed)} cannot be kept: the run would reach "
-                            f"{memory.human(budget.projected)} with {budget.num_workers} workers"
-                            f"{' and torch for casts' if budget.casts else ''}; raise it, or lower --workers")
 
 
 def _disk_problems(conversion: Conversion, destination: Path) -> Iterator[StreamReshardError]:

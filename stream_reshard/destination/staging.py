@@ -104,7 +104,9 @@ class Staging:
             make_folder(self.path, access.folders)
             self._refuse_others(access)
             manifest = _manifest_of(self.path, self.record.run, record.max_files)
-            self._refuse_unknown(manifest, restart)
+            self._refuse_foreign(manifest)
+            done = {} if restart else read_done(self.path, self.record)
+            self._refuse_strangers(restart)
             if restart:
                 # Renamed first: a stop halfway through would leave a folder that nothing shows to be ours.
                 os.rename(self.path, discarded := _new_name_beside(destination))
@@ -112,7 +114,6 @@ class Staging:
                 make_folder(self.path, access.folders)
                 manifest = None
             self.folder = Folder(self.path, access)
-            done = read_done(self.path, self.record)
             self.journal = Journal(self.folder, self.record, done | dict(manifest.files if manifest else {}))
             # Files may be written anew, and until they are this is no checkpoint.
             self._unlink(record.marker)
@@ -139,16 +140,16 @@ class Staging:
                 with suppress(OSError):  # A file system without modes.
                     os.chmod(self.path / entry.path, stat.S_IMODE(entry.status.st_mode) & (0o7700 | allowed))
 
-    def _refuse_unknown(self, manifest: Manifest | None, restart: bool) -> None:
-        """Raises DestinationError for a folder that no run has left, one of another run that is not to be thrown away,
-        and for files in it that no run has written."""
+    def _refuse_foreign(self, manifest: Manifest | None) -> None:
+        """Raises DestinationError for a folder that no run has left."""
         # A run that was stopped just before its last rename has left a manifest and no journal.
         is_ours = manifest or is_journal(self.path / JOURNAL_NAME) or self.lock.note == _identity(self.path)
         if not is_ours and not all(TEMP_NAME.fullmatch(path.name) for path in self.path.iterdir()):
             raise DestinationError(f"{quoted(self.path)} was not left by an interrupted run; the output grows there, "
                                    f"move it away")
-        if not restart:
-            read_done(self.path, self.record)
+
+    def _refuse_strangers(self, restart: bool) -> None:
+        """Raises DestinationError for files in the folder that no run has written, and for mount points."""
         for entry in strangers(self.path, self._naming, self.record.names):
             if restart or entry.is_mount:
                 raise stranger_error(self.path, entry, "--restart would take it away" if restart else

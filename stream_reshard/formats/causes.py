@@ -13,9 +13,10 @@ from pathlib import Path
 
 from stream_reshard.errors import Cause, SourceError, StreamReshardError, quoted, shell_word
 from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
 from stream_reshard.storage.small_files import dangling, read_capped, read_error, read_json
 
-_MARKERS = (CONFIG_NAME, "model_config.json")
+_MARKERS = (CONFIG_NAME, MODEL_CONFIG_NAME)
 """Files that make a folder a checkpoint of either format."""
 
 _HUB_ID = re.compile(r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/+)?"
@@ -69,7 +70,7 @@ def no_weights(root: Path) -> SourceError:
         return Cause(f"{quoted(root)} holds pickled weights ({quoted(pickled)}), which are never opened because they "
                      f"can run code; convert them where you trust them: "
                      f"AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(NEW)")
-    more = f"; {unfinished(root)}" if unfinished(root) else ""
+    more = f"; {left}" if (left := unfinished(root)) else ""
     if shards:
         return SourceError(f"{quoted(root)} holds {len(shards)} shards such as {quoted(shards[0])}, but no "
                            f"{INDEX_NAME}{more or '; download it, it tells which tensor is where'}")

@@ -168,6 +168,13 @@ class MemoryPlan:
         return (self.reserved + self.to_import + _SLACK
                 + self.num_workers * (_PER_WORKER + buffers * self.block_nbytes))
 
+    def problems(self, work: str) -> Iterator[ResourceError]:
+        """An error where `work` (such as "the run") would exceed the limit."""
+        if self.projected > self.allowed:
+            yield ResourceError(f"--max-memory {human(self.allowed)} cannot be kept: {work} would reach "
+                                f"{human(self.projected)} with {self.num_workers} workers"
+                                f"{' and torch for casts' if self.casts else ''}; raise it, or lower --workers")
+
 
 def parse_limit(allowed: int, reserved: int) -> int:
     """Bytes of JSON that can be parsed at once in what is left of the limit: one header, while a plan is growing."""

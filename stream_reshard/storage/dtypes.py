@@ -15,6 +15,9 @@ ITEMSIZE: Mapping[str, int] = {
 TORCH_DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 """The dtypes that weights may have: safetensors' names, and those of torch, Hugging Face and Nanotron."""
 
+SAFETENSORS_DTYPES: Mapping[str, str] = {torch: name for name, torch in TORCH_DTYPES.items()}
+"""The same the other way round."""
+
 
 def cast(view: memoryview, source: str, target: str) -> memoryview:
     """The elements in `view` in another dtype; `view` itself where the dtypes agree (torch is not imported then)."""

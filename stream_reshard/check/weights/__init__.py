@@ -127,10 +127,8 @@ def _budget(original: Side, other: Side, how: How, allowed: int) -> memory.Memor
         casts = any(theirs != dtype and not is_widening(theirs, dtype) for theirs, dtype in pairs)
     workers = memory.chosen_workers(how.num_workers, allowed)
     budget = memory.plan_memory(allowed, memory.resident(), workers, casts, memory.VERIFY_BUFFERS)
-    if budget.projected > budget.allowed:
-        raise ResourceError(f"--max-memory {memory.human(allowed)} cannot be kept: the comparison would reach "
-                            f"{memory.human(budget.projected)} with {workers} workers"
-                            f"{' and torch for casts' if casts else ''}; raise it, or lower --workers")
+    for problem in budget.problems("the comparison"):
+        raise problem
     return budget
 
 

@@ -15,7 +15,7 @@ from stream_reshard.formats.nanotron.config import METADATA_NAME, NEUTRAL
 from stream_reshard.formats.nanotron.rules import STAGES
 from stream_reshard.formats.unsupported import ALLOWABLE
 from stream_reshard.machine import memory
-from stream_reshard.storage.dtypes import TORCH_DTYPES
+from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES
 
 PADDING = "padding"
 """Name in `allow` for padding rows that are not zero: Nanotron itself leaves them to chance."""
@@ -83,8 +83,7 @@ def rule_of(source: Checkpoint, copy: Checkpoint, other: Side, how: How, block_n
 
 def cast_to(other: Side, how: How) -> str | None:
     """The safetensors dtype that the source is cast to; None where it is compared as it is."""
-    names = {torch: name for name, torch in TORCH_DTYPES.items()}
-    return names.get(how.dtype if how.dtype != "keep" else other.dtype)
+    return SAFETENSORS_DTYPES.get(how.dtype if how.dtype != "keep" else other.dtype)
 
 
 def true_vocab_size(source: Checkpoint, copy: Checkpoint) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-from stream_reshard.formats.nanotron.config import ids_written
+from stream_reshard.formats.nanotron.config import METADATA_NAME, MODEL_CONFIG_NAME, ids_written
 from stream_reshard.formats.nanotron.rules import MARKERS, NanotronFormat
 from stream_reshard.model.parameters import Experts, ModelConfig
 
@@ -186,6 +186,6 @@ def documents(config: ModelConfig, format: NanotronFormat, attention_bias: bool,
     padded = format.padded_vocab(config.vocab_size)
     metadata = checkpoint_metadata(format, min(config.max_position_embeddings, 2048))
     return {
-        "checkpoint_metadata.json": json.dumps(metadata, indent=2, sort_keys=True).encode(),
+        METADATA_NAME: json.dumps(metadata, indent=2, sort_keys=True).encode(),
         "config.yaml": config_yaml(config, format, attention_bias, dtype, destination, has_tokenizer).encode(),
-        "model_config.json": json.dumps(nanotron_config(config, format, attention_bias, padded), indent=2).encode()}
+        MODEL_CONFIG_NAME: json.dumps(nanotron_config(config, format, attention_bias, padded), indent=2).encode()}
