@@ -20,7 +20,7 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target]:
     limit = memory.parse_limit(options.allowed_memory, memory.resident())
     source = open_any(options.source, limit, options.vocab_size, problems)
     if options.destination is not None:
-        problems.extend(destination_problems(options.source, options.destination, options.overwrite))
+        problems.extend(destination_problems(options.source, options.destination))
     problems.collect(lambda: options.workers)
     target = problems.collect(_chosen, options, source, limit) if source else None
     if source is not None and target is not None:

@@ -2,19 +2,14 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from stream_reshard.errors import DestinationError, ResourceError, StreamReshardError, quoted
-
-_ESCAPED = re.compile(rb"\\([0-7]{3})")
-
-_SILLY_RENAME = re.compile(r"\.nfs[0-9a-f]{24}")
-"""Name of a removed file that is still open somewhere, as the client of NFS makes it from an inode number and a counter
-(nfs_sillyrename in fs/nfs/dir.c of Linux)."""
+from stream_reshard.machine.kernel import mounts
+from stream_reshard.storage.small_files import is_silly_rename
 
 
 class Entry(NamedTuple):
@@ -77,16 +72,10 @@ def mounts_below(root: Path) -> set[str]:
     mounts), by the kernel's own list (proc(5), mountinfo)."""
     above = os.fsencode(root.resolve()).rstrip(b"/") + b"/"
     try:
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        found = mounts(Path("/proc/self/mountinfo").read_bytes())
     except OSError:
         return set()
-    points = (_ESCAPED.sub(lambda found: bytes([int(found[1], 8)]), line.split(b" ")[4]) for line in lines)
-    return {os.fsdecode(point[len(above):]) for point in points if point.startswith(above)}
-
-
-def is_silly_rename(name: str) -> bool:
-    """True for the name under which NFS keeps a removed file that is still open somewhere."""
-    return _SILLY_RENAME.fullmatch(name) is not None
+    return {os.fsdecode(mount.point[len(above):]) for mount in found if mount.point.startswith(above)}
 
 
 def faults(folder: Path, sizes: Mapping[str, int]) -> Iterator[StreamReshardError]:

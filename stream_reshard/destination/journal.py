@@ -22,7 +22,6 @@ JOURNAL_NAME = "stream_reshard.journal"
 SYNC_SECONDS = 5.0
 """A power cut costs the work of this time at most: files that the journal does not name are written again."""
 
-
 MAX_FIRST_LINE_NBYTES = 2**24
 """Upper limit in bytes for the record of a run, with the identities of its source files."""
 
@@ -117,8 +116,7 @@ class Journal:
     def remove(self) -> None:
         """Close the file and take it away: the manifest says as much once it is there."""
         self.close()
-        with suppress(FileNotFoundError):
-            os.unlink(JOURNAL_NAME, dir_fd=self.folder.descriptor)
+        self.folder.unlink(JOURNAL_NAME)
 
 
 def is_journal(path: Path) -> bool:
@@ -159,9 +157,10 @@ def read_done(staging: Path, record: Record) -> dict[str, FileDone]:
 
 def names_in(path: Path) -> Iterator[str]:
     """Paths of the files that a journal names: written, or to be written beside the weights."""
-    for value in _records(path) if is_journal(path) else ():
-        names = value.get("files", [value.get("path")])
-        yield from (name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
+    with suppress(DestinationError):  # What is no journal names nothing.
+        for value in _records(path):
+            names = value.get("files", [value.get("path")])
+            yield from (name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ _BELOW_NBYTES = 256
 """Bytes of the path of a weight file below the destination, at most."""
 
 
-def destination_problems(source: Path, destination: Path, overwrite: bool) -> Iterator[StreamReshardError]:
+def destination_problems(source: Path, destination: Path) -> Iterator[StreamReshardError]:
     """Everything that speaks against a destination, but for what stands in it (`occupation_problems`)."""
     if fault := _path_fault(destination):
         yield DestinationError(f"{quoted(destination)}: {fault}")

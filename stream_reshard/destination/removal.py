@@ -10,11 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from stream_reshard.destination.contents import Entry, entries_below, is_silly_rename
+from stream_reshard.destination.contents import Entry, entries_below
 from stream_reshard.destination.journal import JOURNAL_NAME, names_in
 from stream_reshard.destination.manifest import MANIFEST_NAME, open_manifest
 from stream_reshard.errors import DestinationError, SourceError, quoted
 from stream_reshard.storage.durable import TEMP_NAME
+from stream_reshard.storage.small_files import is_silly_rename
 
 _LAST = (MANIFEST_NAME, JOURNAL_NAME)
 """Removed when all the rest is: a run that is stopped halfway leaves what names the other files."""

@@ -116,10 +116,10 @@ class Staging:
             self.folder = Folder(self.path, access)
             self.journal = Journal(self.folder, self.record, done | dict(manifest.files if manifest else {}))
             # Files may be written anew, and until they are this is no checkpoint.
-            self._unlink(record.marker)
+            self.folder.unlink(record.marker)
             for entry in entries_below(self.path):
                 if TEMP_NAME.fullmatch(entry.name):
-                    self._unlink(entry.path)  # Left by a run that was killed.
+                    self.folder.unlink(entry.path)  # Left by a run that was killed.
         except OSError as error:
             raise target_error(self.path, error) from error
 
@@ -156,10 +156,6 @@ class Staging:
                                      "the output grows around it")
             raise DestinationError(f"{quoted(self.path / entry.path)} was not written by this run; move it away and "
                                    f"run the same command again")
-
-    def _unlink(self, path: str) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(path, dir_fd=self.folder.descriptor)
 
     def refuse_immovable(self) -> None:
         """Raises DestinationError where a destination that is to be replaced cannot be renamed: overlayfs keeps folders
@@ -222,8 +218,8 @@ class Staging:
     def disown(self) -> None:
         """Make the folder unusable: remove marker and manifest, note the failure in the journal."""
         self.confirm()
-        self._unlink(self.record.marker)
-        self._unlink(MANIFEST_NAME)
+        self.folder.unlink(self.record.marker)
+        self.folder.unlink(MANIFEST_NAME)
         self.journal.fail()
 
     def deliver(self, overwrite: bool, sizes: Mapping[str, int]) -> None:
@@ -255,7 +251,7 @@ class Staging:
             fault = None  # The folder itself is gone.
         if fault:
             self.confirm()
-            self._unlink(self.record.marker)
+            self.folder.unlink(self.record.marker)
             self.journal.begin()
             raise type(fault)(f"{fault}; nothing was committed")
 

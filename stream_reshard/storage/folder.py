@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +63,13 @@ class Folder:
             self._make(path)
 
     def _make(self, path: str) -> None:
-        try:
+        with suppress(FileExistsError):
             os.mkdir(path, self.access.folders, dir_fd=self.descriptor)
-        except FileExistsError:
-            pass
+
+    def unlink(self, path: str) -> None:
+        """Remove the file `path` below this one, if it is there. Raises OSError."""
+        with suppress(FileNotFoundError):
+            os.unlink(path, dir_fd=self.descriptor)
 
     def is_there(self) -> bool:
         """True while its path still names it. The path is opened: that asks the server where a file system has one."""

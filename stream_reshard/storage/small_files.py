@@ -32,6 +32,11 @@ _LITTER_FOLDERS = frozenset({"__MACOSX", ".AppleDouble", ".Spotlight-V100", ".Tr
 """Names that macOS, Windows and network drives leave in folders, without being asked."""
 
 
+def is_silly_rename(name: str) -> bool:
+    """True for the name under which NFS keeps a removed file that is still open somewhere."""
+    return _SILLY_RENAME.fullmatch(name) is not None
+
+
 def is_litter(path: str) -> bool:
     """True where a file, by its path, was left by the desktop of a system rather than by a user or a program."""
     *folders, name = path.split("/")
@@ -82,7 +87,7 @@ def _listed(root: Path, below: str, kind: type[StreamReshardError]) -> tuple[lis
     try:
         with os.scandir(root / below) as entries:
             for entry in entries:
-                if not _SILLY_RENAME.fullmatch(entry.name):
+                if not is_silly_rename(entry.name):
                     names[entry.is_dir(follow_symlinks=False)].append(entry.name)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
