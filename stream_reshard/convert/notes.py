@@ -61,7 +61,7 @@ def rounded(plan: Plan) -> Iterator[str]:
     layout, model, dtype, found = plan.target, plan.target.model, main_dtype(plan), dict[str, list[int]]()
     for row in model.stored_rows:
         if not model.rows[row].is_float32:
-            for number in range(model.firsts[row], model.firsts[row + 1]):
+            for number in model.numbers_of(row):
                 if TORCH_DTYPES[layout.dtype_at(number)] != dtype:
                     found.setdefault(layout.dtype_at(number), []).append(number)
     for other, numbers in found.items():

@@ -96,8 +96,7 @@ class Target(ABC):
 
 def routers(model: Model) -> list[range]:
     """Numbers of the parameters that Nanotron keeps in float32, row by row."""
-    rows = [row for row, _ in enumerate(model.rows) if model.rows[row].is_float32]
-    return [range(model.firsts[row], model.firsts[row + 1]) for row in rows]
+    return [model.numbers_of(row) for row, own in enumerate(model.rows) if own.is_float32]
 
 
 def router_dtype_of(layout: Layout) -> str | None:

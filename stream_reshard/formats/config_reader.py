@@ -26,7 +26,6 @@ class ConfigReader:
         keys of its own."""
         self.raw, self.name, self.defaults, self.is_nanotron = raw, name, defaults, is_nanotron
         self.problems = Problems()
-        self.notes: list[str] = []
         self.rope = self._rope()
 
     def complain(self, text: str) -> None:

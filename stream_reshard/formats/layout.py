@@ -7,13 +7,11 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, S
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 from stream_reshard.model.box import Box
 from stream_reshard.model.parameters import Model
 from stream_reshard.storage.header import StoredTensor, TensorFile
-
-Part = TypeVar("Part")
 
 
 def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -188,16 +186,7 @@ class Layout(ABC):
     @property
     def slices(self) -> Mapping[str, tuple[Slice, ...]]:
         """The slices of each parameter that is stored, by name."""
-        return _ByName(self.model, self.slices_of)
-
-    @property
-    def fills(self) -> Mapping[str, tuple[Fill, ...]]:
-        """The padding beside each parameter that has some, by name."""
-        return _ByName(self.model, self.fills_of)
-
-    def dtype_of(self, parameter: str) -> str:
-        """The safetensors dtype that the elements of a parameter have here."""
-        return self.dtype_at(self.model.number_of(parameter))
+        return _SlicesByName(self)
 
 
 class _Files(Collection[TensorFile]):
@@ -216,20 +205,20 @@ class _Files(Collection[TensorFile]):
         return any(file == other for other in self)
 
 
-class _ByName(Mapping[str, tuple[Part, ...]]):
-    """Something of each parameter, by its name; parameters that have nothing of it are absent."""
+class _SlicesByName(Mapping[str, tuple[Slice, ...]]):
+    """The slices of a layout, by the names of the parameters; one that has none is absent."""
 
-    def __init__(self, model: Model, of: Callable[[int], tuple[Part, ...]]):
-        self._model, self._of = model, of
+    def __init__(self, layout: Layout):
+        self._layout = layout
 
-    def __getitem__(self, name: str) -> tuple[Part, ...]:
-        found = self._of(self._model.number_of(name))
+    def __getitem__(self, name: str) -> tuple[Slice, ...]:
+        found = self._layout.slices_of(self._layout.model.number_of(name))
         if not found:
             raise KeyError(name)
         return found
 
     def __iter__(self) -> Iterator[str]:
-        return (parameter.name for parameter in self._model.stored() if parameter.name in self)
+        return (parameter.name for parameter in self._layout.model.stored() if parameter.name in self)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -17,7 +17,7 @@ def open_any(root: Path, max_nbytes: int, vocab_size: int | None, problems: Prob
              is_exact: bool = True) -> Source | None:
     """Open a checkpoint of either format; see `open_nanotron`. Raises SourceError for a folder that is closed to us."""
     check_readable(root)
-    if os.path.isdir(root) and is_nanotron(root):
+    if is_nanotron(root):
         return open_nanotron(root, max_nbytes, vocab_size, problems, is_exact)
     if vocab_size is not None and os.path.isfile(root / CONFIG_NAME):
         problems.append(UsageError("--vocab-size is for a Nanotron checkpoint, which keeps no count of its true rows"))
@@ -30,6 +30,7 @@ def is_nanotron(root: Path) -> bool:
         return True
     return not os.path.isfile(root / CONFIG_NAME) and (os.path.isdir(root / "model")
                                                        or os.path.isfile(root / MODEL_CONFIG_NAME))
+
 
 LATEST_NAME = "latest.txt"
 """Beside the folders of steps, Nanotron's trainer keeps the number of the last one in it (trainer.py)."""
@@ -46,8 +47,9 @@ def followed(root: Path, is_copy: bool = False) -> tuple[Path, list[str]]:
     """
     if not os.path.isdir(root):
         return root, []
-    is_own = is_nanotron(root) or os.path.isfile(root / CONFIG_NAME)
-    if is_own and (is_copy or not is_nanotron(root)):
+    is_theirs = is_nanotron(root)
+    is_own = is_theirs or os.path.isfile(root / CONFIG_NAME)
+    if is_own and (is_copy or not is_theirs):
         return root, []
     if not os.path.exists(root / LATEST_NAME):
         if (cause := dangling(root, LATEST_NAME)) and not is_own:

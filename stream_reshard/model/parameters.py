@@ -258,21 +258,33 @@ class Model:
         return [row for row in range(len(self.rows)) if not self.is_tied(row)]
 
     @property
+    def tied_rows(self) -> list[int]:
+        """The other rows."""
+        return [row for row in range(len(self.rows)) if self.is_tied(row)]
+
+    def numbers_of(self, row: int) -> range:
+        """The numbers of the parameters of a row."""
+        return range(self.firsts[row], self.firsts[row + 1])
+
+    def numbers_in(self, row: int, layer: int) -> range:
+        """Those of one layer."""
+        numbers = self.numbers_of(row)
+        num_each = len(numbers) // self.config.num_hidden_layers
+        return numbers[layer * num_each:(layer + 1) * num_each]
+
+    @property
     def num_stored(self) -> int:
         """Number of parameters that checkpoints hold themselves."""
-        return sum(self.firsts[row + 1] - self.firsts[row] for row in self.stored_rows)
+        return sum(len(self.numbers_of(row)) for row in self.stored_rows)
 
     @property
     def parameters(self) -> Iterator[Parameter]:
         """Every parameter, in the order of the forward pass."""
         layered = [row for row, _ in enumerate(self.rows) if self.rows[row].per_layer]
         yield from map(self.parameter, self.firsts[:layered[0]])
-        num_layers = self.config.num_hidden_layers
-        for layer in range(num_layers):
+        for layer in range(self.config.num_hidden_layers):
             for row in layered:
-                per_layer = (self.firsts[row + 1] - self.firsts[row]) // num_layers
-                first = self.firsts[row] + layer * per_layer
-                yield from map(self.parameter, range(first, first + per_layer))
+                yield from map(self.parameter, self.numbers_in(row, layer))
         yield from map(self.parameter, self.firsts[layered[-1] + 1:-1])
 
     def stored(self) -> Iterator[Parameter]:
@@ -282,5 +294,5 @@ class Model:
     @property
     def num_elements(self) -> int:
         """Number of weights, tied ones counted once."""
-        return sum((self.firsts[row + 1] - self.firsts[row]) * self.parameter(self.firsts[row]).num_elements
+        return sum(len(self.numbers_of(row)) * self.parameter(self.firsts[row]).num_elements
                    for row in self.stored_rows)

@@ -97,7 +97,7 @@ class Survey:
     def _prove_whole(self) -> None:
         model = self.target.model
         for row in model.stored_rows:
-            for number in range(model.firsts[row], model.firsts[row + 1]):
+            for number in model.numbers_of(row):
                 if not self._seen[number]:
                     self._complain(f"{model.parameter(number).name} is in no group")
         if sum(self._seen) > model.num_stored:

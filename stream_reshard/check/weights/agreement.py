@@ -82,7 +82,7 @@ def dtype_differences(source: Checkpoint, copy: Checkpoint, told: str | None,
     source."""
     model, counts = copy.model, Counter(map(copy.weights.dtype_of, copy.weights))
     float32 = [parameter.name for parameter in (model.parameter(number) for row, _ in enumerate(model.rows)
-               if model.rows[row].is_float32 for number in range(model.firsts[row], model.firsts[row + 1]))]
+               if model.rows[row].is_float32 for number in model.numbers_of(row))]
     for name in filter(copy.weights.__contains__, float32):
         if copy.is_nanotron and (dtype := copy.weights.dtype_of(name)) != "F32":
             yield DifferenceError(f"{copy.weights[name].parameter.hugging_face} has the dtype {dtype} in "

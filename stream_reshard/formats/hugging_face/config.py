@@ -52,7 +52,7 @@ def read_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
     reader = ConfigReader(raw, CONFIG_NAME, family.defaults)
     config = reader.model_config(family)
     reader.problems.raise_if_any()
-    return SourceConfig(raw, family, config, reader.rope, (*notes, *doubts, *reader.notes))
+    return SourceConfig(raw, family, config, reader.rope, (*notes, *doubts))
 
 
 def class_name_of(raw: Mapping[str, Any]) -> str | None:

@@ -38,11 +38,11 @@ def open_folder(root: Path, max_nbytes: int, problems: Problems, check: Callable
     is_there = config is not None or os.path.isfile(root / CONFIG_NAME)
     shards = found.collect(open_shards, root, table, max_nbytes) if is_there else None
     model, layout = None, None
-    if config is not None and shards is not None:
+    if config is not None and table is not None and shards is not None:
         num_before = len(found)
         found.collect(check, shards)
         if len(found) == num_before:
-            model = found.collect(model_of, config, shards)
+            model = found.collect(model_of, table, shards)
             layout = found.collect(layout_of, root, model, shards, max_nbytes) if model else None
             if layout is None and not any(problem.kind == NO_HEADER for problem in found):
                 found.extend(filter(None, [cause_of(root, config, model, shards.names, max_nbytes)]))
@@ -57,10 +57,9 @@ def open_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
     return read_config(root, max_nbytes)
 
 
-def model_of(config: SourceConfig, shards: Shards) -> Model:
+def model_of(model: Model, shards: Shards) -> Model:
     """The model that the config describes. Raises SourceError where the shards are far from enough for its layers."""
-    model = build_model(config.family, config.model)
-    num_layers, num_tensors = config.model.num_hidden_layers, shards.num_tensors
+    num_layers, num_tensors = model.config.num_hidden_layers, shards.num_tensors
     if num_layers > num_tensors or model.num_stored > num_tensors + MAX_PROBLEMS:
         raise SourceError(f"config.json: num_hidden_layers is {num_layers}, but the shards hold {num_tensors} tensors "
                           f"in all")
@@ -165,7 +164,7 @@ class _Found:
         firsts = self.model.firsts
         tied = ((self.model.parameter(firsts[row]).hugging_face, told[firsts[row]] - 1,
                  self._places[firsts[row]] if self._codes[firsts[row]] else -1)
-                for row in range(len(self.model.rows)) if self.model.is_tied(row) and len(told))
+                for row in self.model.tied_rows)
         others = ((key, index.others.get(key, -1), self._others.get(key, -1))
                   for key in sorted(index.others.keys() | self._others.keys()) if _BUFFER in key)
         for key, said, place in chain(tied, others):
@@ -183,15 +182,14 @@ class _Found:
                               num_more=0 if i else num_more)
 
     def _absent(self) -> Iterator[int]:
-        firsts = self.model.firsts
-        return (number for row in self.model.stored_rows for number in range(firsts[row], firsts[row + 1])
+        return (number for row in self.model.stored_rows for number in self.model.numbers_of(row)
                 if not self._codes[number])
 
     def layout(self, root: Path, told: array[int], index: Index) -> HuggingFaceLayout:
         """The layout, once all is as it should be."""
         firsts = self.model.firsts
         ignored = {self.model.parameter(firsts[row]).hugging_face: f"tied to {self._key_of('embedding')}"
-                   for row in range(len(self.model.rows)) if self.model.is_tied(row) and self._codes[firsts[row]]}
+                   for row in self.model.tied_rows if self._codes[firsts[row]]}
         ignored |= dict.fromkeys(self._others, "follows from config.json")
         notes = (*self._respelled(), *(self._untrue(told, index) if index.shards else ()))
         return HuggingFaceLayout(root, self.model, self.names, self._sizes, self._places, self._begins, self._codes,

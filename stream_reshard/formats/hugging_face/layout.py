@@ -48,11 +48,6 @@ class HuggingFaceLayout(Layout):
         """Bytes of all shards."""
         return sum(self.sizes)
 
-    @property
-    def dtypes(self) -> set[str]:
-        """Every dtype that occurs."""
-        return {str(DTYPES[code % SPELLING]) for code in set(self.codes) if code}
-
     def tensor_of(self, number: int) -> StoredTensor | None:
         """The tensor of a parameter, of a tied one too; None where it is not there."""
         if not self.codes[number]:
@@ -72,7 +67,7 @@ class HuggingFaceLayout(Layout):
     def tied(self) -> Iterator[tuple[StoredTensor, StoredTensor]]:
         """Tensors that are there although they are tied, each with the one whose values it must have."""
         firsts = self.model.firsts
-        for number in (firsts[row] for row in range(len(self.model.rows)) if self.model.is_tied(row)):
+        for number in (firsts[row] for row in self.model.tied_rows):
             if (tensor := self.tensor_of(number)) and (name := self.model.parameter(number).tied_to):
                 yield tensor, self.slices[name][0].tensor
 
@@ -102,8 +97,7 @@ class HuggingFaceLayout(Layout):
     @cached_property
     def _by_place(self) -> array[int]:
         """The stored parameters in the order of their bytes."""
-        firsts = self.model.firsts
-        stored = [number for row in self.model.stored_rows for number in range(firsts[row], firsts[row + 1])]
+        stored = [number for row in self.model.stored_rows for number in self.model.numbers_of(row)]
         return array("I", sorted(stored, key=lambda number: self.places[number] << 48 | self.begins[number]))
 
     def group(self, position: int) -> Group:

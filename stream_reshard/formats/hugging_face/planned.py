@@ -48,7 +48,7 @@ class HuggingFaceTarget(Layout):
     @cached_property
     def _order(self) -> array[int]:
         """The stored parameters, in the order in which transformers lists them."""
-        model, num_layers = self.model, self.model.config.num_hidden_layers
+        model = self.model
         modules: dict[str, int] = {}
         keys: dict[int, tuple[int, int, int]] = {}
         for row in model.stored_rows:
@@ -57,11 +57,9 @@ class HuggingFaceTarget(Layout):
             keys[row] = _place_in_layer(key), module, row
         layered = sorted((row for row in keys if model.rows[row].per_layer), key=keys.__getitem__)
         order = array("I", (model.firsts[row] for row in keys if row < min(layered)))
-        for layer in range(num_layers):
+        for layer in range(model.config.num_hidden_layers):
             for row in layered:
-                num_each = (model.firsts[row + 1] - model.firsts[row]) // num_layers
-                first = model.firsts[row] + layer * num_each
-                order.extend(range(first, first + num_each))
+                order.extend(model.numbers_in(row, layer))
         order.extend(model.firsts[row] for row in keys if row > max(layered))
         return order
 

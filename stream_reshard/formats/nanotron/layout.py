@@ -66,10 +66,15 @@ class NanotronLayout(Layout):
                 "vocab_rows": rules.padded_vocab(self.model.config.vocab_size)}
 
     @cached_property
+    def all_stages(self) -> Mapping[str, int]:
+        """The stage of each pipeline block, whoever chose it."""
+        return stages_of(self.model.config, self.rules) if self.stages is None else self.stages
+
+    @cached_property
     def _kinds(self) -> tuple[_Kind, ...]:
         """One per name in the table, in its order."""
         model, found = self.model, []
-        stages = stages_of(self.model.config, self.rules) if self.stages is None else self.stages
+        stages = self.all_stages
         for name, rows in groupby(model.stored_rows, key=lambda row: model.rows[row].nanotron):
             fused = tuple(rows)
             block, (folder, _, last) = name.split(".pp_block")[0], f"model.model.{name}".rpartition(".")

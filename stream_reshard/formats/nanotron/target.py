@@ -14,7 +14,7 @@ from stream_reshard.formats.layout import Group, Layout
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME, ids_written
 from stream_reshard.formats.nanotron.documents import documents
 from stream_reshard.formats.nanotron.layout import NanotronLayout
-from stream_reshard.formats.nanotron.rules import NanotronFormat, stages_of, topology_problems
+from stream_reshard.formats.nanotron.rules import NanotronFormat, topology_problems
 from stream_reshard.formats.unsupported import Limit
 from stream_reshard.machine.memory import human
 from stream_reshard.model.parameters import TOKEN_IDS, Model
@@ -109,7 +109,7 @@ class ToNanotron(Target):
 
 def _stage_table(layout: NanotronLayout) -> list[dict[str, Any]]:
     """Per stage: the blocks it holds, and the files and bytes of all its ranks."""
-    stages = layout.stages or stages_of(layout.model.config, layout.rules)
+    stages = layout.all_stages
     rows: list[dict[str, Any]] = [{"stage": stage, "blocks": [b for b, s in stages.items() if s == stage], "files": 0,
                                    "nbytes": 0} for stage in range(layout.rules.topology.pp)]
     examples: dict[Any, Group] = {}
