@@ -161,14 +161,14 @@ def verify(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFAULT_AL
            progress: Callable[[int, int], None] = lambda done, total: None, **choices: Any) -> dict[str, Any]:
     """Compare every weight of two checkpoints, of whatever formats, through the headers of their files; returns counts.
 
-    `progress(done, total)` counts parts of the work. `choices`: fields of `check.weights.How` by name, such as
-    quick=True, sample=0.1, seed=1, num_workers=2. Raises Refused with every difference (a DifferenceError each: file,
-    parameter, first index, both values).
+    `progress(done, total)` counts parts of the work. `choices`: fields of `check.weights.VerifyOptions` by name, such
+    as quick=True, sample=0.1, seed=1, num_workers=2. Raises Refused with every difference (a DifferenceError each:
+    file, parameter, first index, both values).
     """
-    from stream_reshard.check.weights import How
+    from stream_reshard.check.weights import VerifyOptions
     from stream_reshard.check.weights import verify as compare
     (root, notes), (other, more) = followed(Path(source)), followed(Path(copy), is_copy=True)
-    facts = compare(root, other, How(_nbytes(max_memory), **choices), stop, progress)
+    facts = compare(root, other, VerifyOptions(_nbytes(max_memory), **choices), stop, progress)
     return facts | {"notes": [*notes, *more, *litter_notes(root), *litter_notes(other), *facts["notes"]]}
 
 
@@ -178,11 +178,11 @@ def plan_forward(source: Folder, copy: Folder, *, max_memory: Size = memory.DEFA
     """Plan of a run of two checkpoints over the same tokens, with its memory; reads headers and configs only.
 
     `text`: a file whose first tokens are taken, by the tokenizer.json in one of the folders; random ones without it.
-    `plot`: a .png file to draw. `choices`: fields of `check.forward.How` by name, such as num_tokens=64,
+    `plot`: a .png file to draw. `choices`: fields of `check.forward.ForwardOptions` by name, such as num_tokens=64,
     seed=1, tolerance=1e-3, dtype="bfloat16". For people `described_forward` tells it. Raises Refused.
     """
     from stream_reshard.check import forward
-    how = forward.How(text=None if text is None else Path(text), plot=None if plot is None else Path(plot),
+    how = forward.ForwardOptions(text=None if text is None else Path(text), plot=None if plot is None else Path(plot),
                       max_memory=_nbytes(max_memory), **choices)
     return forward.plan_forward(followed(Path(source))[0], followed(Path(copy), is_copy=True)[0], how)
 

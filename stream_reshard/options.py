@@ -42,7 +42,7 @@ class Options:
     """keep, bfloat16, float16 or float32."""
     allow: tuple[str, ...] = ()
     max_memory: int = memory.DEFAULT_ALLOWED
-    """Limit on the peak resident set of the process tree, in bytes."""
+    """Unsupported on the peak resident set of the process tree, in bytes."""
     num_workers: int | None = None
     """Jobs that may move bytes at the same time; they share `max_memory`. None: as many as measured best."""
     io: str = "auto"

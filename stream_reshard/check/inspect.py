@@ -27,7 +27,7 @@ from stream_reshard.storage.small_files import check_readable
 from stream_reshard.storage.source_file import SourceFile
 
 MAX_LISTED = 20
-"""Limit on listed faults (the rest are counted), on stages, and on tensors with NaN or infinite values."""
+"""Unsupported on listed faults (the rest are counted), on stages, and on tensors with NaN or infinite values."""
 
 _MAX_NBYTES = 10 * 2**20
 """Cap on each header and small file."""
@@ -110,14 +110,14 @@ def _nanotron_facts(config: NanotronModelConfig | None, manifest: Manifest | Non
 
 
 def _file_facts(files: Mapping[str, WeightFile]) -> dict[str, Any]:
-    places = [file.place for file in files.values() if file.place]
+    ranks = [file.rank for file in files.values() if file.rank]
     blocks: dict[int, dict[str, None]] = defaultdict(dict)
     for file in sorted(files.values(), key=_depth):
-        if file.place:
-            blocks[file.place.pp].setdefault(file.parameter.split(".pp_block")[0])
+        if file.rank:
+            blocks[file.rank.pp].setdefault(file.parameter.split(".pp_block")[0])
     return {"versions": sorted({file.version for file in files.values() if file.version}),
-            "topologies_tp_pp": sorted({(place.num_tp, place.num_pp) for place in places}),
-            "num_ranks": len({(place.pp, place.tp) for place in places}),
+            "topologies_tp_pp": sorted({(rank.num_tp, rank.num_pp) for rank in ranks}),
+            "num_ranks": len({(rank.pp, rank.tp) for rank in ranks}),
             "stages": {str(stage): blocks_text(names) for stage, names in sorted(blocks.items())[:MAX_LISTED]},
             "dtypes": dict(Counter(file.tensor.dtype for file in files.values())), "num_files": len(files),
             "nbytes": sum(file.file.nbytes for file in files.values())}
@@ -134,8 +134,8 @@ def _holes(files: Iterable[WeightFile]) -> Iterator[SourceError]:
     """Parameters of which some tensor-parallel rank has no file."""
     found: dict[tuple[str, int], set[int]] = {}
     for file in files:
-        if file.place:
-            found.setdefault((file.parameter, file.place.num_tp), set()).add(file.place.tp)
+        if file.rank:
+            found.setdefault((file.parameter, file.rank.num_tp), set()).add(file.rank.tp)
     for (parameter, size), ranks in found.items():
         if len(ranks) != size:
             yield SourceError(f"{quoted(parameter)}: {len(ranks)} of {size} tensor-parallel ranks are there")

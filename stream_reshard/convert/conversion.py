@@ -26,11 +26,11 @@ from stream_reshard.machine import memory
 from stream_reshard.machine.kernel import NETWORK_FILE_SYSTEMS, file_system_of, free_descriptors
 from stream_reshard.machine.stop import Stop
 from stream_reshard.options import Options
-from stream_reshard.plan.alignment import shareable_nbytes
+from stream_reshard.plan.alignment import cloneable_nbytes
 from stream_reshard.plan.plan import Job, Plan, make_plan
 from stream_reshard.run.lanes import MAX_UNUSED, NUM_BUFFERS
-from stream_reshard.run.output import Done, How, Output, run
-from stream_reshard.storage.cloning import can_share_all
+from stream_reshard.run.output import Done, RunOptions, Output, run
+from stream_reshard.storage.cloning import can_clone_all
 from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES, import_torch
 from stream_reshard.storage.identity import Identity
 from stream_reshard.storage.small_files import real_path
@@ -62,7 +62,7 @@ class Conversion:
     """Remarks for the user, and settings that the target will not honour."""
     num_threads: int
     """Jobs under way at once: some of them move bytes, others wait for the disk."""
-    copies: dict[str, Companion] = field(default_factory=dict)
+    companions: dict[str, Companion] = field(default_factory=dict)
     """Files to copy, by name."""
 
     @property
@@ -73,7 +73,7 @@ class Conversion:
     @property
     def disk_nbytes(self) -> int:
         """Bytes the destination needs."""
-        return self.plan.nbytes + sum(own.nbytes for own in self.copies.values()) + _SMALL_FILES_NBYTES
+        return self.plan.nbytes + sum(own.nbytes for own in self.companions.values()) + _SMALL_FILES_NBYTES
 
     @property
     def disk_free(self) -> int | None:
@@ -103,15 +103,15 @@ class Conversion:
         options = self.options
         assert options.destination is not None, "an output needs a destination"
         destination = real_path(options.destination)
-        texts = self.target.documents(self.source, self.plan.target, self.dtype, destination, self.copies)
-        accepted = {*options.allow, *self.target.accepted(self.plan.target)}
+        texts = self.target.documents(self.source, self.plan.target, self.dtype, destination, self.companions)
+        accepted = {*options.allow, *self.target.accepted_differences(self.plan.target)}
         dtype = self.dtype if options.template and self.plan.casts else options.dtype
         config = self.source.config
         facts = {"vocab_size": config.vocab_size, "dtype": dtype, "allowed": sorted(accepted),
                  "ignored_tensors": dict(self.source.ignored or {}), "token_ids": config.token_ids,
                  "router_dtype": self.source.router_dtype if dtype == "keep" else None}
         return Output(self.plan, destination, texts, self.target.marker, _digest(texts, destination), NAMING,
-                      self.copies, self.identities, facts)
+                      self.companions, self.identities, facts)
 
     @property
     def is_done(self) -> bool:
@@ -209,7 +209,7 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
     """
     options, stop = conversion.options, stop or Stop()
     executor = ThreadPoolExecutor(conversion.num_threads)
-    how = How(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
+    how = RunOptions(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
               conversion.transport, options.workers, partial(_check, conversion, stop) if options.verify else None,
               progress, stop)
     try:
@@ -220,10 +220,10 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
 
 def _check(conversion: Conversion, stop: Stop, folder: Path) -> None:
     """Compare a finished folder with the source. Raises DifferenceError or Refused."""
-    from stream_reshard.check.weights import How as HowToVerify
+    from stream_reshard.check.weights import VerifyOptions
     from stream_reshard.check.weights import verify
     options = conversion.options
-    how = HowToVerify(options.max_memory, vocab_size=options.vocab_size, ignored=(JOURNAL_NAME,),
+    how = VerifyOptions(options.max_memory, vocab_size=options.vocab_size, ignored=(JOURNAL_NAME,),
                       name=conversion.output.destination, plan=conversion.memory)
     verify(options.source, folder, how, stop)
 
@@ -250,8 +250,8 @@ def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memor
 def _disk_problems(conversion: Conversion, destination: Path) -> Iterator[StreamReshardError]:
     free, num_free = disk_free(destination)
     needed, plan = conversion.disk_nbytes, conversion.plan
-    if needed > free and can_share_all(plan.source.root, plan.source.paths, existing_parent(destination)):
-        needed -= shareable_nbytes(plan.source, plan.target)
+    if needed > free and can_clone_all(plan.source.root, plan.source.paths, existing_parent(destination)):
+        needed -= cloneable_nbytes(plan.source, plan.target)
     if needed > free:
         yield ResourceError(f"the destination needs {memory.human(needed)}, its disk has "
                             f"{memory.human(free)} free")

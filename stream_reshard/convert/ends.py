@@ -9,7 +9,7 @@ from stream_reshard.formats.nanotron.names import NAMING
 from stream_reshard.formats.nanotron.target import ToNanotron
 from stream_reshard.formats.nanotron.template import LikeTemplate
 from stream_reshard.formats.registry import open_any
-from stream_reshard.formats.unsupported import limit_problems
+from stream_reshard.formats.unsupported import unsupported_problems
 from stream_reshard.machine import memory
 from stream_reshard.options import Options
 
@@ -24,7 +24,7 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target]:
     problems.collect(lambda: options.workers)
     target = problems.collect(_chosen, options, source, limit) if source else None
     if source is not None and target is not None:
-        problems.extend(limit_problems(target.limits(source), options.allow, source.config_name))
+        problems.extend(unsupported_problems(target.unsupported(source), options.allow, source.config_name))
         if source.model is not None:
             problems.extend(target.problems(source.model))
     if problems and options.destination is not None:

@@ -32,7 +32,7 @@ def as_json(conversion: Conversion) -> dict[str, Any]:
         "memory": {"allowed": conversion.memory.allowed, "reserved": conversion.memory.reserved,
                    "projected": conversion.memory.projected, "num_workers": conversion.memory.num_workers,
                    "block_nbytes": conversion.memory.block_nbytes},
-        "copied": list(conversion.copies), "disk_nbytes": conversion.disk_nbytes,
+        "copied": list(conversion.companions), "disk_nbytes": conversion.disk_nbytes,
         "disk_free_nbytes": conversion.disk_free, "notes": list(conversion.notes), "plan_sha256": plan.digest}
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from stream_reshard.errors import Problems
 from stream_reshard.formats.layout import Layout
-from stream_reshard.formats.unsupported import Limit
+from stream_reshard.formats.unsupported import Unsupported
 from stream_reshard.model.architectures import Family
 from stream_reshard.model.parameters import Model, ModelConfig
 from stream_reshard.storage.identity import Identity
@@ -26,7 +26,7 @@ class Source:
     """The file that says what the model is."""
     family: Family
     config: ModelConfig
-    limits: tuple[Limit, ...]
+    unsupported: tuple[Unsupported, ...]
     """Settings beyond `config` that change the forward pass."""
     notes: tuple[str, ...] = ()
     """Remarks about the checkpoint for the user."""
@@ -52,15 +52,15 @@ class Target(ABC):
     marker: ClassVar[str]
     """The file whose presence makes a folder a checkpoint."""
 
-    def limits(self, source: Source) -> Iterable[Limit]:
+    def unsupported(self, source: Source) -> Iterable[Unsupported]:
         """Settings of the source that this target cannot express."""
-        return source.limits
+        return source.unsupported
 
     def notes(self, source: Source, layout: Layout) -> Iterable[str]:
         """Remarks about the choices for the user."""
         return ()
 
-    def accepted(self, layout: Layout) -> Iterable[str]:
+    def accepted_differences(self, layout: Layout) -> Iterable[str]:
         """Names (as in `verify --allow`) of deviations in the layout that the user chose."""
         return ()
 

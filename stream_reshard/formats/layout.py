@@ -122,11 +122,11 @@ class Layout(ABC):
         """The safetensors dtype that the elements of a parameter have here."""
 
     @abstractmethod
-    def likeness_of(self, number: int) -> Hashable:
+    def storage_class(self, number: int) -> Hashable:
         """Key of a parameter: those of one row with equal keys are stored alike; only names and offsets differ."""
 
     @abstractmethod
-    def places_of(self, number: int) -> tuple[tuple[int, int], ...]:
+    def locations_of(self, number: int) -> tuple[tuple[int, int], ...]:
         """(which file, where the tensor begins in it, in bytes) of each slice of a parameter."""
 
     @property

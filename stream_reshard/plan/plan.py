@@ -77,7 +77,7 @@ class _Jobs(Sequence[Job]):
         # One file is written from its first byte to its last; for several the source is read in its order.
         read = plan.target if len(files) == 1 else plan.source
         numbers = sorted((number for group in groups for number in group.numbers),
-                         key=lambda number: min(read.places_of(number)))
+                         key=lambda number: min(read.locations_of(number)))
         return Job(files, tuple(plan.target.model.parameter(number).name for number in numbers))
 
 

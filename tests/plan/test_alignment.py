@@ -11,7 +11,7 @@ from test_laws import write_source
 
 from stream_reshard.convert.conversion import Options, plan_conversion, run_conversion
 from stream_reshard.model.topology import Topology
-from stream_reshard.plan.alignment import MIN_SHARED_NBYTES, Wish, begin_for
+from stream_reshard.plan.alignment import MIN_CLONED_NBYTES, AlignmentRequest, begin_for
 from stream_reshard.storage.header import BLOCK_NBYTES
 
 SIZES = {"hidden_size": 144, "intermediate_size": 264, "vocab_size": 101, "num_hidden_layers": 2,
@@ -41,7 +41,7 @@ def test_most_bytes_keep_their_offset_with_the_least_padding(tmp_path, tp, flags
         changes = np.flatnonzero(np.diff(distance)) + 1
         pieces = [(int(piece[0]), 4 * len(piece)) for piece in np.split(distance, changes)]
         # q, k and v stand together, gate and up: up to three pieces, unless columns or rows are put in another order.
-        is_whole = len(pieces) <= 3 and path.stat().st_size - begin >= MIN_SHARED_NBYTES
+        is_whole = len(pieces) <= 3 and path.stat().st_size - begin >= MIN_CLONED_NBYTES
         if "qkv_proj" in path.as_posix() and flags:
             pieces = pieces[-1:]  # v keeps its order.
             is_whole = True
@@ -83,7 +83,7 @@ WISHES = [
 
 @pytest.mark.parametrize("wishes, begin", [pytest.param(*row[1:], id=row[0]) for row in WISHES])
 def test_choice(wishes, begin):
-    assert begin_for([Wish(i, shift, nbytes) for i, (_, shift, nbytes) in enumerate(wishes)],
+    assert begin_for([AlignmentRequest(i, shift, nbytes) for i, (_, shift, nbytes) in enumerate(wishes)],
                      [first for first, *_ in wishes], 88) == begin
 
 

@@ -254,7 +254,7 @@ def test_digest_changes_with_everything_that_decides_the_output(tmp_path, change
 
 RULES = [
     ("names", NanotronLayout, "paths_of", lambda of: lambda self, group: [path + "x" for path in of(self, group)]),
-    ("one begin", HuggingFaceLayout, "places_of",
+    ("one begin", HuggingFaceLayout, "locations_of",
      lambda of: lambda self, number: tuple((file, begin + 8 * (number == 5)) for file, begin in of(self, number))),
     ("padding of headers", alignment, "begin_for", lambda of: lambda *told: of(*told) + 4096),
     ("one header", nanotron_ranks, "planned_file",

@@ -18,7 +18,7 @@ from stream_reshard.convert.conversion import Options, plan_conversion, run_conv
 from stream_reshard.destination.staging import staging_of
 from stream_reshard.errors import Interrupted, SourceError
 from stream_reshard.model.topology import Topology
-from stream_reshard.storage.cloning import can_share, inner_blocks
+from stream_reshard.storage.cloning import can_clone, inner_blocks
 
 MAKE = {"xfs": ["mkfs.xfs", "-q", "-f", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q", "-f"]}
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 8,
@@ -152,7 +152,7 @@ def test_a_stopped_run_goes_on(disk, copied):
 
 
 def test_between_two_file_systems_everything_is_copied(disk, tmp_path, copied, capsys):
-    assert not can_share(disk / "hf" / "model.safetensors", tmp_path)
+    assert not can_clone(disk / "hf" / "model.safetensors", tmp_path)
     assert main([str(disk / "hf"), str(tmp_path / "nt"), "--tp", "4", "--pp", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["nbytes_cloned"] == 0
     assert tree(tmp_path / "nt") == copied[1](4, 2)

@@ -13,8 +13,8 @@ from stream_reshard.machine.memory import human
 
 def plan_lines(plan: ForwardPlan) -> Iterator[str]:
     """The planned work, and the memory it needs."""
-    how = plan.how
-    what = f"random tokens, seed {how.seed}" if how.text is None else f"tokens of {shown(how.text)}"
+    options = plan.options
+    what = f"random tokens, seed {options.seed}" if options.text is None else f"tokens of {shown(options.text)}"
     cast = "" if plan.dtype == "keep" else f", SRC rounded to {plan.dtype}"
     yield f"forward  {len(plan.tokens)} {what}, {plan.source.config.num_layers} layers, float32 on CPU{cast}"
     for name, side in (("SRC", plan.source), ("DST", plan.copy)):
@@ -74,8 +74,8 @@ def as_json(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int
     logits, first = comparison.logits, comparison.first
     return {
         "agrees": comparison.agrees, "tolerance": comparison.tolerance,
-        "num_tokens": comparison.num_tokens, "text": None if plan.how.text is None else str(plan.how.text),
-        "seed": plan.how.seed, "dtype": plan.dtype,
+        "num_tokens": comparison.num_tokens, "text": None if plan.options.text is None else str(plan.options.text),
+        "seed": plan.options.seed, "dtype": plan.dtype,
         "first_difference": None if first is None else _facts(first) | {
             "made_by": first.weight, "settings": list(first.settings)},
         "layers": [_facts(row.output) | {"first_difference": row.first.title if row.first else None}

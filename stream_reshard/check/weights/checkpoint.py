@@ -1,7 +1,7 @@
 """A checkpoint as verify sees it, of whatever format: matrices that can be read by rows.
 
 Every parameter is the matrix that Hugging Face stores (a vector is one column), in Hugging Face's order of rows. Pieces
-say how a format keeps it: a box of the matrix, and the box of a stored tensor that holds it. Nothing of the planner
+say options a format keeps it: a box of the matrix, and the box of a stored tensor that holds it. Nothing of the planner
 is used here, neither its slices nor its arithmetic: a wrong plan cannot agree with itself.
 """
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stream_reshard.formats.unsupported import Limit
+from stream_reshard.formats.unsupported import Unsupported
 from stream_reshard.model.box import Box
 from stream_reshard.model.parameters import Model, ModelConfig, Parameter
 from stream_reshard.model.topology import Topology
@@ -83,7 +83,7 @@ class Weight:
         head, inside = np.divmod(rows, 2 * half)
         return head * 2 * half + 2 * (inside % half) + inside // half
 
-    def place_of(self, row: int, column: int) -> tuple[StoredTensor, tuple[int, ...]]:
+    def origin_of(self, row: int, column: int) -> tuple[StoredTensor, tuple[int, ...]]:
         """(tensor, index in it) of one element of the matrix, row in Hugging Face's order."""
         row = int(self.kept_rows(row, row + 1)[0])
         for piece in self.pieces:
@@ -122,7 +122,7 @@ class Checkpoint:
     """The vocabulary of a Nanotron model includes its padding."""
     vocab_size: int | None
     """Rows of the embedding without padding, where the folder says it."""
-    extras: Mapping[str, Limit]
+    extras: Mapping[str, Unsupported]
     """Settings beyond the config that change the forward pass, by name."""
     paths: Collection[str]
     """Paths of the weight files."""

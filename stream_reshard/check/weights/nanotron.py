@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint, Piece, Weight, Weights, matrix_of
-from stream_reshard.check.weights.groups import Group, HeldFile
+from stream_reshard.check.weights.groups import FusedFiles, HeldFile
 from stream_reshard.errors import Problems, ResourceError, SourceError, quoted
 from stream_reshard.formats.nanotron.config import (
     METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, interleaves_by_default, read_model_config)
 from stream_reshard.formats.nanotron.folder import not_committed, weight_paths
-from stream_reshard.formats.nanotron.rules import NanotronFormat, stages_of
+from stream_reshard.formats.nanotron.rules import NanotronRules, stages_of
 from stream_reshard.formats.nanotron.weight_files import WeightFile, read_weight_file
 from stream_reshard.model.architectures import build_model
 from stream_reshard.model.box import Box
@@ -70,7 +70,7 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
         return None
     is_old = all(file.version in (None, "1.2") for file in files)
     unsaid = ["rope_theta"] if is_old and not config.says_rope_theta else []
-    topology = next((Topology(file.place.num_tp, file.place.num_pp) for file in files if file.place), Topology())
+    topology = next((Topology(file.rank.num_tp, file.rank.num_pp) for file in files if file.rank), Topology())
     return Checkpoint(root, model, vocab_size, config.extras, tuple(file.path for file in files), weights, unsaid, None,
                       topology, interleaved, by_default, len(moved), config.is_whole)
 
@@ -104,15 +104,15 @@ def _held(file: WeightFile, common: dict[Any, Any]) -> HeldFile:
     def once(value: Any) -> Any:
         return common.setdefault(value, value)
 
-    return HeldFile(file.file.path, file.tensor.begin, once(file.parameter), once(file.place), once(file.version),
+    return HeldFile(file.file.path, file.tensor.begin, once(file.parameter), once(file.rank), once(file.version),
                     once(file.tensor.dtype), once(file.tensor.shape), once(file.unsharded_shape), once(file.pairs))
 
 
 def _disagreements(root: Path, files: list[HeldFile], max_nbytes: int) -> Iterator[SourceError]:
     """Contradictions about the whole checkpoint, among the files and with checkpoint_metadata.json."""
-    places = [file.place for file in files if file.place]
-    told: dict[str, set[Any]] = {"version": {file.version for file in files if file.place},
-                                 "tp": {place.num_tp for place in places}, "pp": {place.num_pp for place in places}}
+    ranks = [file.rank for file in files if file.rank]
+    told: dict[str, set[Any]] = {"version": {file.version for file in files if file.rank},
+                                 "tp": {rank.num_tp for rank in ranks}, "pp": {rank.num_pp for rank in ranks}}
     for what, values in told.items():
         if len(values) > 1:
             yield SourceError(f"files with several values of {what} stand together: "
@@ -126,12 +126,12 @@ def _disagreements(root: Path, files: list[HeldFile], max_nbytes: int) -> Iterat
 
 def _wrong_stages(files: list[HeldFile], config: NanotronModelConfig) -> Iterator[SourceError]:
     """Files on another stage than Nanotron gives their block, where all files agree on the number of stages."""
-    sizes = {file.place.num_pp for file in files if file.place}
-    stages = stages_of(config.model, NanotronFormat(Topology(pp=sizes.pop()))) if len(sizes) == 1 else {}
+    sizes = {file.rank.num_pp for file in files if file.rank}
+    stages = stages_of(config.model, NanotronRules(Topology(pp=sizes.pop()))) if len(sizes) == 1 else {}
     for file in files:
         stage = stages.get(file.parameter.split(".pp_block")[0])
-        if file.place and stage is not None and stage != file.place.pp:
-            yield SourceError(f"{quoted(file.path)} is on stage {file.place.pp}, Nanotron's balancing looks for "
+        if file.rank and stage is not None and stage != file.rank.pp:
+            yield SourceError(f"{quoted(file.path)} is on stage {file.rank.pp}, Nanotron's balancing looks for "
                               f"it on stage {stage}")
 
 
@@ -150,7 +150,7 @@ class _Weights(Weights):
             if found is None:
                 problems.append(SourceError(f"{fused[0].nanotron} is missing in {quoted(root)}"))
                 continue
-            faults = list(Group(fused, found).faults())
+            faults = list(FusedFiles(fused, found).faults())
             problems.extend(SourceError(fault) for fault in faults)
             if not faults:
                 self._places |= zip((parameter.name for parameter in fused), ((found, row) for row in _begins(fused)))

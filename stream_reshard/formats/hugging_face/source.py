@@ -12,7 +12,7 @@ from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, 
 from stream_reshard.formats.hugging_face.folder import open_folder
 from stream_reshard.formats.hugging_face.index import Shards
 from stream_reshard.formats.hugging_face.layout import HuggingFaceLayout
-from stream_reshard.formats.hugging_face.unsupported import dropped, limits
+from stream_reshard.formats.hugging_face.unsupported import dropped, unsupported_settings
 from stream_reshard.storage.identity import identities_of
 from stream_reshard.storage.small_files import names_in
 from stream_reshard.storage.source_file import same_bytes
@@ -42,8 +42,8 @@ def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Source
                          f"unquantised: that is left over from training, and is left out")
         notes += _strays(root, layout.shards)
     files = (CONFIG_NAME, *(layout.shards if layout else ()), INDEX_NAME)
-    return Source(root, CONFIG_NAME, config.family, config.model, tuple(limits(config)), tuple(notes), model=model,
-                  layout=layout, identities={name: seen[name] for name in files if name in seen},
+    return Source(root, CONFIG_NAME, config.family, config.model, tuple(unsupported_settings(config)), tuple(notes),
+                  model=model, layout=layout, identities={name: seen[name] for name in files if name in seen},
                   router_dtype=router_dtype_of(layout) if layout else None, ignored=layout.ignored if layout else None)
 
 

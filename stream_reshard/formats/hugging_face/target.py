@@ -13,12 +13,12 @@ from stream_reshard.formats.hugging_face.config import CONFIG_NAME
 from stream_reshard.formats.hugging_face.index import INDEX_NAME
 from stream_reshard.formats.hugging_face.planned import DEFAULT_MAX_SHARD_NBYTES, HuggingFaceTarget
 from stream_reshard.formats.layout import Layout
-from stream_reshard.formats.unsupported import Limit
+from stream_reshard.formats.unsupported import Unsupported
 from stream_reshard.machine.memory import human
 from stream_reshard.model.parameters import Model
 from stream_reshard.options import Options, nanotron_flags
 
-_PER_INDEXED = 600
+_INDEX_NBYTES_PER_TENSOR = 600
 """Bytes that one tensor takes while an index is made: its names, an entry, two lines of text."""
 
 _MAX_LISTED = 16
@@ -42,11 +42,11 @@ class ToHuggingFace(Target):
         problems.raise_if_any()
         return cls(options.max_shard_nbytes, source.router_dtype if options.dtype == "keep" else None)
 
-    def limits(self, source: Source) -> Iterator[Limit]:
+    def unsupported(self, source: Source) -> Iterator[Unsupported]:
         """Settings that no config.json written here holds; `--allow` drops none from a source's own config.json."""
-        for limit in source.limits:
+        for setting in source.unsupported:
             is_said = source.config_name == CONFIG_NAME
-            yield replace(limit, name=f"{limit.name} in a new config.json") if is_said else limit
+            yield replace(setting, name=f"{setting.name} in a new config.json") if is_said else setting
 
     def notes(self, source: Source, layout: Layout) -> Iterator[str]:
         """Token ids that the source cannot tell."""
@@ -76,7 +76,7 @@ class ToHuggingFace(Target):
 
     def held_nbytes(self, layout: Layout) -> int:
         """An index names every tensor: as a dict, as text, and as what is written."""
-        return layout.model.num_stored * _PER_INDEXED if layout.num_files > 1 else 0
+        return layout.model.num_stored * _INDEX_NBYTES_PER_TENSOR if layout.num_files > 1 else 0
 
     def facts(self, layout: Layout) -> dict[str, Any]:
         return layout.facts | {"max_shard_nbytes": self.max_shard_nbytes}

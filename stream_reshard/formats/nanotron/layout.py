@@ -16,7 +16,7 @@ from typing import Any
 
 from stream_reshard.formats.layout import Fill, Group, Layout, Slice
 from stream_reshard.formats.nanotron.ranks import RankFile, RankPart, rank_files
-from stream_reshard.formats.nanotron.rules import NanotronFormat, stages_of
+from stream_reshard.formats.nanotron.rules import NanotronRules, stages_of
 from stream_reshard.model.names import fields_of
 from stream_reshard.storage.header import StoredTensor, TensorFile, placed
 
@@ -46,7 +46,7 @@ class NanotronLayout(Layout):
 
     format = "Nanotron"
     files_word = "files"
-    rules: NanotronFormat
+    rules: NanotronRules
     dtypes: Callable[[int], str]
     """The safetensors dtype of each parameter, by its number; fused parameters must agree."""
     begins: Callable[[Group], Sequence[int]] | None = None
@@ -155,10 +155,10 @@ class NanotronLayout(Layout):
     def dtype_at(self, number: int) -> str:
         return self._group_of(number)[0].kind[1]
 
-    def likeness_of(self, number: int) -> Hashable:
+    def storage_class(self, number: int) -> Hashable:
         return self._group_of(number)[0].kind
 
-    def places_of(self, number: int) -> tuple[tuple[int, int], ...]:
+    def locations_of(self, number: int) -> tuple[tuple[int, int], ...]:
         (group, _), tensors = self._group_of(number), (part.tensor for part in self.slices_of(number))
         k, i = self._at(group)
         first = self._first_files[k] + i * len(self.ranks_of(group))

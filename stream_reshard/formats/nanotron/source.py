@@ -17,7 +17,7 @@ from stream_reshard.formats.nanotron.config import (
 from stream_reshard.formats.nanotron.folder import litter_notes, not_committed, weight_paths
 from stream_reshard.formats.nanotron.layout import NanotronLayout
 from stream_reshard.formats.nanotron.ranks import RankFile
-from stream_reshard.formats.nanotron.rules import NanotronFormat, stages_of, uneven_dims
+from stream_reshard.formats.nanotron.rules import NanotronRules, stages_of, uneven_dims
 from stream_reshard.formats.nanotron.weight_files import WeightFile, parse_pairs, parse_shape, read_weight_file
 from stream_reshard.model.architectures import build_model
 from stream_reshard.model.parameters import Model
@@ -96,7 +96,7 @@ class WeightFiles:
     @property
     def stages(self) -> dict[str, int]:
         """The stage of each pipeline block, by its Nanotron name. A block without sharded parameters is on none."""
-        return {file.parameter.split(".pp_block")[0]: file.place.pp for file in self.by_path.values() if file.place}
+        return {file.parameter.split(".pp_block")[0]: file.rank.pp for file in self.by_path.values() if file.rank}
 
 
 def read_weight_files(root: Path, max_nbytes: int) -> WeightFiles:
@@ -121,7 +121,7 @@ def scan(root: Path, max_nbytes: int, problems: Problems) -> dict[str, WeightFil
 
 def agreeing(root: Path, by_path: Mapping[str, WeightFile]) -> WeightFiles:
     """The same files, of one topology and version. Raises Refused where there are several of either."""
-    sizes = {(file.place.num_tp, file.place.num_pp) for file in by_path.values() if file.place}
+    sizes = {(file.rank.num_tp, file.rank.num_pp) for file in by_path.values() if file.rank}
     versions = {file.version for file in by_path.values() if file.version}
     problems = Problems()
     for what, values in (("topologies (TP, PP)", sizes), ("format versions", versions)):
@@ -158,14 +158,14 @@ def layout_of_files(root: Path, config: NanotronModelConfig, vocab_size: int, fi
     return replace(bare, begins=_Begins(bare, files))
 
 
-def format_of(config: NanotronModelConfig, files: WeightFiles) -> NanotronFormat:
+def format_of(config: NanotronModelConfig, files: WeightFiles) -> NanotronRules:
     """Format of a Nanotron checkpoint, by its config and files."""
     interleaved = bool(config.rope_interleaved) or interleaves_by_default(config, {files.version})
-    return NanotronFormat(files.topology, config.config_class, files.version, interleaved,
+    return NanotronRules(files.topology, config.config_class, files.version, interleaved,
                           vocab_rows=config.model.vocab_size)
 
 
-def _check_sizes(model: Model, rules: NanotronFormat, files: WeightFiles) -> None:
+def _check_sizes(model: Model, rules: NanotronRules, files: WeightFiles) -> None:
     """Raises SourceError where the config's sizes cannot be those of these files: nothing large may be derived from
     it."""
     tp, experts, rows = rules.topology.tp, model.config.experts, rules.padded_vocab(model.config.vocab_size)

@@ -14,8 +14,8 @@ from stream_reshard.formats.layout import Group, Layout
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME, ids_written
 from stream_reshard.formats.nanotron.documents import documents
 from stream_reshard.formats.nanotron.layout import NanotronLayout
-from stream_reshard.formats.nanotron.rules import NanotronFormat, topology_problems
-from stream_reshard.formats.unsupported import Limit
+from stream_reshard.formats.nanotron.rules import NanotronRules, topology_problems
+from stream_reshard.formats.unsupported import Unsupported
 from stream_reshard.machine.memory import human
 from stream_reshard.model.parameters import TOKEN_IDS, Model
 from stream_reshard.options import Options
@@ -28,7 +28,7 @@ class ToNanotron(Target):
     """Rank files of one topology."""
 
     marker = MODEL_CONFIG_NAME
-    rules: NanotronFormat
+    rules: NanotronRules
 
     @classmethod
     def chosen(cls, options: Options, source: Source) -> ToNanotron:
@@ -50,14 +50,14 @@ class ToNanotron(Target):
         problems.raise_if_any()
         by_default = options.version == "1.2" or source.rope_interleaved
         interleaved = by_default if options.rope == "auto" else options.rope == "interleaved"
-        return cls(NanotronFormat(options.topology, name, options.version, interleaved, options.vocab_multiple))
+        return cls(NanotronRules(options.topology, name, options.version, interleaved, options.vocab_multiple))
 
-    def limits(self, source: Source) -> Iterator[Limit]:
-        yield from source.limits
+    def unsupported(self, source: Source) -> Iterator[Unsupported]:
+        yield from source.unsupported
         theta = source.config.rope_theta
         if self.rules.version == "1.2" and theta != RELEASE_04_ROPE_THETA:
-            yield Limit("rope_theta", f"rope_theta is {theta:g}; release 0.4, which reads format 1.2, only knows "
-                                      f"{RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5", theta)
+            yield Unsupported("rope_theta", f"rope_theta is {theta:g}; release 0.4, which reads format 1.2, only knows "
+                                            f"{RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5", theta)
 
     def notes(self, source: Source, layout: Layout) -> Iterator[str]:
         """Token ids that Nanotron's configs do not hold as the source says them."""

@@ -68,7 +68,7 @@ class LikeTemplate(ToNanotron):
         if num_more := sum(1 for _ in differences):
             yield f"and {num_more} more; `diff` with a conversion without --template lists all"
 
-    def accepted(self, layout: Layout) -> Iterator[str]:
+    def accepted_differences(self, layout: Layout) -> Iterator[str]:
         assert isinstance(layout, NanotronLayout), "it is made by this"
         if layout.moved_blocks:
             yield STAGES
