@@ -15,13 +15,14 @@ The wings, from the user's side down; each has a map of its modules in its own d
 - formats:     what is where; one folder per format
 - destination: the folder that grows and becomes the destination
 - storage:     bytes on a disk
-- options:     everything a user can choose, as one value
+- options:     everything a user can choose, each declared once
+- report:      the one shape of all results
 - model:       what a model is
 - machine:     what the run stands on
 - errors:      the exception tree and the exit codes
 """
 __version__ = "0.1.0"
 
-WINGS = ("cli", "api", "convert", "check", "run", "plan", "formats", "destination", "storage", "options", "model",
-         "machine", "errors")
+WINGS = ("cli", "api", "convert", "check", "run", "plan", "formats", "destination", "storage", "options",
+         "report", "model", "machine", "errors")
 """A wing imports only what stands behind it."""

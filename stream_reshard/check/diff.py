@@ -13,6 +13,7 @@ from stream_reshard.formats.nanotron.config import ids_written
 from stream_reshard.formats.registry import is_nanotron, open_any
 from stream_reshard.machine import memory
 from stream_reshard.model.parameters import ModelConfig
+from stream_reshard.report import note_lines
 
 MAX_LISTED = 1000
 """Differences that are listed; the rest are only counted."""
@@ -47,6 +48,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
         yield f"and {facts['num_more']} more"
     if facts["same"]:
         yield "the same layout: files, names, versions, slices and dtypes"
+    yield from note_lines(facts)
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:

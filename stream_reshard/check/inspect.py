@@ -27,7 +27,7 @@ from stream_reshard.storage.small_files import check_readable
 from stream_reshard.storage.source_file import SourceFile
 
 MAX_LISTED = 20
-"""Unsupported on listed faults (the rest are counted), on stages, and on tensors with NaN or infinite values."""
+"""Limit on listed faults (the rest are counted), on stages, and on tensors with NaN or infinite values."""
 
 _MAX_NBYTES = 10 * 2**20
 """Cap on each header and small file."""
@@ -49,6 +49,11 @@ def inspect(root: Path, values: bool = False, stop: Stop | None = None) -> dict[
     else:
         raise no_checkpoint(root)
     return facts | (_value_facts(root, tensors, stop or Stop()) if values else {})
+
+
+def lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """The result of `inspect` as lines for a person."""
+    return (f"{key:<22} {value}" for key, value in facts.items())
 
 
 def _inspect_hugging_face(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor]]:

@@ -25,9 +25,10 @@ from stream_reshard.formats.nanotron.names import NAMING
 from stream_reshard.machine import memory
 from stream_reshard.machine.kernel import NETWORK_FILE_SYSTEMS, file_system_of, free_descriptors
 from stream_reshard.machine.stop import Stop
-from stream_reshard.options import Options
+from stream_reshard.options import Options, VerifyOptions
 from stream_reshard.plan.alignment import cloneable_nbytes
 from stream_reshard.plan.plan import Job, Plan, make_plan
+from stream_reshard.report import Reported
 from stream_reshard.run.lanes import MAX_UNUSED, NUM_BUFFERS
 from stream_reshard.run.output import Done, RunOptions, Output, run
 from stream_reshard.storage.cloning import can_clone_all
@@ -49,8 +50,8 @@ _SMALL_FILES_NBYTES = 2**20
 """Bytes that the documents, the manifest and folders may take beside the weights."""
 
 
-@dataclass(frozen=True)
-class Conversion:
+@dataclass(frozen=True, repr=False)
+class Conversion(Reported):
     """A plan, with everything that running it needs."""
 
     options: Options
@@ -64,6 +65,18 @@ class Conversion:
     """Jobs under way at once: some of them move bytes, others wait for the disk."""
     companions: dict[str, Companion] = field(default_factory=dict)
     """Files to copy, by name."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The plan as JSON; sizes in bytes."""
+        from stream_reshard.convert.report import as_json
+        return as_json(self)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The plan for a person: source, target, parts, memory and disk, and what will not be honoured."""
+        from stream_reshard.convert.report import plan_lines
+        return tuple(plan_lines(self))
 
     @property
     def identities(self) -> Mapping[str, Identity]:
@@ -154,12 +167,12 @@ def _num_threads(options: Options, plan: Plan) -> int:
     largest = max(last - first for first, last in pairwise([*plan.starts, len(plan.order)]))
     per_job = largest * plan.target.most_files + 1  # And a folder that is synced.
     per_worker = plan.source.most_files + MAX_UNUSED
-    room = free_descriptors() - _NUM_OPEN - options.workers * per_worker
-    if room < options.workers * per_job:
-        needed = _NUM_OPEN + options.workers * (per_job + per_worker)
-        raise ResourceError(f"the run would have up to {needed} files open at once with {options.workers} workers, and "
-                            f"{free_descriptors()} more can be; raise the limit (ulimit -n), or lower --workers")
-    return min(room // per_job, options.workers + NUM_WAITING)
+    room = free_descriptors() - _NUM_OPEN - options.num_workers * per_worker
+    if room < options.num_workers * per_job:
+        needed = _NUM_OPEN + options.num_workers * (per_job + per_worker)
+        raise ResourceError(f"the run would have up to {needed} files open at once with {options.num_workers} workers, "
+                            f"and {free_descriptors()} more can be; raise the limit (ulimit -n), or lower --workers")
+    return min(room // per_job, options.num_workers + NUM_WAITING)
 
 
 def _settled(options: Options) -> Options:
@@ -210,7 +223,7 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
     options, stop = conversion.options, stop or Stop()
     executor = ThreadPoolExecutor(conversion.num_threads)
     how = RunOptions(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
-              conversion.transport, options.workers, partial(_check, conversion, stop) if options.verify else None,
+              conversion.transport, options.num_workers, partial(_check, conversion, stop) if options.verify else None,
               progress, stop)
     try:
         return run(conversion.output, how)
@@ -220,12 +233,11 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
 
 def _check(conversion: Conversion, stop: Stop, folder: Path) -> None:
     """Compare a finished folder with the source. Raises DifferenceError or Refused."""
-    from stream_reshard.check.weights import VerifyOptions
     from stream_reshard.check.weights import verify
     options = conversion.options
-    how = VerifyOptions(options.max_memory, vocab_size=options.vocab_size, ignored=(JOURNAL_NAME,),
-                      name=conversion.output.destination, plan=conversion.memory)
-    verify(options.source, folder, how, stop)
+    scope = VerifyOptions(max_memory=options.max_memory, vocab_size=options.vocab_size, ignored=(JOURNAL_NAME,),
+                          name=conversion.output.destination, plan=conversion.memory)
+    verify(options.source, folder, scope, stop)
 
 
 def _always(dtype: str, number: int) -> str:
@@ -235,7 +247,7 @@ def _always(dtype: str, number: int) -> str:
 def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memory.MemoryPlan, list[str]]:
     """Memory of the run, and remarks on it. A run keeps a record per file, and `held` bytes of documents. Without a
     destination only the plan must fit in memory, not the run's per-file records."""
-    of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.workers, casts,
+    of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.num_workers, casts,
                  NUM_BUFFERS + options.verify * memory.VERIFY_BUFFERS)
     if options.verify:  # It keeps a record of each file once more, and opens the source again.
         held += memory.VERIFY_NBYTES

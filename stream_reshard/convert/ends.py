@@ -21,7 +21,6 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target]:
     source = open_any(options.source, limit, options.vocab_size, problems)
     if options.destination is not None:
         problems.extend(destination_problems(options.source, options.destination))
-    problems.collect(lambda: options.workers)
     target = problems.collect(_chosen, options, source, limit) if source else None
     if source is not None and target is not None:
         problems.extend(unsupported_problems(target.unsupported(source), options.allow, source.config_name))

@@ -10,15 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted
-
-ALLOWABLE = {
-    "rope_scaling": "convert the weights although Nanotron will turn q and k with unscaled frequencies",
-    "rope_theta": "convert for release 0.4 although it only knows the base 10000",
-    "partial_rotary_factor": "convert although Nanotron turns whole heads",
-    "sliding_window": "convert although Nanotron will attend to everything",
-    "hidden_act": "pass an activation other than silu on to Nanotron by its name",
-}
-"""The names `--allow` takes, with what accepting means."""
+from stream_reshard.options import ALLOWABLE
 
 
 @dataclass(frozen=True)

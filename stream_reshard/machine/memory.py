@@ -130,15 +130,6 @@ def machine_limit() -> int:
     return total if group is None else min(total, group)
 
 
-def chosen_workers(num_workers: int | None, allowed: int) -> int:
-    """Number of workers: as the user says, or the default. Raises UsageError for less than one."""
-    if num_workers is None:
-        return default_workers(allowed, num_cores())
-    if num_workers < 1:
-        raise UsageError(f"--workers {num_workers}: it is at least 1")
-    return num_workers
-
-
 def default_workers(allowed: int, num_cores: int) -> int:
     """Workers where nobody says how many: what measured best. A disk likes one stream that is read in order, and a
     worker keeps two cores busy; more help where there are many cores and, usually, many disks."""

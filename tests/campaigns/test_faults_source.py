@@ -18,7 +18,6 @@ from stream_reshard.cli import main
 from stream_reshard.convert.conversion import Options, plan_conversion
 from stream_reshard.destination.staging import staging_of
 from stream_reshard.errors import ResourceError, SourceError
-from stream_reshard.model.topology import Topology
 from stream_reshard.run import engines
 from stream_reshard.run.output import RunOptions, run
 from stream_reshard.storage import source_file as tensor_file
@@ -164,7 +163,7 @@ def conversion(folder):
     config = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 11}
     if not (folder / "hf").exists():
         make_source(folder / "hf", config=config)
-    return plan_conversion(Options(folder / "hf", folder / "nt", Topology(2), max_memory=2**32))
+    return plan_conversion(Options(folder / "hf", folder / "nt", tp=2, max_memory=2**32))
 
 
 def pausing_after(number, real=os.fsync, main_pid=os.getpid()):

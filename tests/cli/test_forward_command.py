@@ -262,7 +262,7 @@ def test_a_notebook_stops_it_between_two_bands(pair):
         if done == 3:
             stop.request(signal.SIGTERM)
 
-    plan = api.plan_forward(*pair, max_memory="8GiB", num_tokens=8)
+    plan = api.plan_forward(*pair, max_memory="8GiB", tokens=8)
     with pytest.raises(Interrupted) as interrupted:
         api.run_forward(plan, progress, stop)
     assert interrupted.value.exit_code == 143 and seen == [(1, 7), (2, 7), (3, 7)]

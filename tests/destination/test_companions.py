@@ -31,7 +31,7 @@ def plant(root, *names):
 
 
 def planned(source, **choices):
-    return api.plan(source, choices.pop("destination", None), max_memory="8GiB", num_workers=1, **choices)
+    return api.plan(source, choices.pop("destination", None), max_memory="8GiB", workers=1, **choices)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_files_that_go_along_are_named_and_equal(source, tmp_path, capsys, to):
     found = {path for path in ALONG + BEHIND if (tmp_path / "nt" / path).exists()}
     assert found == set(ALONG)
     assert all((tmp_path / "nt" / path).read_bytes() == (source / path).read_bytes() for path in ALONG)
-    assert api.facts_of(planned(source, to=to))["copied"] == list(planned(source, to=to).companions)
+    assert planned(source, to=to).facts["copied"] == list(planned(source, to=to).companions)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("along "))
     assert "LICENSE.txt" in line and line.endswith(f"and {len(ALONG) - 16} more")
     assert main(["verify", str(source), str(tmp_path / "nt"), "--quiet", "--max-memory", "4GiB"]) == 0

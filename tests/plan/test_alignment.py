@@ -10,7 +10,6 @@ from safetensors import safe_open
 from test_laws import write_source
 
 from stream_reshard.convert.conversion import Options, plan_conversion, run_conversion
-from stream_reshard.model.topology import Topology
 from stream_reshard.plan.alignment import MIN_CLONED_NBYTES, AlignmentRequest, begin_for
 from stream_reshard.storage.header import BLOCK_NBYTES
 
@@ -33,7 +32,7 @@ def distances(path, source):
 @pytest.mark.parametrize("tp, flags", [(1, {}), (2, {}), (4, {}), (2, {"rope": "interleaved"})])
 def test_most_bytes_keep_their_offset_with_the_least_padding(tmp_path, tp, flags):
     write_source(tmp_path / "hf", **SIZES)
-    run_conversion(plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", Topology(tp), **flags)))
+    run_conversion(plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", tp=tp, **flags)))
     source = {"begin": 8 + int.from_bytes((tmp_path / "hf" / "model.safetensors").read_bytes()[:8], "little")}
     seen = Counter()
     for path in sorted((tmp_path / "nt").rglob("*.safetensors")):
@@ -59,12 +58,12 @@ def test_most_bytes_keep_their_offset_with_the_least_padding(tmp_path, tp, flags
 
 def test_two_runs_pad_alike_and_the_plan_knows_every_size(tmp_path):
     write_source(tmp_path / "hf", **SIZES)
-    conversion = plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", Topology(2)))
+    conversion = plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", tp=2))
     run_conversion(conversion)
     sizes = {file.path: file.nbytes for file in conversion.plan.target.files}
     assert sizes == {path.relative_to(tmp_path / "nt").as_posix(): path.stat().st_size
                      for path in (tmp_path / "nt").rglob("*.safetensors")}
-    again = plan_conversion(Options(tmp_path / "hf", None, Topology(2))).plan
+    again = plan_conversion(Options(tmp_path / "hf", None, tp=2)).plan
     assert sizes == {file.path: file.nbytes for file in again.target.files}
 
 
@@ -90,7 +89,7 @@ def test_choice(wishes, begin):
 def test_jobs_come_in_the_order_of_the_source_and_hold_what_is_fused(tmp_path):
     """One job per Nanotron parameter with all its ranks; no two jobs hold the same parameter or file."""
     write_source(tmp_path / "hf", **SIZES)
-    plan = plan_conversion(Options(tmp_path / "hf", None, Topology(4, 2))).plan
+    plan = plan_conversion(Options(tmp_path / "hf", None, tp=4, pp=2)).plan
     jobs = list(plan.jobs)
     firsts = [min(held.tensor.begin for name in job.parameters for held in plan.source.slices[name]) for job in jobs]
     assert firsts == sorted(firsts)

@@ -28,8 +28,7 @@ from typing import Any
 from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.compare import compared_as, is_widening
 from stream_reshard.check.weights.files import FilesOfManifest
-from stream_reshard.check.weights.options import (
-    VerifyOptions, cast_to, check_names, rule_of, true_vocab_size, with_vocabulary)
+from stream_reshard.check.weights.scope import cast_to, check_names, rule_of, true_vocab_size, with_vocabulary
 from stream_reshard.check.weights.structure import Found, compare_structure
 from stream_reshard.check.weights.side import Side, open_side
 from stream_reshard.check.weights.tasks import Task, digest_tasks, run, shared, weight_tasks
@@ -37,10 +36,12 @@ from stream_reshard.check.weights.training import has_yaml
 from stream_reshard.errors import DifferenceError, Problems, ResourceError
 from stream_reshard.machine import memory
 from stream_reshard.machine.stop import Stop
+from stream_reshard.options import VerifyOptions
+from stream_reshard.report import note_lines
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.small_files import MAX_JSON_NBYTES
 
-__all__ = ["VerifyOptions", "lines", "verify"]
+__all__ = ["lines", "verify"]
 
 MAX_DIFFERENCES = 1000
 """Differences that are kept; the rest are counted: where every weight differs, their number says it."""
@@ -55,7 +56,7 @@ def verify(source: Path, copy: Path, options: VerifyOptions = VerifyOptions(), s
     names in `options` that mean nothing.
     """
     stop = stop or Stop()
-    allowed = options.plan.allowed if options.plan else min(options.max_memory, memory.machine_limit())
+    allowed = options.plan.allowed if options.plan else options.allowed_memory
     problems, found = Problems(), Found()
     original = open_side(source, _parse_limit(options, allowed), problems, options.allow)
     _raise_limits(problems)
@@ -102,7 +103,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     if facts["cast"]:
         yield f"cast     {facts['cast']}"
     yield from (f"accepted {text}" for text in facts["accepted"])
-    yield from (f"note     {text}" for text in facts["notes"])
+    yield from note_lines(facts)
     if not facts["config_yaml_was_read"]:
         yield "note     config.yaml was not read, only its digest compared: PyYAML is not installed"
 
@@ -126,8 +127,7 @@ def _budget(original: Side, other: Side, options: VerifyOptions, allowed: int) -
         pairs = ((source.weights.dtype_of(name), compared_as(name, source, copy, rule))
                  for name in shared(source, copy))
         casts = any(theirs != dtype and not is_widening(theirs, dtype) for theirs, dtype in pairs)
-    workers = memory.chosen_workers(options.num_workers, allowed)
-    budget = memory.plan_memory(allowed, memory.resident(), workers, casts, memory.VERIFY_BUFFERS)
+    budget = memory.plan_memory(allowed, memory.resident(), options.num_workers, casts, memory.VERIFY_BUFFERS)
     for problem in budget.problems("the comparison"):
         raise problem
     return budget

@@ -8,7 +8,7 @@ from stream_reshard.check.weights.agreement import (
 from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.compare import shape_difference
 from stream_reshard.check.weights.files import CONFIG_YAML, FilesOfManifest, file_set
-from stream_reshard.check.weights.options import VerifyOptions, cast_to, rule_of
+from stream_reshard.check.weights.scope import cast_to, rule_of
 from stream_reshard.check.weights.side import Side
 from stream_reshard.check.weights.start import Folder
 from stream_reshard.check.weights.tasks import shared
@@ -17,6 +17,7 @@ from stream_reshard.check.weights.training import training_problems
 from stream_reshard.errors import Problems, ResourceError, quoted
 from stream_reshard.formats.nanotron.rules import STAGES
 from stream_reshard.machine import memory
+from stream_reshard.options import VerifyOptions
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class ToHuggingFace(Target):
         problems = Problems(UsageError(f"{flag} with --to hf: only a Nanotron checkpoint is cut like that")
                             for flag in nanotron_flags(options))
         problems.raise_if_any()
-        return cls(options.max_shard_nbytes, source.router_dtype if options.dtype == "keep" else None)
+        return cls(options.max_shard_size, source.router_dtype if options.dtype == "keep" else None)
 
     def unsupported(self, source: Source) -> Iterator[Unsupported]:
         """Settings that no config.json written here holds; `--allow` drops none from a source's own config.json."""

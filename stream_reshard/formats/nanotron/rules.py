@@ -12,9 +12,6 @@ from stream_reshard.model.topology import Topology
 MARKERS = {"LlamaConfig": "is_llama_config", "Qwen2Config": "is_qwen2_config"}
 """The key by which Nanotron's parser tells its config classes apart."""
 
-VERSIONS = ("1.5", "1.4", "1.2")
-"""Checkpoint format versions this module writes: main, trees from April 2024 on, release 0.4 and before."""
-
 STAGES = "stages"
 """Name in `verify --allow` for blocks on other stages than Nanotron's balancing gives them: its loader finds them,
 but reads every file for it."""

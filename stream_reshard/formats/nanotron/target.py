@@ -34,12 +34,12 @@ class ToNanotron(Target):
     def chosen(cls, options: Options, source: Source) -> ToNanotron:
         """The target that the flags choose for this source. Raises Refused."""
         family, problems = source.family, Problems()
-        kept = source.config_class if options.version != "1.2" else None
-        name = (kept or family.nanotron_configs[0]) if options.config_class == "auto" else options.config_class
+        kept = source.config_class if options.checkpoint_version != "1.2" else None
+        name = (kept or family.nanotron_configs[0]) if options.nanotron_config == "auto" else options.nanotron_config
         if name not in family.nanotron_configs:
             problems.append(UsageError(f"--nanotron-config {name} cannot express {family.name} (it has no attention "
                                        f"biases); use {' or '.join(family.nanotron_configs)}"))
-        if options.version == "1.2":
+        if options.checkpoint_version == "1.2":
             if name != "LlamaConfig":
                 problems.append(UsageError(f"--checkpoint-version 1.2: release 0.4 has no {name}; use 1.5"))
             if options.rope == "neox":
@@ -48,9 +48,10 @@ class ToNanotron(Target):
         if options.vocab_multiple < 1:
             problems.append(UsageError(f"--vocab-multiple {options.vocab_multiple}: it is at least 1"))
         problems.raise_if_any()
-        by_default = options.version == "1.2" or source.rope_interleaved
+        by_default = options.checkpoint_version == "1.2" or source.rope_interleaved
         interleaved = by_default if options.rope == "auto" else options.rope == "interleaved"
-        return cls(NanotronRules(options.topology, name, options.version, interleaved, options.vocab_multiple))
+        return cls(NanotronRules(options.topology, name, options.checkpoint_version, interleaved,
+                                 options.vocab_multiple))
 
     def unsupported(self, source: Source) -> Iterator[Unsupported]:
         yield from source.unsupported
