@@ -1,4 +1,5 @@
 """The interface for notebooks: what it takes, what it tells, what it raises."""
+import json
 import threading
 
 import pytest
@@ -78,3 +79,16 @@ def test_errors_are_for_people_and_list_everything(tmp_path):
     path.write_bytes(content)
     with pytest.raises(Refused, match="o_proj"):
         api.verify(source, tmp_path / "nt")
+
+
+def test_public_names_are_there_and_results_are_short(tmp_path):
+    """Every name that the package exports can be had from it; a result fits on a line of a notebook."""
+    import stream_reshard
+    assert all(getattr(stream_reshard, name) for name in stream_reshard.__all__)
+    source = make_source(tmp_path / "hf")
+    conversion = api.plan(source, tmp_path / "nt", tp=2)
+    result = api.run(conversion)
+    reports = [conversion, result, api.verify(source, tmp_path / "nt"), api.inspect(source), api.diff(source, source)]
+    for report in reports:
+        assert len(repr(report).splitlines()) == 1 and len(repr(report)) < 400
+        assert json.dumps(report.facts) and str(report) == "\n".join(report.lines)

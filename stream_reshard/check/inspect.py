@@ -58,9 +58,8 @@ def lines(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _inspect_hugging_face(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor]]:
     problems = Problems()
-    config, _, layout = open_folder(root, MAX_HEADER_NBYTES, problems)
-    problems.raise_if_any()
-    assert config and layout, "without them there are problems"
+    found, _, opened = open_folder(root, MAX_HEADER_NBYTES, problems)
+    config, layout = problems.required(found), problems.required(opened)
     facts = {"format": "Hugging Face", **_model_facts(config.model, layout), "vocab_size": config.model.vocab_size,
              "dtypes": layout.count_dtypes(), "num_files": layout.num_files, "nbytes": layout.nbytes,
              "ignored": dict(layout.ignored), "has_manifest": (root / MANIFEST_NAME).is_file(), "faults": [],

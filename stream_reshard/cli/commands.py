@@ -117,7 +117,7 @@ def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
     _raise_other_than_differences(found)
     if plan is not None:
         forward = found.collect(_run_forward, arguments, plan, stop)
-        found.extend(filter(None, [forward and forward.difference]))
+        found.extend(filter(None, [forward.difference if forward else None]))
     if report is not None or forward is not None:
         facts = (report.facts if report else {"equal": False}) | ({"forward": forward.facts} if forward else {})
         _print(arguments, Report(facts, (*(report.lines if report else ()), *(forward.lines if forward else ()))))

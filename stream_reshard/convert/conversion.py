@@ -56,7 +56,7 @@ class Conversion(Reported):
 
     options: Options
     source: Source
-    target: Target
+    target: Target[Any]
     plan: Plan
     memory: memory.MemoryPlan
     notes: tuple[str, ...]
@@ -136,7 +136,6 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     """Read the source's headers and make the plan. Raises Refused with every problem found; writes nothing."""
     options, problems = _settled(options), Problems()
     source, target = open_ends(options, problems)
-    assert source.layout and source.model, "without them there are problems"
     found = find_companions(options.source, options.tokenizer, problems)
     if options.source_sha256 is not None:
         names = {*source.identities, *(name for name, own in found.files.items() if own.path.parent == options.source)}
@@ -152,7 +151,7 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     notes = (*notes_of(options, source, target, plan, found.files), *found.notes, *budget_notes,
              *access_notes((source.layout.root / path for path in source.layout.paths),
                            options.destination if options.overwrite else None))
-    num_threads = problems.collect(_num_threads, options, plan) if options.destination is not None else 0
+    num_threads = problems.collect(_num_threads, options, plan) or 0 if options.destination is not None else 0
     conversion = Conversion(options, source, target, plan, budget, notes, num_threads, found.files)
     if options.destination is not None:
         _check_destination(conversion, problems)

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from stream_reshard.destination.companions import CONFIG_NAME, Companion
 from stream_reshard.errors import quoted
@@ -33,7 +34,7 @@ _MAX_READ_NBYTES = 2**26
 """Tokenizers are looked through up to this size."""
 
 
-def notes_of(options: Options, source: Source, target: Target, plan: Plan,
+def notes_of(options: Options, source: Source, target: Target[Any], plan: Plan,
              companions: Mapping[str, Companion]) -> Iterator[str]:
     """Remarks on a conversion for the user."""
     if options.destination is not None and options.destination.is_symlink():

@@ -93,7 +93,7 @@ class Alignment:
 
     def storage_class(self, group: Group) -> Hashable:
         """Groups that agree in this are alike in both layouts."""
-        return (group.kind, *map(self.source.storage_class, group.numbers))
+        return (group.storage_class, *map(self.source.storage_class, group.numbers))
 
     def __call__(self, group: Group) -> tuple[int, ...]:
         """Offset of the data in each file of a group, in bytes."""

@@ -156,7 +156,8 @@ def run_length(shape: tuple[int, ...], target_strides: tuple[int, ...], window_s
     return _inner(shape, target_strides, window_strides)[1]
 
 
-def _inner(shape, target_strides, window_strides) -> tuple[int, int]:
+def _inner(shape: tuple[int, ...], target_strides: tuple[int, ...],
+           window_strides: tuple[int, ...]) -> tuple[int, int]:
     """(number of outer dims, elements in the contiguous inner dims)."""
     length = 1
     for dim in reversed(range(len(shape))):

@@ -170,7 +170,9 @@ def _arrange(part: Part, window: memoryview, arranged: memoryview, strides: Sequ
     itemsize = part.target.tensor.itemsize
 
     def view(memory: memoryview, first: int, steps: Sequence[int]) -> np.ndarray:
-        return np.ndarray(part.shape, f"u{itemsize}", memory, first * itemsize, [step * itemsize for step in steps])
+        found: np.ndarray = np.ndarray(part.shape, f"u{itemsize}", memory, first * itemsize,
+                                       [step * itemsize for step in steps])
+        return found
 
     np.copyto(view(arranged, 0, strides), view(window, part.window_offset, part.window_strides))
 

@@ -95,7 +95,7 @@ class JsonReader:
     def _key(self) -> str:
         if self.next() != '"':
             raise ValueError(f"a name in quotes is expected in {self._position(self._at)}")
-        key = self.value()
+        key: str = self.value()
         self._pass(":")
         return key
 

@@ -76,12 +76,13 @@ class Weight:
     def kept_rows(self, first: int, last: int) -> np.ndarray:
         """Indices at which the format keeps Hugging Face's rows first to last: within a head of d rows, row j of the
         first half stands at 2j, row j of the second at 2j + 1."""
-        rows = np.arange(first, last)
+        rows: np.ndarray = np.arange(first, last)
         if not self.interleaved:
             return rows
         half = self.parameter.shape[self.parameter.dims.index("pair")]
         head, inside = np.divmod(rows, 2 * half)
-        return head * 2 * half + 2 * (inside % half) + inside // half
+        kept: np.ndarray = head * 2 * half + 2 * (inside % half) + inside // half
+        return kept
 
     def origin_of(self, row: int, column: int) -> tuple[StoredTensor, tuple[int, ...]]:
         """(tensor, index in it) of one element of the matrix, row in Hugging Face's order."""
@@ -184,8 +185,10 @@ class Opened:
         kept = self.weight.kept_rows(first, last)
         lowest, highest = int(kept.min()), int(kept.max()) + 1
         if (highest - lowest) * (right - left) * ITEMSIZE[self.weight.dtype] <= 2 * self._max_nbytes:
-            return self._kept(lowest, highest, left, right)[kept - lowest]
-        return np.concatenate([self._kept(row, row + 1, left, right) for row in map(int, kept)])
+            rows: np.ndarray = self._kept(lowest, highest, left, right)[kept - lowest]
+        else:
+            rows = np.concatenate([self._kept(row, row + 1, left, right) for row in map(int, kept)])
+        return rows
 
     def _kept(self, first: int, last: int, left: int, right: int) -> np.ndarray:
         """Rows first to last, columns left to right, in the format's order of rows."""

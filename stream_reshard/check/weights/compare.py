@@ -158,7 +158,8 @@ def _as(block: np.ndarray, source: str, target: str) -> np.ndarray:
             {"F16": np.float16, "F32": np.float32}[source])
         return wide.astype({"F32": np.float32, "F64": np.float64}[target]).view(f"u{ITEMSIZE[target]}")
     bits = cast(np.ascontiguousarray(block).data.cast("B"), source, target)
-    return np.frombuffer(bits, f"u{ITEMSIZE[target]}").reshape(block.shape)
+    narrow: np.ndarray = np.frombuffer(bits, f"u{ITEMSIZE[target]}").reshape(block.shape)
+    return narrow
 
 
 def _difference(have: np.ndarray, want: np.ndarray, block: Block, dtype: str, ours: Weight,

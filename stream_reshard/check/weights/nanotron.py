@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ MAX_LISTED = 10
 
 
 def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, problems: Problems,
-                  may_be_moved: bool = False, known: Collection[str] | None = None) -> Checkpoint | None:
+                  may_be_moved: bool = False, known: Container[str] | None = None) -> Checkpoint | None:
     """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared. With
     `may_be_moved`, blocks may stand on other stages than Nanotron's balancing gives them. Of files that are not among
     `known`, at most MAX_UNKNOWN headers are read: their presence is a difference already."""
@@ -75,7 +75,7 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
                       topology, interleaved, by_default, len(moved), config.is_whole)
 
 
-def _read_files(root: Path, max_nbytes: int, problems: Problems, known: Collection[str] | None) -> list[HeldFile]:
+def _read_files(root: Path, max_nbytes: int, problems: Problems, known: Container[str] | None) -> list[HeldFile]:
     """The weight files. Raises ResourceError where there are more than the memory has room for."""
     files: list[HeldFile] = []
     common: dict[Any, Any] = {}

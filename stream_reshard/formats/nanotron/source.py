@@ -10,7 +10,7 @@ from typing import Any
 
 from stream_reshard.destination.manifest import open_manifest
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted
-from stream_reshard.formats.base import Source
+from stream_reshard.formats.base import Described, Source
 from stream_reshard.formats.layout import Group
 from stream_reshard.formats.nanotron.config import (
     METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, interleaves_by_default, read_model_config, with_known_ids)
@@ -26,8 +26,15 @@ from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.identity import identities_of
 
 
+@dataclass(frozen=True, kw_only=True)
+class NanotronSource(Source):
+    """A Nanotron checkpoint that can be converted."""
+
+    layout: NanotronLayout
+
+
 def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
-                  is_exact: bool = True) -> Source | None:
+                  is_exact: bool = True) -> Described | None:
     """Read config and headers, none of more than `max_nbytes`; everything wrong goes to `problems`. None where not even
     the config makes sense. `vocab_size`: rows of the embedding without padding, where a user says it; where it
     need not be exact, padding counts."""
@@ -49,13 +56,13 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     known_ids = with_known_ids(config.model, config.family, facts.get("token_ids"))
     model_config = replace(known_ids or config.model, vocab_size=size or config.model.vocab_size)
     rules = format_of(config, files) if files else None
-    return Source(root, MODEL_CONFIG_NAME, config.family, model_config, tuple(config.extras.values()),
-                  (*litter_notes(root), *_notes(layout)) if layout else (),
-                  rules.rope_interleaved if rules else False, config.config_class, layout.model if layout else None,
-                  layout,
-                  seen | {path: file.identity for path, file in (files.by_path if files else {}).items()
-                          if file.identity},
-                  facts.get("router_dtype"), known_ids is not None)
+    opened = {path: file.identity for path, file in (files.by_path if files else {}).items() if file.identity}
+    described = Described(
+        root=root, config_name=MODEL_CONFIG_NAME, family=config.family, config=model_config,
+        unsupported=tuple(config.extras.values()), notes=(*litter_notes(root), *_notes(layout)) if layout else (),
+        rope_interleaved=rules.rope_interleaved if rules else False, config_class=config.config_class,
+        identities=seen | opened, router_dtype=facts.get("router_dtype"), ids_are_known=known_ids is not None)
+    return described if layout is None else NanotronSource(**vars(described), layout=layout)
 
 
 def _facts_of(root: Path, max_nbytes: int) -> Mapping[str, Any]:

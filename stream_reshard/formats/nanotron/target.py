@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted, shell_word
-from stream_reshard.formats.base import Source, Target, with_router_dtype
-from stream_reshard.formats.layout import Group, Layout
+from stream_reshard.formats.base import Described, Source, Target, with_router_dtype
+from stream_reshard.formats.layout import Group
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME, ids_written
 from stream_reshard.formats.nanotron.documents import documents
 from stream_reshard.formats.nanotron.layout import NanotronLayout
@@ -24,14 +24,14 @@ RELEASE_04_ROPE_THETA = 10000.0
 
 
 @dataclass(frozen=True)
-class ToNanotron(Target):
+class ToNanotron(Target[NanotronLayout]):
     """Rank files of one topology."""
 
     marker = MODEL_CONFIG_NAME
     rules: NanotronRules
 
     @classmethod
-    def chosen(cls, options: Options, source: Source) -> ToNanotron:
+    def chosen(cls, options: Options, source: Described) -> ToNanotron:
         """The target that the flags choose for this source. Raises Refused."""
         family, problems = source.family, Problems()
         kept = source.config_class if options.checkpoint_version != "1.2" else None
@@ -53,14 +53,14 @@ class ToNanotron(Target):
         return cls(NanotronRules(options.topology, name, options.checkpoint_version, interleaved,
                                  options.vocab_multiple))
 
-    def unsupported(self, source: Source) -> Iterator[Unsupported]:
+    def unsupported(self, source: Described) -> Iterator[Unsupported]:
         yield from source.unsupported
         theta = source.config.rope_theta
         if self.rules.version == "1.2" and theta != RELEASE_04_ROPE_THETA:
             yield Unsupported("rope_theta", f"rope_theta is {theta:g}; release 0.4, which reads format 1.2, only knows "
                                             f"{RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5", theta)
 
-    def notes(self, source: Source, layout: Layout) -> Iterator[str]:
+    def notes(self, source: Source, layout: NanotronLayout) -> Iterator[str]:
         """Token ids that Nanotron's configs do not hold as the source says them."""
         written = ids_written(source.config)
         for key in TOKEN_IDS:
@@ -84,16 +84,15 @@ class ToNanotron(Target):
                                       f"tensor with {first} weights; choose one with --dtype")
         return layout
 
-    def documents(self, source: Source, layout: Layout, dtype: str, destination: Path,
+    def documents(self, source: Source, layout: NanotronLayout, dtype: str, destination: Path,
                   companions: Iterable[str]) -> dict[str, bytes]:
         has_tokenizer = any(name.startswith("tokenizer") for name in companions)
         return documents(source.config, self.rules, source.family.has_attention_bias, dtype, destination, has_tokenizer)
 
-    def facts(self, layout: Layout) -> dict[str, Any]:
-        assert isinstance(layout, NanotronLayout), "it is made by this"
+    def facts(self, layout: NanotronLayout) -> dict[str, Any]:
         return layout.facts | {"dp": self.rules.topology.dp, "stages": _stage_table(layout)}
 
-    def lines(self, layout: Layout, facts: Mapping[str, Any]) -> Iterator[str]:
+    def lines(self, layout: NanotronLayout, facts: Mapping[str, Any]) -> Iterator[str]:
         yield "stage    blocks                                             files       bytes"
         for row in facts["stages"]:
             yield f"{row['stage']:<8} {blocks_text(row['blocks']):<48} {row['files']:>7} {human(row['nbytes']):>11}"
@@ -116,8 +115,8 @@ def _stage_table(layout: NanotronLayout) -> list[dict[str, Any]]:
     examples: dict[Any, Group] = {}
     counts: Counter[tuple[int, Any]] = Counter()
     for group in layout.groups():
-        examples.setdefault(group.kind, group)
-        counts[layout.stage_of(group), group.kind] += 1
+        examples.setdefault(group.storage_class, group)
+        counts[layout.stage_of(group), group.storage_class] += 1
     for (stage, kind), count in counts.items():
         ranks = layout.ranks_of(examples[kind])
         rows[stage]["files"] += count * len(ranks)
