@@ -142,7 +142,7 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
         sums = expected_sums(options.source, names, options.source_sha256)
         problems.extend(sum_problems(options.source, list(source.layout.paths), sums, stop or Stop()))
     dtypes = source.layout.dtype_at if options.dtype == "keep" else partial(_always, SAFETENSORS_DTYPES[options.dtype])
-    wanted = target.layout(options.destination or Path(), source.model, dtypes)
+    wanted = target.layout(options.destination or Path(), source.layout.model, dtypes)
     plan = make_plan(source.layout, wanted)
     casts = bool(plan.casts)
     if casts:

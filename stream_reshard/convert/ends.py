@@ -26,7 +26,7 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target[Any]
     target = problems.collect(_chosen, options, source, limit) if source else None
     if source is not None and target is not None:
         problems.extend(unsupported_problems(target.unsupported(source), options.allow, source.config_name))
-        if isinstance(source, Source):
+        if source.model is not None:
             problems.extend(target.problems(source.model))
     if problems and options.destination is not None:
         problems.extend(occupation_problems(options.destination, options.overwrite, NAMING))

@@ -34,6 +34,8 @@ class Described:
     """A head is kept as (pair, half)."""
     config_class: str | None = None
     """Nanotron's config class, where the checkpoint names one."""
+    model: Model | None = None
+    """The model that the config describes; None where the files beside it cannot be it."""
     identities: Mapping[str, Identity] = field(default_factory=dict)
     """Everything that says what the weights are, by path, as it was before it was read."""
     router_dtype: str | None = None
@@ -49,11 +51,6 @@ class Source(Described):
     """A checkpoint that can be converted: headers and configs are read, and make sense."""
 
     layout: Layout
-
-    @property
-    def model(self) -> Model:
-        """The model that it holds."""
-        return self.layout.model
 
 
 OwnLayout = TypeVar("OwnLayout", bound=Layout)

@@ -29,7 +29,7 @@ def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Descri
     def note(shards: Shards) -> None:
         seen.update(identities_of(root, (name for name in shards.names if name not in seen)))
 
-    config, _, layout = open_folder(root, max_nbytes, problems, note)
+    config, model, layout = open_folder(root, max_nbytes, problems, note)
     if config is None:
         return None
     notes = list(dropped(config))
@@ -43,7 +43,7 @@ def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Descri
         notes += _strays(root, layout.shards)
     files = (CONFIG_NAME, *(layout.shards if layout else ()), INDEX_NAME)
     described = Described(
-        root=root, config_name=CONFIG_NAME, family=config.family, config=config.model, notes=tuple(notes),
+        root=root, config_name=CONFIG_NAME, family=config.family, config=config.model, model=model, notes=tuple(notes),
         unsupported=tuple(unsupported_settings(config)),
         identities={name: seen[name] for name in files if name in seen},
         router_dtype=router_dtype_of(layout) if layout else None, ignored=layout.ignored if layout else None)

@@ -59,6 +59,7 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     opened = {path: file.identity for path, file in (files.by_path if files else {}).items() if file.identity}
     described = Described(
         root=root, config_name=MODEL_CONFIG_NAME, family=config.family, config=model_config,
+        model=layout.model if layout else None,
         unsupported=tuple(config.extras.values()), notes=(*litter_notes(root), *_notes(layout)) if layout else (),
         rope_interleaved=rules.rope_interleaved if rules else False, config_class=config.config_class,
         identities=seen | opened, router_dtype=facts.get("router_dtype"), ids_are_known=known_ids is not None)
