@@ -60,7 +60,7 @@ def _inspect_hugging_face(root: Path) -> tuple[dict[str, Any], Iterator[StoredTe
     problems = Problems()
     found, _, opened = open_folder(root, MAX_HEADER_NBYTES, problems)
     config, layout = problems.required(found), problems.required(opened)
-    facts = {"format": "Hugging Face", **_model_facts(config.model, layout), "vocab_size": config.model.vocab_size,
+    facts = {"checkpoint": "Hugging Face", **_model_facts(config.model, layout), "vocab_size": config.model.vocab_size,
              "dtypes": layout.count_dtypes(), "num_files": layout.num_files, "nbytes": layout.nbytes,
              "ignored": dict(layout.ignored), "has_manifest": (root / MANIFEST_NAME).is_file(), "faults": [],
              "notes": [*config.notes, *layout.notes]}
@@ -90,7 +90,7 @@ def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor
     if config is None:
         problems.extend(_holes(files.values()))
     faults = list(map(str, explained(problems)))
-    return {"format": "Nanotron", **_nanotron_facts(config, manifest, layout), **_file_facts(files),
+    return {"checkpoint": "Nanotron", **_nanotron_facts(config, manifest, layout), **_file_facts(files),
             "has_manifest": manifest is not None,
             "faults": faults[:MAX_LISTED] + [f"and {len(faults) - MAX_LISTED} more"] * (len(faults) > MAX_LISTED),
             "notes": list(litter_notes(root))}, (file.tensor for file in files.values())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from stream_reshard import api
+from stream_reshard import __version__, api
 from stream_reshard.cli.flags import COMMANDS, parser_of
 from stream_reshard.destination.staging import staging_of
 from stream_reshard.errors import (
@@ -23,6 +23,9 @@ from stream_reshard.report import Report, Reported
 
 if TYPE_CHECKING:
     from stream_reshard.check.forward.report import ForwardResult
+
+JSON_FORMAT = 1
+"""Version of the keys in documents of --json. Keys are added without a new version, never changed or removed."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a run to stop; batch systems send the last one some time before the limit."""
@@ -40,7 +43,7 @@ def _planned(arguments: argparse.Namespace, stop: Stop) -> api.Conversion:
 
 def _print(arguments: argparse.Namespace, report: Reported) -> None:
     if arguments.json:
-        _say(json.dumps(report.facts, indent=1))
+        _say(json.dumps({"format": JSON_FORMAT, "version": __version__, **report.facts}, indent=1))
     elif not arguments.quiet:
         _say(str(report))
 

@@ -122,7 +122,8 @@ class Conversion(Reported):
         config = self.source.config
         facts = {"vocab_size": config.vocab_size, "dtype": dtype, "allowed": sorted(accepted),
                  "ignored_tensors": dict(self.source.ignored or {}), "token_ids": config.token_ids,
-                 "router_dtype": self.source.router_dtype if dtype == "keep" else None}
+                 "router_dtype": self.source.router_dtype if dtype == "keep" else None,
+                 **({"origin": dict(self.source.origin)} if self.source.origin else {})}
         return Output(self.plan, destination, texts, self.target.marker, _digest(texts, destination), NAMING,
                       self.companions, self.identities, facts)
 

@@ -23,7 +23,8 @@ def as_json(conversion: Conversion) -> dict[str, Any]:
     stages, rows = target.pop("stages", []), target.pop("vocab_rows", config.vocab_size)
     return {
         "source": {"path": str(plan.source.root), "format": plan.source.format, "family": config.family,
-                   "num_shards": plan.source.num_files, "nbytes": plan.source.nbytes},
+                   "num_shards": plan.source.num_files, "nbytes": plan.source.nbytes,
+                   **(conversion.source.origin or {})},
         "target": {"path": str(options.destination) if options.destination else None, **target,
                    "num_files": plan.target.num_files, "nbytes": plan.nbytes, "dtype": conversion.dtype},
         "num_parameters": plan.target.model.num_elements,
@@ -45,6 +46,8 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
     yield (f"source   {shown(source['path'])}  ({source['format']}, {source['family']}, "
            f"{facts['num_parameters'] / 1e6:,.1f} M parameters, {source['num_shards']} "
            f"{conversion.plan.source.files_word}, {human(source['nbytes'])})")
+    if origin := conversion.source.origin:
+        yield f"         {origin['repo']} on the hub, commit {origin['commit']}"
     yield (f"target   {shown(target['path'] or '(not given)')}  ({target['format']} {conversion.target}, "
            f"{target['dtype']})")
     yield from conversion.target.lines(conversion.plan.target, facts)

@@ -40,6 +40,8 @@ class Described:
     """Everything that says what the weights are, by path, as it was before it was read."""
     router_dtype: str | None = None
     """The safetensors dtype of MoE routers before Nanotron, which keeps them in float32; None where it is not known."""
+    origin: Mapping[str, str] | None = None
+    """Repository and commit on the hub that the folder is a snapshot of, where its cache shows them."""
     ids_are_known: bool = True
     """False where the token ids are no more than what Nanotron's config could hold of those of the model."""
     ignored: Mapping[str, str] | None = None

@@ -10,6 +10,7 @@ from stream_reshard.formats.base import Described, Source, router_dtype_of
 from stream_reshard.formats.hugging_face.causes import quantization_of
 from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from stream_reshard.formats.hugging_face.folder import open_folder
+from stream_reshard.formats.hugging_face.hub import origin_of
 from stream_reshard.formats.hugging_face.index import Shards
 from stream_reshard.formats.hugging_face.layout import HuggingFaceLayout
 from stream_reshard.formats.hugging_face.unsupported import dropped, unsupported_settings
@@ -45,7 +46,7 @@ def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Descri
     described = Described(
         root=root, config_name=CONFIG_NAME, family=config.family, config=config.model, model=model, notes=tuple(notes),
         unsupported=tuple(unsupported_settings(config)),
-        identities={name: seen[name] for name in files if name in seen},
+        identities={name: seen[name] for name in files if name in seen}, origin=origin_of(root),
         router_dtype=router_dtype_of(layout) if layout else None, ignored=layout.ignored if layout else None)
     return described if layout is None else Source(**vars(described), layout=layout)
 
