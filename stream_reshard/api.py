@@ -17,10 +17,12 @@ all problems found at once.
 from __future__ import annotations
 
 import inspect as inspection
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import wraps
 from os import PathLike
@@ -29,7 +31,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from stream_reshard.convert.conversion import Conversion, plan_conversion, run_conversion
 from stream_reshard.convert.report import Result
-from stream_reshard.errors import UsageError
+from stream_reshard.errors import StreamReshardError, UsageError
 from stream_reshard.formats.nanotron.folder import litter_notes
 from stream_reshard.formats.registry import followed
 from stream_reshard.machine import memory
@@ -37,10 +39,10 @@ from stream_reshard.machine.kernel import io_counters
 from stream_reshard.machine.stop import Stop
 from stream_reshard.options import ForwardOptions, Options, VerifyOptions
 from stream_reshard.options.conversion import Digests, Format, Io, NanotronConfig, Rope, Version
-from stream_reshard.options.declaring import did_you_mean
+from stream_reshard.options.declaring import did_you_mean, options_of
 from stream_reshard.options.resources import Dtype
 from stream_reshard.plan.plan import Job
-from stream_reshard.report import Report
+from stream_reshard.report import Progress, Report, shown
 
 if TYPE_CHECKING:
     from stream_reshard.check.forward import ForwardPlan
@@ -55,9 +57,6 @@ _SWITCH_SECONDS = 0.0005
 Folder = str | PathLike[str]
 Size = int | str
 """Bytes, or words such as "512MiB" and "5GB"."""
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
-
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
 
@@ -75,9 +74,41 @@ def _public(function: Callable[Parameters, Returned]) -> Callable[Parameters, Re
             unknown = next((name for name in kwargs if name not in signature.parameters), "")
             cure = did_you_mean(unknown, tuple(signature.parameters)) if unknown else ""
             raise UsageError(f"{function.__name__}(): {error}{cure}") from None
-        with memory.granted():
-            return function(*args, **kwargs)
+        try:
+            with memory.granted():
+                return function(*args, **kwargs)
+        except StreamReshardError as error:
+            if not _in_words_of_flags.get():
+                error.reword(_as_keywords)
+            raise
     return call
+
+
+_in_words_of_flags: ContextVar[bool] = ContextVar("in_words_of_flags", default=False)
+
+
+@contextmanager
+def in_words_of_flags() -> Iterator[None]:
+    """Meanwhile errors name options as flags (--tp 3) and not as keywords (tp=3)."""
+    token = _in_words_of_flags.set(True)
+    try:
+        yield
+    finally:
+        _in_words_of_flags.reset(token)
+
+
+_KEYWORDS = {own.flag: own.name for cls in (Options, VerifyOptions, ForwardOptions) for own in options_of(cls)}
+_FLAG = re.compile(r"(--[a-z0-9]+(?:-[a-z0-9]+)*)(?: (\d+(?![\w.])|'[^']*'))?")
+
+
+def _as_keywords(text: str) -> str:
+    """A message with its flags spelled as keywords."""
+    def spelled(match: re.Match[str]) -> str:
+        if match[1] not in _KEYWORDS:
+            return match[0]
+        return _KEYWORDS[match[1]] + (f"={match[2]}" if match[2] else "")
+
+    return _FLAG.sub(spelled, text)
 
 
 @_public
@@ -104,24 +135,29 @@ def plan(source: Folder, destination: Folder | None = None, *, to: Format | None
 
 
 @_public
-def run(conversion: Conversion, progress: Progress = lambda done, total: None, stop: Stop | None = None) -> Result:
+def run(conversion: Conversion, progress: Progress | bool = False, stop: Stop | None = None, *,
+        check_progress: Progress | bool = False) -> Result:
     """Write the destination: whole, or not at all.
 
-    `progress(done, total)` is called with bytes of target files as they become durable. Another thread ends the run
-    with `stop.request()`: it raises Interrupted, and the same plan run again goes on where it was. Raises SourceError
-    where the source changed, DestinationError, ResourceError (disk, I/O; resumable), LockedError, DifferenceError where
-    `verify` was chosen and found one.
+    `progress(done, total)` is called with bytes of target files as they become durable, `check_progress` with parts of
+    the comparison, where `verify` was chosen; True draws a bar of tqdm, for a terminal or a notebook. Another thread
+    ends the run with `stop.request()`: it raises Interrupted, and the same plan run again goes on where it was. Raises
+    SourceError where the source changed, DestinationError, ResourceError (disk, I/O; resumable), LockedError,
+    DifferenceError where `verify` was chosen and found one.
     """
     begin, io_before = time.monotonic(), io_counters()
     num_done = 0
 
+    if conversion.options.destination is None:
+        raise UsageError("the plan has no destination: give one to api.plan")
+
     def advance(job: Job) -> None:
         nonlocal num_done
         num_done += job.nbytes
-        progress(num_done, conversion.plan.nbytes)
+        show(num_done, conversion.plan.nbytes)
 
-    with _switching_soon():
-        done = run_conversion(conversion, advance, stop)
+    with _switching_soon(), shown(progress, "B") as show, shown(check_progress, "part") as show_check:
+        done = run_conversion(conversion, advance, stop, show_check)
     return Result(conversion, time.monotonic() - begin, memory.peak_resident(), io_counters(io_before), done)
 
 
@@ -140,7 +176,7 @@ def _switching_soon() -> Iterator[None]:
 def verify(source: Folder, copy: Folder, *, quick: bool = False, sample: float | str = 1.0, seed: int = 0,
            dtype: Dtype = "keep", vocab_size: int | None = None, allow: Collection[str] = (),
            edited: Collection[str] = (), max_memory: Size = Options.max_memory, workers: int | None = None,
-           progress: Progress = lambda done, total: None, stop: Stop | None = None) -> Report:
+           progress: Progress | bool = False, stop: Stop | None = None) -> Report:
     """Compare every weight of two checkpoints, of whatever formats, through the headers of their files.
 
     `progress(done, total)` counts parts of the work; the other keywords are the flags of the command line. Raises
@@ -152,7 +188,8 @@ def verify(source: Folder, copy: Folder, *, quick: bool = False, sample: float |
     from stream_reshard.check.weights import verify as compare
     options = VerifyOptions.of(**choices)
     (root, notes), (other, more) = followed(Path(source)), followed(Path(copy), is_copy=True)
-    facts = compare(root, other, options, stop, progress)
+    with shown(progress, "part") as show:
+        facts = compare(root, other, options, stop, show)
     facts["notes"] = [*notes, *more, *litter_notes(root), *litter_notes(other), *facts["notes"]]
     return Report(facts, tuple(lines(facts)))
 
@@ -174,8 +211,7 @@ def plan_forward(source: Folder, copy: Folder, *, text: Folder | None = None, to
 
 
 @_public
-def run_forward(plan: ForwardPlan, progress: Progress = lambda done, total: None,
-                stop: Stop | None = None) -> ForwardResult:
+def run_forward(plan: ForwardPlan, progress: Progress | bool = False, stop: Stop | None = None) -> ForwardResult:
     """Run both checkpoints, layer by layer, in float32 on the CPU; needs torch.
 
     `progress(done, total)` counts layers. Raises DifferenceError where the two do not go through the same steps;
@@ -184,7 +220,8 @@ def run_forward(plan: ForwardPlan, progress: Progress = lambda done, total: None
     from stream_reshard.check import forward
     from stream_reshard.check.forward.report import ForwardResult
     begin = time.monotonic()
-    comparison = forward.run_forward(plan, progress, stop)
+    with shown(progress, "layer") as show:
+        comparison = forward.run_forward(plan, show, stop)
     return ForwardResult(plan, comparison, time.monotonic() - begin, memory.peak_resident())
 
 

@@ -43,6 +43,10 @@ class StreamReshardError(Exception):
         self.num_more = num_more
         """Number of further faults of the kind, found and not kept."""
 
+    def reword(self, change: Callable[[str], str]) -> None:
+        """Change every text, in place: the error is raised already."""
+        self.args = tuple(change(word) if isinstance(word, str) else word for word in self.args)
+
 
 class UsageError(StreamReshardError):
     """Flags that contradict each other, the model or the machine."""
@@ -109,6 +113,11 @@ class Refused(StreamReshardError):
         self.problems = tuple(sorted(explained(problems), key=lambda problem: problem.severity))
         super().__init__("\n".join(told(self.problems)))
         self.exit_code = self.problems[0].exit_code
+
+    def reword(self, change: Callable[[str], str]) -> None:
+        super().reword(change)
+        for problem in self.problems:
+            problem.reword(change)
 
 
 class Problems(list[StreamReshardError]):

@@ -1,8 +1,10 @@
-"""Report: a plan or an outcome in the one shape that all results have: facts for programs, lines for people."""
+"""Report: the one shape of all results, facts for programs and lines for people; and progress on the way to them."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from html import escape
 from typing import Any
 
 
@@ -26,6 +28,10 @@ class Reported(ABC):
     def __str__(self) -> str:
         return "\n".join(self.lines)
 
+    def _repr_html_(self) -> str:
+        """The lines, as a notebook shows them."""
+        return f"<pre>{escape(str(self))}</pre>"
+
 
 class Report(Reported):
     """The outcome of a command that makes nothing."""
@@ -45,3 +51,25 @@ class Report(Reported):
 def note_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """The notes among facts, for a person."""
     return (f"note     {note}" for note in facts["notes"])
+
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+@contextmanager
+def shown(progress: Progress | bool, unit: str) -> Iterator[Progress]:
+    """The function itself; for True one that moves a bar of tqdm, for False one that does nothing. `unit`: "B" for
+    bytes, else the name of a counted thing."""
+    if not isinstance(progress, bool):
+        yield progress
+    elif not progress:
+        yield lambda done, total: None
+    else:
+        from tqdm.auto import tqdm
+        with tqdm(unit=unit, unit_scale=unit == "B", unit_divisor=1024) as bar:
+            def draw(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield draw

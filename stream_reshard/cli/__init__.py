@@ -1,9 +1,13 @@
 """The command line: flags to `api`, results to stdout, progress and messages to stderr.
 
-- commands: each command; streams, signals, exit codes
-- flags:    the flags of every command
-- demo:     a small Llama, converted and verified
+- entry:     streams, signals, exit codes, JSON
+- commands:  each command
+- flags:     the parser, made of the declared options
+- screen:    printing, and progress on a terminal or in a log
+- demo:      a small Llama, converted and verified
+- env:       versions and limits of this machine
+- reference: the page of options
 """
-from stream_reshard.cli.commands import main, script
+from stream_reshard.cli.entry import main, script
 
 __all__ = ["main", "script"]

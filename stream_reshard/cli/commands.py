@@ -1,34 +1,35 @@
-"""The command line: flags to `api`, results to stdout, progress and messages to stderr, errors to exit codes."""
+"""The commands: each calls `api` and gives its report, and the error that it ends with, if any."""
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from stream_reshard import __version__, api
-from stream_reshard.cli.flags import COMMANDS, parser_of
+from stream_reshard import api
+from stream_reshard.check.weights.scope import allowable
+from stream_reshard.cli.flags import PROGRAM
+from stream_reshard.cli.screen import Progress, say
 from stream_reshard.destination.staging import staging_of
 from stream_reshard.errors import (
-    DifferenceError, Problems, ResourceError, StreamReshardError, UsageError, quoted, shell_word)
-from stream_reshard.machine import memory
+    DifferenceError, Interrupted, Problems, Refused, ResourceError, StreamReshardError, UsageError, quoted, shell_word)
 from stream_reshard.machine.stop import Stop
-from stream_reshard.options import ForwardOptions, Options, VerifyOptions
+from stream_reshard.options import ALLOWABLE, ForwardOptions, Options, VerifyOptions
 from stream_reshard.options.declaring import Declared, options_of
 from stream_reshard.report import Report, Reported
 
 if TYPE_CHECKING:
+    from stream_reshard.check.forward import ForwardPlan
     from stream_reshard.check.forward.report import ForwardResult
 
-JSON_FORMAT = 1
-"""Version of the keys in documents of --json. Keys are added without a new version, never changed or removed."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Signals that ask a run to stop; batch systems send the last one some time before the limit."""
+class Outcome(NamedTuple):
+    """The end of a command."""
+
+    report: Reported | None
+    error: StreamReshardError | None = None
+    """Differences, with which a report can stand beside an exit code that is not 0."""
 
 
 def _choices(arguments: argparse.Namespace, options: type[Declared]) -> dict[str, Any]:
@@ -41,76 +42,35 @@ def _planned(arguments: argparse.Namespace, stop: Stop) -> api.Conversion:
     return api.plan(arguments.source, arguments.destination, **_choices(arguments, Options), stop=stop)
 
 
-def _print(arguments: argparse.Namespace, report: Reported) -> None:
-    if arguments.json:
-        _say(json.dumps({"format": JSON_FORMAT, "version": __version__, **report.facts}, indent=1))
-    elif not arguments.quiet:
-        _say(str(report))
-
-
-def _say(text: str) -> None:
-    """Print to stdout. Raises ResourceError where it takes nothing more."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # What is left in the buffer goes there.
-        raise ResourceError(f"standard output: {error.strerror}") from error
-
-
-def _tell(text: str) -> None:
-    """Print to stderr. Where nobody listens the exit code has to do."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _bar(total: int, quiet: bool, **look: Any) -> Any:
-    """A progress bar; None when stderr is no terminal."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
-        return None
-    from tqdm import tqdm
-    return tqdm(total=total, file=sys.stderr, **look)
-
-
-def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
-    """`SRC DST`: plan, print the plan, run it, print the summary."""
+def convert_command(arguments: argparse.Namespace, stop: Stop) -> Outcome:
+    """`convert SRC DST`: plan, print the plan, run it, report the result."""
     conversion = _planned(arguments, stop)
     if not (arguments.json or arguments.quiet or (conversion.is_done and not arguments.overwrite)):
-        _say(str(conversion))
-    bar = _bar(conversion.plan.nbytes, arguments.quiet, unit="B", unit_scale=True)
-
-    def advance(done: int, total: int) -> None:
-        if bar is not None:
-            bar.update(done - bar.n)
-            bar.set_postfix_str(f"memory {memory.human(memory.resident())}")
-
+        say(str(conversion))
     try:
-        result = api.run(conversion, advance, stop)
-    except StreamReshardError as error:
-        if error.exit_code == ResourceError.exit_code or error.exit_code > 128:
-            kept = staging_of(conversion.output.destination)
-            error.hint = (f"{quoted(kept)} keeps what is done; " if kept.exists() else "") + (
-                f"to go on: {_resume_command(arguments)}")
+        with (Progress("converting", "B", arguments.quiet) as advance,
+              Progress("verifying", "part", arguments.quiet) as check):
+            return Outcome(api.run(conversion, advance, stop, check_progress=check))
+    except (ResourceError, Interrupted) as error:
+        kept = staging_of(conversion.output.destination)
+        error.hint = (f"{quoted(kept)} keeps what is done; " if kept.exists() else "") + (
+            f"to go on: {_resume_command(arguments)}")
         raise
-    finally:
-        if bar is not None:
-            bar.close()
-    _print(arguments, result)
 
 
 def _resume_command(arguments: argparse.Namespace) -> str:
-    """The command that takes up an interrupted run: the same, but for what would throw it away."""
+    """The command that takes up an interrupted run: as it was typed, but for what would throw the work away."""
+    program = [PROGRAM] if sys.argv[0].endswith(PROGRAM) else ["python", "-m", "stream_reshard"]
     kept = [word for word in arguments.argv if word not in ("--restart", "--break-lock")]
-    return " ".join(map(shell_word, ["python", "-m", "stream_reshard", *kept]))
+    return " ".join(map(shell_word, [*program, *kept]))
 
 
-def plan_command(arguments: argparse.Namespace, stop: Stop) -> None:
+def plan_command(arguments: argparse.Namespace, stop: Stop) -> Outcome:
     """`plan SRC [DST]`: everything up to and without the writing."""
-    _print(arguments, _planned(arguments, stop))
+    return Outcome(_planned(arguments, stop))
 
 
-def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
+def verify_command(arguments: argparse.Namespace, stop: Stop) -> Outcome:
     """`verify SRC DST`. With --forward all checks run even after a difference; all are reported at the end."""
     found, forward = Problems(), None
     _refuse_forward_flags(arguments)
@@ -121,10 +81,11 @@ def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
     if plan is not None:
         forward = found.collect(_run_forward, arguments, plan, stop)
         found.extend(filter(None, [forward.difference if forward else None]))
-    if report is not None or forward is not None:
-        facts = (report.facts if report else {"equal": False}) | ({"forward": forward.facts} if forward else {})
-        _print(arguments, Report(facts, (*(report.lines if report else ()), *(forward.lines if forward else ()))))
-    found.raise_if_any()
+    error = Refused(found) if found else None
+    if report is None and forward is None:
+        return Outcome(None, error)
+    facts = (report.facts if report else {"equal": False}) | ({"forward": forward.facts} if forward else {})
+    return Outcome(Report(facts, (*(report.lines if report else ()), *(forward.lines if forward else ()))), error)
 
 
 def _refuse_forward_flags(arguments: argparse.Namespace) -> None:
@@ -141,121 +102,57 @@ def _raise_other_than_differences(found: Problems) -> None:
 
 
 def _verified(arguments: argparse.Namespace, stop: Stop) -> Report:
-    with _counted(arguments.quiet, "part") as advance:
+    with Progress("verifying", "part", arguments.quiet) as advance:
         return api.verify(arguments.source, arguments.destination, **_choices(arguments, VerifyOptions), stop=stop,
                           progress=advance)
 
 
-def _planned_forward(arguments: argparse.Namespace) -> Any:
+def _planned_forward(arguments: argparse.Namespace) -> ForwardPlan:
     plan = api.plan_forward(arguments.source, arguments.destination, **_choices(arguments, ForwardOptions))
     if not (arguments.json or arguments.quiet):
-        _say(str(plan))
+        say(str(plan))
     return plan
 
 
-def _run_forward(arguments: argparse.Namespace, plan: Any, stop: Stop) -> ForwardResult:
-    with _counted(arguments.quiet, "layer") as advance:
+def _run_forward(arguments: argparse.Namespace, plan: ForwardPlan, stop: Stop) -> ForwardResult:
+    with Progress("running", "layer", arguments.quiet) as advance:
         return api.run_forward(plan, advance, stop)
 
 
-@contextmanager
-def _counted(quiet: bool, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A function for what is done and the total of it, which moves a progress bar where there is one."""
-    bar = _bar(0, quiet, unit=unit)
-
-    def advance(done: int, total: int) -> None:
-        if bar is not None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-    try:
-        yield advance
-    finally:
-        if bar is not None:
-            bar.close()
-
-
-def inspect_command(arguments: argparse.Namespace, stop: Stop) -> None:
+def inspect_command(arguments: argparse.Namespace, stop: Stop) -> Outcome:
     """`inspect DIR`."""
-    _print(arguments, api.inspect(arguments.source, values=arguments.values, stop=stop))
+    return Outcome(api.inspect(arguments.source, values=arguments.values, stop=stop))
 
 
-def diff_command(arguments: argparse.Namespace, stop: Stop) -> None:
+def diff_command(arguments: argparse.Namespace, stop: Stop) -> Outcome:
     """`diff A B`."""
     report = api.diff(arguments.source, arguments.destination)
-    _print(arguments, report)
-    if not report.facts["same"]:
-        raise DifferenceError(f"the layouts of {quoted(arguments.source)} and {quoted(arguments.destination)} differ")
+    if report.facts["same"]:
+        return Outcome(report)
+    one, other = quoted(arguments.source), quoted(arguments.destination)
+    return Outcome(report, DifferenceError(f"the layouts of {one} and {other} differ; `verify` compares the weights"))
 
 
-def demo_command(arguments: argparse.Namespace, stop: Stop) -> None:
+def demo_command(arguments: argparse.Namespace, stop: Stop) -> Outcome:
     """`demo`."""
     from stream_reshard.cli.demo import demo
-    _print(arguments, demo(arguments.quiet or arguments.json, stop))
+    return Outcome(demo(arguments.quiet or arguments.json, arguments.keep, stop))
 
 
-_RUN = {"convert": convert_command, "plan": plan_command, "verify": verify_command, "inspect": inspect_command,
-        "diff": diff_command, "demo": demo_command}
+def env_command(arguments: argparse.Namespace, stop: Stop) -> Outcome:
+    """`env`."""
+    from stream_reshard.cli.env import environment
+    return Outcome(environment())
 
 
-@contextmanager
-def _listening(stop: Stop) -> Iterator[None]:
-    """Let signals ask for a stop: between blocks while files are written, at once while nothing is. A second one ends
-    the process as it stands, which costs the files under way and nothing else."""
-    def handle(number: int, frame: object) -> None:
-        if stop.signal_number:
-            os._exit(128 + number)
-        stop.request(number)
-        if not stop.is_awaited:
-            raise stop.interruption()
-
-    # What is ignored stays ignored: nohup means it, and so does a shell for what it runs in the background.
-    before = {number: signal.signal(number, handle) for number in _SIGNALS
-              if signal.getsignal(number) is not signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def allow_list(argv: Sequence[str]) -> Outcome | None:
+    """The names that --allow takes, where `--allow list` asks for them; None where nobody does."""
+    if ("--allow", "list") not in pairwise(argv) and "--allow=list" not in argv:
+        return None
+    names = allowable() if argv[0] == "verify" else ALLOWABLE
+    return Outcome(Report({"allowable": list(names)}, tuple(f"{name:<26} {names[name]}" for name in names)))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    command, rest = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("convert", argv)
-    arguments = parser_of(command).parse_args(rest)
-    arguments.argv = argv
-    stop = Stop()
-    try:
-        with _listening(stop), memory.granted():
-            _RUN[command](arguments, stop)
-        return 0
-    except StreamReshardError as error:
-        for line in str(error).splitlines():
-            _tell(f"error: {line}")
-        if error.hint:
-            _tell(error.hint)
-        return error.exit_code
-    except OSError as error:
-        _tell("error: " + (f"{quoted(error.filename)}: " if error.filename else "") + (error.strerror or str(error)))
-        return ResourceError.exit_code
-
-
-def _mend_streams() -> None:
-    """Have three streams that take every text. One that was closed leads nowhere: the next file that is opened would
-    have its number, and messages would be written into that. Characters that an encoding lacks are escaped."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")
-
-
-def script() -> None:
-    """The installed command `stream-reshard`."""
-    _mend_streams()
-    sys.exit(main())
+RUN: dict[str, Callable[[argparse.Namespace, Stop], Outcome]] = {
+    "convert": convert_command, "plan": plan_command, "verify": verify_command, "inspect": inspect_command,
+    "diff": diff_command, "demo": demo_command, "env": env_command}

@@ -8,6 +8,7 @@ from typing import Any
 
 from stream_reshard.check.weights import verify
 from stream_reshard.convert.conversion import plan_conversion, run_conversion
+from stream_reshard.errors import DestinationError, quoted, shell_word
 from stream_reshard.formats.hugging_face.config import CONFIG_NAME, SINGLE_NAME, read_config
 from stream_reshard.machine.stop import Stop
 from stream_reshard.model.architectures import FAMILIES, build_model
@@ -36,14 +37,34 @@ def write_random_source(root: Path, config: dict[str, Any], seed: int = 0) -> No
             stream.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
 
-def demo(quiet: bool, stop: Stop | None = None) -> Report:
-    """Make, convert, verify, in a temporary folder; the facts are those of `verify`."""
+def demo(quiet: bool, keep: Path | None = None, stop: Stop | None = None) -> Report:
+    """Make, convert, verify, in `keep` or in a temporary folder; the facts are those of `verify`."""
+    if keep is not None:
+        return _demo(keep, quiet, stop)
     with tempfile.TemporaryDirectory(prefix="stream_reshard_demo_") as folder:
-        source, destination = Path(folder) / "llama", Path(folder) / "nanotron"
-        write_random_source(source, CONFIG)
-        conversion = plan_conversion(Options(source, destination, tp=2, pp=2))
-        if not quiet:
-            print(conversion)
-        run_conversion(conversion, stop=stop)
-        facts = verify(source, destination, stop=stop)
-    return Report(facts, (f"demo     converted and verified {facts['num_elements']} weights: all equal",))
+        return _demo(Path(folder), quiet, stop)
+
+
+def _demo(folder: Path, quiet: bool, stop: Stop | None) -> Report:
+    source, destination = folder / "llama", folder / "nanotron"
+    if source.exists() and any(source.iterdir()):
+        raise DestinationError(f"{quoted(source)} is not empty; --keep takes a new folder")
+    write_random_source(source, CONFIG)
+    conversion = plan_conversion(Options(source, destination, tp=2, pp=2))
+    if not quiet:
+        print(conversion)
+    run_conversion(conversion, stop=stop)
+    facts = verify(source, destination, stop=stop)
+    return Report(facts, (f"demo     converted and verified {facts['num_elements']} weights: all equal",
+                          *_next_steps(source, destination)))
+
+
+def _next_steps(source: Path, destination: Path) -> list[str]:
+    """The next three commands, for folders that stay."""
+    if source.parent.name.startswith("stream_reshard_demo_"):
+        return []
+    words = {name: shell_word(path) for name, path in (
+        ("source", source), ("destination", destination), ("back", source.parent / "back"))}
+    return ["next     stream-reshard inspect {destination}".format(**words),
+            "         stream-reshard verify {source} {destination}".format(**words),
+            "         stream-reshard {destination} {back} --to hf".format(**words)]

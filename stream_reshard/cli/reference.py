@@ -23,7 +23,7 @@ _SAME = {"plan": "convert"}
 
 def document() -> str:
     """The whole page, in Markdown."""
-    return "\n".join([_INTRO, *(line for command in ("convert", *COMMANDS) for line in _section(command)),
+    return "\n".join([_INTRO, *(line for command in COMMANDS for line in _section(command)),
                       *_allowable()])
 
 
@@ -32,7 +32,7 @@ def _section(command: str) -> Iterator[str]:
     actions = [action for action in parser._actions if action.option_strings and action.dest != "help"]
     folders = [action for action in parser._actions if not action.option_strings]
     words = [str(action.metavar) if action.nargs is None else f"[{action.metavar}]" for action in folders]
-    yield from ("", f"## `{' '.join(filter(None, ['' if command == 'convert' else command, *words]))}`", "")
+    yield from ("", f"## `{' '.join(filter(None, ['[convert]' if command == 'convert' else command, *words]))}`", "")
     yield str(parser.description)
     if command in _SAME:
         yield "Its options are those of a conversion."

@@ -28,7 +28,7 @@ from stream_reshard.machine.stop import Stop
 from stream_reshard.options import Options, VerifyOptions
 from stream_reshard.plan.alignment import cloneable_nbytes
 from stream_reshard.plan.plan import Job, Plan, make_plan
-from stream_reshard.report import Reported
+from stream_reshard.report import Progress, Reported
 from stream_reshard.run.lanes import MAX_UNUSED, NUM_BUFFERS
 from stream_reshard.run.output import Done, RunOptions, Output, run
 from stream_reshard.storage.cloning import can_clone_all
@@ -215,29 +215,30 @@ def _digest(documents: Mapping[str, bytes], destination: Path) -> str:
 
 
 def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lambda job: None,
-                   stop: Stop | None = None) -> Done:
+                   stop: Stop | None = None, check_progress: Progress = lambda done, total: None) -> Done:
     """Write the checkpoint.
 
-    `progress` is called with every finished job. A request to `stop` ends the run with Interrupted; it can be resumed.
+    `progress` is called with every finished job, `check_progress` with parts of a comparison. A request to
+    `stop` ends the run with Interrupted; it can be resumed.
     """
     options, stop = conversion.options, stop or Stop()
     executor = ThreadPoolExecutor(conversion.num_threads)
+    check = partial(_check, conversion, stop, check_progress) if options.verify else None
     how = RunOptions(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
-              conversion.transport, options.num_workers, partial(_check, conversion, stop) if options.verify else None,
-              progress, stop)
+                     conversion.transport, options.num_workers, check, progress, stop)
     try:
         return run(conversion.output, how)
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def _check(conversion: Conversion, stop: Stop, folder: Path) -> None:
+def _check(conversion: Conversion, stop: Stop, progress: Progress, folder: Path) -> None:
     """Compare a finished folder with the source. Raises DifferenceError or Refused."""
     from stream_reshard.check.weights import verify
     options = conversion.options
     scope = VerifyOptions(max_memory=options.max_memory, vocab_size=options.vocab_size, ignored=(JOURNAL_NAME,),
                           name=conversion.output.destination, plan=conversion.memory)
-    verify(options.source, folder, scope, stop)
+    verify(options.source, folder, scope, stop, progress)
 
 
 def _always(dtype: str, number: int) -> str:

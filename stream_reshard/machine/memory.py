@@ -18,7 +18,8 @@ from stream_reshard.errors import ResourceError, UsageError, quoted
 from stream_reshard.machine.kernel import free_descriptors, group_limit, num_cores
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
-          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+          "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+"""Bytes of a unit; one letter alone is a binary unit, as for containers and services."""
 
 DEFAULT_ALLOWED = 512 * 2**20
 MAX_BLOCK_NBYTES = 2 * 2**20
@@ -54,11 +55,16 @@ _PARSED_PER_BYTE = 56
 
 
 def parse_nbytes(text: str) -> int:
-    """ "512MiB", "64 mb" or "1000000" in bytes. Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    """ "512MiB", "64 mb", "1G" or "1e9" in bytes. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([a-zA-Z]*)\s*", text, re.IGNORECASE)
     if not match or len(text) > 40 or match[2].lower() not in _UNITS or not float(match[1]):
-        raise UsageError(f"{quoted(text)} is not a size; write it as 512MiB, 64MiB or 1GB")
+        raise UsageError(f"{quoted(text)} is not a size; write it as 512MiB, 1G, 5GB or 1e9")
     return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 file", "2 files". """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def human(nbytes: float) -> str:
@@ -162,9 +168,11 @@ class MemoryPlan:
     def problems(self, work: str) -> Iterator[ResourceError]:
         """An error where `work` (such as "the run") would exceed the limit."""
         if self.projected > self.allowed:
+            fewer = ", or lower --workers" if self.num_workers > 1 else ""
             yield ResourceError(f"--max-memory {human(self.allowed)} cannot be kept: {work} would reach "
-                                f"{human(self.projected)} with {self.num_workers} workers"
-                                f"{' and torch for casts' if self.casts else ''}; raise it, or lower --workers")
+                                f"{human(self.projected)} with {counted(self.num_workers, 'worker')}"
+                                f"{' and torch for casts' if self.casts else ''}; the process holds "
+                                f"{human(self.reserved)} already; raise it{fewer}")
 
 
 def parse_limit(allowed: int, reserved: int) -> int:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from stream_reshard.errors import UsageError, quoted
 from stream_reshard.machine import memory
-from stream_reshard.options.declaring import option
+from stream_reshard.options.declaring import ACCEPTED, option
 from stream_reshard.options.resources import Dtype, Resources
+
+SCOPE, FORWARD = "scope", "with --forward"
+"""Headings for groups of flags."""
 
 
 def parse_part(text: str) -> float:
@@ -28,15 +31,16 @@ class VerifyOptions(Resources):
     allow: tuple[str, ...] = option((), "accept a difference by its name: padding (rows of padding that are not zero), "
                                     "stages (blocks on other stages than Nanotron's balancing gives them), config.yaml "
                                     "and checkpoint_metadata.json (missing, or starting elsewhere), a token id, "
-                                    "initializer_range, or a name that a conversion accepts", metavar="NAME")
-    quick: bool = option(False, "structure, configs and digests only; no weight of SRC is read")
+                                    "initializer_range, or a name that a conversion accepts", metavar="NAME",
+                                    group=ACCEPTED)
+    quick: bool = option(False, "structure, configs and digests only; no weight of SRC is read", group=SCOPE)
     sample: float = option(1.0, "seeded part of the weights that is compared, such as 10%%", metavar="PERCENT",
-                           parse=parse_part, shown="100%%")
-    seed: int = option(0, "seed of the sample, and of random tokens", metavar="N", least=0)
+                           parse=parse_part, shown="100%%", group=SCOPE)
+    seed: int = option(0, "seed of the sample, and of random tokens", metavar="N", least=0, group=SCOPE)
     vocab_size: int | None = option(None, "rows of the embedding without padding, of a Nanotron SRC that was not made "
                                     "by this tool", metavar="N", least=1)
     edited: tuple[str, ...] = option((), "a file of DST that was edited on purpose, such as config.yaml: its digest is "
-                                     "not compared, its contents are", metavar="PATH")
+                                     "not compared, its contents are", metavar="PATH", group=ACCEPTED)
     ignored: tuple[str, ...] = ()
     """Paths in the copy that are not part of it."""
     name: Path | None = None
@@ -55,13 +59,13 @@ class ForwardOptions(Resources):
     """Scope, tolerance and resources of two forward passes."""
 
     text: Path | None = option(None, "text whose first tokens are run, by the tokenizer.json of the model",
-                               metavar="FILE", shown="random tokens")
-    tokens: int = option(128, "tokens that are run, at most", metavar="N", least=2)
+                               metavar="FILE", shown="random tokens", group=FORWARD)
+    tokens: int = option(128, "tokens that are run, at most", metavar="N", least=2, group=FORWARD)
     seed: int = option(0, "seed of random tokens", metavar="N", least=0)
     tolerance: float = option(1e-4, "largest difference of a forward pass, relative to the largest value of a token",
-                              metavar="X")
+                              metavar="X", group=FORWARD)
     plot: Path | None = option(None, "picture of the differences by layer, to be drawn; needs the extra [plot]",
-                               metavar="FILE.png")
+                               metavar="FILE.png", group=FORWARD)
     dtype: Dtype = option("keep", "dtype to which weights of SRC are rounded first; keep: the one in DST's manifest, "
                           "else none")
     allow: tuple[str, ...] = option((), "stages: layers of DST may stand on other stages than Nanotron's balancing "

@@ -8,7 +8,7 @@ from typing import Literal
 
 from stream_reshard.machine import memory
 from stream_reshard.model.topology import Topology
-from stream_reshard.options.declaring import option, options_of
+from stream_reshard.options.declaring import ACCEPTED, RUN, SAFETY, option, options_of
 from stream_reshard.options.resources import Dtype, Resources
 
 Format = Literal["nanotron", "hf"]
@@ -62,21 +62,22 @@ class Options(Resources):
     tokenizer: Path | None = option(None, "folder of the tokenizer and generation files; licences and README.md are "
                                     "those of SRC. Code that tokenizer_config.json names is copied and never run",
                                     metavar="DIR", shown="SRC")
-    allow: tuple[str, ...] = option((), "accept something that Nanotron will not honour: " + ", ".join(ALLOWABLE),
-                                    metavar="NAME")
-    verify: bool = option(False, "compare everything with SRC before DST gets its name")
+    allow: tuple[str, ...] = option((), "accept a setting of SRC that Nanotron will not honour, by its name; "
+                                    "--allow list shows the names", metavar="NAME", group=ACCEPTED)
+    verify: bool = option(False, "compare everything with SRC before DST gets its name", group=SAFETY)
     source_sha256: str | None = option(None, "check the files of SRC first: FILE as sha256sum writes it, or `cache`, "
-                                       "where they are links to blobs named by their sha256", metavar="FILE")
+                                       "where they are links to blobs named by their sha256", metavar="FILE",
+                                       group=SAFETY)
     io: Io = option("auto", "way in which SRC is read: pread into buffers, mmap written straight from a mapping; auto: "
-                    "pread, which measured faster")
+                    "pread, which measured faster", group=RUN)
     digests: Digests = option("auto", "tensor files that get a digest in the manifest: auto leaves out those that "
-                              "share blocks with SRC, which are not read; all reads them back")
+                              "share blocks with SRC, which are not read; all reads them back", group=RUN)
     overwrite: bool = option(False, "replace the checkpoint at DST, or a folder that this tool made there, once the "
-                             "new one is complete; nothing else is ever replaced")
+                             "new one is complete; nothing else is ever replaced", group=SAFETY)
     restart: bool = option(False, "throw away the files that an interrupted run left in DST.partial; a file that no "
-                           "run has written is refused, by name")
+                           "run has written is refused, by name", group=SAFETY)
     break_lock: bool = option(False, "take over from a run on another machine, or in another container, that is known "
-                              "to be dead; a process that lives on this machine is never robbed")
+                              "to be dead; a process that lives on this machine is never robbed", group=SAFETY)
 
     @property
     def topology(self) -> Topology:

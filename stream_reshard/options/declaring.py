@@ -10,6 +10,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from stream_reshard.errors import Problems, UsageError, quoted
 
+RESULT, ACCEPTED, SAFETY, RUN = "the result", "acceptance", "safety", "running"
+"""Headings for groups of flags."""
+
 T = TypeVar("T")
 Own = TypeVar("Own", bound="Declared")
 
@@ -28,6 +31,8 @@ class Option:
     """Value of a text that a user wrote. Raises UsageError."""
     shown: str = ""
     """Default as a person reads it; "" where it is the value itself."""
+    group: str = ""
+    """Heading in the help under which the flag stands."""
     name: str = ""
     kind: Any = None
     """Type without None: bool, int, float, str, Path, tuple[str, ...] or a Literal."""
@@ -90,9 +95,9 @@ _KEY = "option"
 
 
 def option(default: T, help: str, *, metavar: str = "", least: int | None = None,
-           parse: Callable[[str], Any] | None = None, shown: str = "") -> T:
+           parse: Callable[[str], Any] | None = None, shown: str = "", group: str = RESULT) -> T:
     """A field that declares an option; the parameters are those of `Option`."""
-    return field(default=default, metadata={_KEY: Option(help, metavar, least, parse, shown)})
+    return field(default=default, metadata={_KEY: Option(help, metavar, least, parse, shown, group)})
 
 
 def flag_of(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from stream_reshard.machine import memory
 from stream_reshard.machine.kernel import num_cores
-from stream_reshard.options.declaring import Declared, option
+from stream_reshard.options.declaring import RUN, Declared, option
 
 Dtype = Literal["keep", "bfloat16", "float16", "float32"]
 
@@ -16,10 +16,11 @@ class Resources(Declared):
     """Memory and workers of any command that reads weights."""
 
     max_memory: int = option(memory.DEFAULT_ALLOWED, "limit on the peak resident set of the whole process tree, the "
-                             "interpreter included", metavar="SIZE", parse=memory.parse_nbytes, least=1, shown="512MiB")
+                             "interpreter included", metavar="SIZE", parse=memory.parse_nbytes, least=1, shown="512MiB",
+                             group=RUN)
     workers: int | None = option(None, "jobs that move bytes at the same time; they share --max-memory, and the result "
                                  "does not depend on them", metavar="N", least=1,
-                                 shown="an eighth of the cores that control groups grant, 1 to 8")
+                                 shown="an eighth of the cores that control groups grant, 1 to 8", group=RUN)
 
     @property
     def allowed_memory(self) -> int:

@@ -19,9 +19,19 @@ PADDING = "padding"
 """Name in `allow` for padding rows that are not zero: Nanotron itself leaves them to chance."""
 
 
+def allowable() -> dict[str, str]:
+    """The names of differences that a user may accept, with the meaning of each."""
+    return {PADDING: "rows of padding that are not zero: Nanotron itself leaves them to chance",
+            STAGES: "blocks on other stages than Nanotron's balancing gives them",
+            CONFIG_YAML: "config.yaml is missing, or a training by it starts elsewhere",
+            METADATA_NAME: f"{METADATA_NAME} is missing",
+            **dict.fromkeys(WITHOUT_EFFECT, "another value, which changes no forward pass"),
+            **dict.fromkeys([*ALLOWABLE, *NEUTRAL], "another value of the setting")}
+
+
 def check_names(other: Side, options: VerifyOptions) -> None:
     """Raises UsageError for names that mean nothing: what they should have let through would be missed."""
-    names = dict.fromkeys([*ALLOWABLE, *NEUTRAL, *WITHOUT_EFFECT, PADDING, STAGES, CONFIG_YAML, METADATA_NAME])
+    names = allowable()
     for name in options.allow:
         if name not in names:
             raise UsageError(f"--allow {quoted(name)}: the names are {', '.join(names)}")
