@@ -87,11 +87,11 @@ def changed(case, point):
 
 @pytest.mark.parametrize("number", [pytest.param(2, id="sample"), pytest.param(20, id="all",
                                                                                marks=pytest.mark.heavy)])
-def test_a_source_that_changes_under_the_run(tmp_path, figures, number):
-    case = Case(tmp_path / "count")
-    last = max(at for at, name in enumerate(case.operations(), 1) if name == "fallocate")  # Of a tensor file.
+def test_a_source_that_changes_under_the_run(quick_path, figures, number):
+    case = Case(quick_path / "count")
+    last = max(at for at, name in enumerate(case.operations, 1) if name == "fallocate")  # Of a tensor file.
     points = [(change, at) for change in CHANGES for at in random.Random(1).sample(range(2, last), number)]
-    figures("changes of the source", *campaign(tmp_path, Case, changed, points))
+    figures("changes of the source", *campaign(quick_path, Case, changed, points))
 
 
 def unreadable(case, point):
@@ -119,10 +119,10 @@ def unreadable(case, point):
 
 
 @pytest.mark.heavy
-def test_reads_that_fail(tmp_path, figures):
+def test_reads_that_fail(quick_path, figures):
     points = [(code, at, times) for code in (errno.EIO, errno.ESTALE) for at in (1, 5, 9, 14, 20)
               for times in (1, 3, 4, 1000)]
-    figures("reads that fail", *campaign(tmp_path, Case, unreadable, points))
+    figures("reads that fail", *campaign(quick_path, Case, unreadable, points))
 
 
 @pytest.mark.parametrize("times", [1, 4])

@@ -12,8 +12,6 @@ from trees import write_sparse_source
 from stream_reshard.machine.memory import parse_nbytes
 from stream_reshard.storage.header import pack_header
 
-pytestmark = pytest.mark.usefixtures("held")
-
 
 def test_a_big_checkpoint_is_verified_in_64_mib(tmp_path):
     write_sparse_source(tmp_path / "hf", vocab=60_000)
