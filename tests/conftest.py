@@ -11,6 +11,7 @@ import pytest
 from attempts import make_shared, place, place_half
 from damage import bare
 from running import call, deadline
+from sources import make_source
 from trees import make
 
 from stream_reshard.machine import memory
@@ -74,6 +75,21 @@ def done(shared):
     return shared
 
 
+@pytest.fixture
+def open_to_all(tmp_path):
+    """A folder in which anybody may write, and into which anybody may go. All that a run imports is imported, as not
+    everybody may read the modules of this interpreter."""
+    first, copy = make_source(tmp_path / "first"), tmp_path / "copy"
+    assert call(first, copy, "--quiet") == call("verify", first, copy, "--quiet") == 0
+    shutil.rmtree(first)
+    shutil.rmtree(copy)
+    for folder in (tmp_path, *tmp_path.parents):
+        if os.stat(folder).st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o005)
+    tmp_path.chmod(0o777)
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """made(kind): a checkpoint that stays as it is."""
@@ -116,7 +132,7 @@ def differs(verify):
     return run
 
 
-pytest.register_assert_rewrite("headers")
+pytest.register_assert_rewrite("headers", "refusals")
 
 
 @pytest.fixture(autouse=True, scope="session")
