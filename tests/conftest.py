@@ -1,10 +1,17 @@
-"""What several test files share: figures of the campaigns, printed at the end of a run, and the fixtures of verify."""
+"""What several test files share: figures of the campaigns, printed at the end of a run; runs that ended or were killed;
+the fixtures of verify."""
+import os
 import shutil
+from contextlib import contextmanager
 from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from attempts import make_shared, place, place_half
 from damage import bare
 from running import call, deadline
+from sources import make_source
 from trees import make
 
 from stream_reshard.machine import memory
@@ -27,10 +34,60 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"campaign: {what}: {tried} tried, {wrong} violations")
 
 
+@contextmanager
+def folder_in_memory(otherwise):
+    """What a killed process has written is there whatever holds the files: a disk would only take its time to sync
+    them. Power cuts, clones and full disks have disks of their own."""
+    memory_disk = Path("/dev/shm")
+    status = os.statvfs(memory_disk) if os.access(memory_disk, os.W_OK) else None
+    if status is None or status.f_bavail * status.f_frsize < 2**28:
+        yield otherwise
+        return
+    with TemporaryDirectory(dir=memory_disk, prefix="stream_reshard_test_") as folder:
+        yield Path(folder)
+
+
 @pytest.fixture
-def held(monkeypatch):
-    """Looking for the children of the test process takes a third of a run. Limits are tested in other processes."""
-    monkeypatch.setattr(memory, "resident", lambda: 2**28)
+def quick_path(tmp_path):
+    """A folder for campaigns of faults, in memory where there is room."""
+    with folder_in_memory(tmp_path) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """A case with copies of what its runs leave (attempts.py). Its source stays as it is: a journal knows it by its
+    times."""
+    with folder_in_memory(tmp_path_factory.mktemp("shared")) as folder:
+        yield make_shared(folder)
+
+
+@pytest.fixture
+def stopped(shared):
+    """A case whose run was killed in the middle."""
+    return place_half(shared)
+
+
+@pytest.fixture
+def done(shared):
+    """A case whose run has ended well."""
+    place(shared, "whole", shared.destination)
+    return shared
+
+
+@pytest.fixture
+def open_to_all(tmp_path):
+    """A folder in which anybody may write, and into which anybody may go. All that a run imports is imported, as not
+    everybody may read the modules of this interpreter."""
+    first, copy = make_source(tmp_path / "first"), tmp_path / "copy"
+    assert call(first, copy, "--quiet") == call("verify", first, copy, "--quiet") == 0
+    shutil.rmtree(first)
+    shutil.rmtree(copy)
+    for folder in (tmp_path, *tmp_path.parents):
+        if os.stat(folder).st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o005)
+    tmp_path.chmod(0o777)
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +132,14 @@ def differs(verify):
     return run
 
 
-pytest.register_assert_rewrite("headers")
+pytest.register_assert_rewrite("headers", "refusals")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def imports_of_other_tests_do_not_count():
     """This process may hold torch and transformers, half a GiB. What a run reckons with is that of a process of its
-    own, in which the tests of memory start the command."""
-    real = memory.resident
+    own, in which the tests of memory start the command. Nor is it measured: to look for the children of a process
+    takes a fifth of a plan."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(memory, "resident", lambda: min(real(), 128 * 2**20))
+        patched.setattr(memory, "resident", lambda: 128 * 2**20)
         yield

@@ -14,7 +14,7 @@ from faults import FLAGS, Case, after_fault, campaign, clean_error, fail, kill, 
 
 from stream_reshard.cli import main
 
-QUICK = pytest.param(25, id="sample")
+QUICK = pytest.param(10, id="sample")
 HEAVY = pytest.param(10**9, id="all", marks=pytest.mark.heavy)
 
 
@@ -35,11 +35,11 @@ def killed(case, point):
 
 
 @pytest.mark.parametrize("number", [QUICK, HEAVY])
-def test_sigkill_before_and_after_every_call(tmp_path, figures, number):
-    count = len(Case(tmp_path / "count").operations())
+def test_sigkill_before_and_after_every_call(quick_path, figures, number):
+    count = len(Case(quick_path / "count").operations)
     assert count > 150
     points = [(at, after) for at in range(1, count + 1) for after in (False, True)]
-    figures("SIGKILL at enumerated calls", *campaign(tmp_path, make, killed, sample(points, number)))
+    figures("SIGKILL at enumerated calls", *campaign(quick_path, make, killed, sample(points, number)))
 
 
 def killed_at_random(case, seed):
@@ -61,8 +61,8 @@ def make_timed(root):
 
 
 @pytest.mark.parametrize("number", [QUICK, pytest.param(1000, id="all", marks=pytest.mark.heavy)])
-def test_sigkill_at_random_times(tmp_path, figures, number):
-    figures("SIGKILL at random times", *campaign(tmp_path, make_timed, killed_at_random, range(number)))
+def test_sigkill_at_random_times(quick_path, figures, number):
+    figures("SIGKILL at random times", *campaign(quick_path, make_timed, killed_at_random, range(number)))
 
 
 def make_overwriting(root):
@@ -110,23 +110,23 @@ def killed_restarting(case, point):
 
 
 @pytest.mark.heavy
-def test_sigkill_while_restarting(tmp_path, figures):
+def test_sigkill_while_restarting(quick_path, figures):
     """Whatever of the old attempt is left, the same command goes on."""
-    (tmp_path / "count").mkdir()
-    names = make_restarting(tmp_path / "count").operations()
+    (quick_path / "count").mkdir()
+    names = make_restarting(quick_path / "count").operations
     points = [(at, after) for at in range(1, 60) for after in (False, True)]
     assert "rename" in names[:10]
-    figures("SIGKILL, restarting", *campaign(tmp_path, make_restarting, killed_restarting, points))
+    figures("SIGKILL, restarting", *campaign(quick_path, make_restarting, killed_restarting, points))
 
 
-@pytest.mark.parametrize("number", [pytest.param(8, id="sample"), HEAVY])
+@pytest.mark.parametrize("number", [pytest.param(4, id="sample"), HEAVY])
 @pytest.mark.parametrize("make_old", [make_overwriting, make_replacing_a_damaged_one])
-def test_sigkill_while_overwriting(tmp_path, figures, make_old, number):
+def test_sigkill_while_overwriting(quick_path, figures, make_old, number):
     """The old checkpoint, or the new one, but always a whole one; and only the last part of the run differs."""
-    (tmp_path / "count").mkdir()
-    count = len(make_old(tmp_path / "count").operations())
+    (quick_path / "count").mkdir()
+    count = len(make_old(quick_path / "count").operations)
     points = [(at, after) for at in range(max(1, count - 150), count + 1) for after in (False, True)]
-    figures(f"SIGKILL, {make_old.__name__[5:]}", *campaign(tmp_path, make_old, killed_overwriting,
+    figures(f"SIGKILL, {make_old.__name__[5:]}", *campaign(quick_path, make_old, killed_overwriting,
                                                            sample(points, number)))
 
 
@@ -147,11 +147,11 @@ CODES = {"open": (errno.ENOSPC, errno.EIO, errno.EMFILE), "mkdir": (errno.ENOSPC
 
 
 @pytest.mark.parametrize("number", [QUICK, HEAVY])
-def test_errors_of_every_call(tmp_path, figures, number):
+def test_errors_of_every_call(quick_path, figures, number):
     """Once, and again and again from there on."""
-    names = Case(tmp_path / "count").operations()
+    names = Case(quick_path / "count").operations
     points = [(at, code, until) for at, name in enumerate(names, 1) for code in CODES[name] for until in (None, 10**9)]
-    figures("errors of enumerated calls", *campaign(tmp_path, make, failed, sample(points, number)))
+    figures("errors of enumerated calls", *campaign(quick_path, make, failed, sample(points, number)))
 
 
 def shortened(case, point):
@@ -172,8 +172,8 @@ def shortened(case, point):
     return clean_error(code, err, (0,)) or after_fault(case)
 
 
-def test_short_writes(tmp_path, figures):
-    figures("runs of short writes only", *campaign(tmp_path, make, shortened, range(1, 100, 7)))
+def test_short_writes(quick_path, figures):
+    figures("runs of short writes only", *campaign(quick_path, make, shortened, range(1, 100, 14)))
 
 
 SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: 138}
@@ -202,10 +202,10 @@ def signalled(case, point):
     return f"left {temps}" if temps or any("lock" in name for name in case.beside()) else after_fault(case)
 
 
-@pytest.mark.parametrize("number", [pytest.param(20, id="sample"), pytest.param(200, id="all",
-                                                                                marks=pytest.mark.heavy)])
-def test_signals_stop_cleanly(tmp_path, figures, number):
-    count = len(Case(tmp_path / "count").operations())
+@pytest.mark.parametrize("number", [pytest.param(8, id="sample"), pytest.param(200, id="all",
+                                                                               marks=pytest.mark.heavy)])
+def test_signals_stop_cleanly(quick_path, figures, number):
+    count = len(Case(quick_path / "count").operations)
     chooser = random.Random(3)
     points = [(kind, chooser.randint(2, count)) for kind in SIGNALS for _ in range(number // len(SIGNALS))]
-    figures("signals", *campaign(tmp_path, make, signalled, points))
+    figures("signals", *campaign(quick_path, make, signalled, points))

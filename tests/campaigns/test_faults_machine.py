@@ -195,10 +195,10 @@ def planted(case, path):
     return wrong or clean_error(*case.run(flags=("--restart",)), (0,)) or after_fault(case)
 
 
-def test_nothing_is_written_through_a_link(tmp_path, figures):
+def test_nothing_is_written_through_a_link(quick_path, figures):
     paths = [".", "model", "model/model/decoder", "stream_reshard.journal", "tokenizer.json", "model_config.json",
              "model/model/decoder/0/pp_block/input_layernorm/model_weight.safetensors", "config.yaml"]
-    figures("planted links", *campaign(tmp_path, Case, planted, paths))
+    figures("planted links", *campaign(quick_path, Case, planted, paths))
 
 
 def test_a_destination_that_is_a_link_is_resolved_once_and_said(tmp_path, capsys):

@@ -1,20 +1,10 @@
 """Headers, indexes and configs that cost whoever parses them: refused at once, within the limit on memory."""
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from running import STATUS, WATCHED, watched
 from sources import INDEX, make_source, raw_file
 
 from stream_reshard.machine import memory
 
-STATUS = """import atexit, contextlib, pathlib, sys
-def status(name):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
-"""
-WATCHED = STATUS + """atexit.register(lambda: print(status("VmHWM"), file=sys.stderr))
-from stream_reshard.cli import script; script()"""
 MEASURED = STATUS + """from stream_reshard import errors
 from stream_reshard.storage import header, small_files
 header.parse_header("x", b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 62)
@@ -22,16 +12,6 @@ root, before = pathlib.Path(sys.argv[1]), status("VmRSS")
 with contextlib.suppress(errors.SourceError):
     found = small_files.read_json(root, "json") if sys.argv[2] == "json" else header.read_header(root, "header")
 print(status("VmHWM") - before, file=sys.stderr)"""
-
-
-def watched(code, *arguments):
-    """(exit code, lines of stderr, seconds of a processor, bytes that it says at its end) of a fresh interpreter."""
-    before = os.times()
-    run = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=Path(__file__).parents[2],
-                         capture_output=True, text=True)
-    *lines, nbytes = run.stderr.splitlines()
-    seconds = os.times().children_user + os.times().children_system - before.children_user - before.children_system
-    return run.returncode, lines, seconds, int(nbytes)
 
 
 def filled(frame, unit, nbytes):
@@ -74,7 +54,8 @@ WRITE = {"header": lambda root, text: (root / "model.safetensors").write_bytes(r
              b'{"a":%s,%s' % (text, (root / "config.json").read_bytes()[1:]))}
 EACH = [*[("header", name, 0, "64MiB") for name in HEADERS], *[("index", name, 0, "64MiB") for name in INDEXES],
         ("header", "tensors", 24_999_000, "64MiB"), ("header", "deep lists", 24_999_000, "512MiB"),
-        *[("index", name, 10_480_000, limit) for name in INDEXES for limit in ("64MiB", "512MiB")],
+        *[("index", name, 10_480_000, "64MiB") for name in INDEXES],
+        *[pytest.param("index", name, 10_480_000, "512MiB", marks=pytest.mark.heavy) for name in INDEXES],
         *[("shards", name, 0, "64MiB") for name in ("tensors", "deep lists", "digits", "long names")], ("config", "deep lists", 10_480_000, "64MiB")]
 
 

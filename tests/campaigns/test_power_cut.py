@@ -102,7 +102,7 @@ def test_power_cut(tmp_path, figures, kind, number):
         pytest.skip(f"{MAKE[kind][0]} is not installed")
     try:
         try:
-            count = len(maker(kind)(tmp_path / "count").operations())
+            count = len(maker(kind)(tmp_path / "count").operations)
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no loop device here: {error.stderr}")
         points = random.Random(5).sample(range(2, count + 1), number - 1) + [None]

@@ -5,8 +5,6 @@ import pytest
 from damage import every, poke
 from trees import raw_of
 
-pytestmark = pytest.mark.usefixtures("held")
-
 
 def flips(root, kinds, number, seed=0):
     """`number` random bits of files below a folder, evenly over kinds of place: (file, byte, bit)."""

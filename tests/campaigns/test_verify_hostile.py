@@ -10,8 +10,6 @@ from damage import bare, edit_header, edit_json, every, forge, rename, replace
 from running import opened
 from trees import EMBEDDING, MANIFEST, NORM
 
-pytestmark = pytest.mark.usefixtures("held")
-
 
 def first(content):
     """Writes this to the first of the weight files."""

@@ -16,17 +16,18 @@ pytest.importorskip("torch")
 
 @pytest.fixture(scope="module")
 def vast(tmp_path_factory):
-    """A model whose embedding alone, 614 MB, is more than the limit on memory; it takes no room on the disk."""
+    """A model whose embedding alone, 430 MB, is more than the limit on memory; it takes no room on the disk."""
     root = tmp_path_factory.mktemp("vast")
-    write_sparse_source(root / "hf", 300_000)
+    write_sparse_source(root / "hf", 210_000)
     convert(root / "hf", root / "nt", "--tp", 2, "--max-memory", "8GiB")
     return root / "hf", root / "nt"
 
 
 def test_no_matrix_is_ever_whole(vast):
-    code, peak, err = measured("verify", *vast, "--forward", "--quick", "--json")
+    limit = "384MiB"
+    code, peak, err = measured("verify", *vast, "--forward", "--quick", "--json", "--tokens", 8, "--max-memory", limit)
     assert code == 0, err
-    assert parse_nbytes("100MiB") < peak < parse_nbytes("512MiB")
+    assert parse_nbytes("100MiB") < peak <= parse_nbytes(limit) < (vast[0] / "model.safetensors").stat().st_size
 
 
 def test_a_signal_ends_it_soon(vast):

@@ -32,9 +32,19 @@ def test_the_hugging_face_pass_is_that_of_transformers(models, name):
     assert_as_transformers(*models(name))
 
 
-@pytest.mark.parametrize("flags", [("--tp", 2, "--pp", 2), ("--tp", 4, "--pp", 3, "--vocab-multiple", 8),
-                                   ("--tp", 2, "--rope", "interleaved")], ids=lambda flags: " ".join(map(str, flags)))
-@pytest.mark.parametrize("name", PLAIN)
+WAYS = [("--tp", 2, "--pp", 2), ("--tp", 4, "--pp", 3, "--vocab-multiple", 8), ("--tp", 2, "--rope", "interleaved")]
+
+
+def every_way():
+    """Each family on ranks; most of the other ways are left to the heavy tests."""
+    for name in PLAIN:
+        for flags in WAYS:
+            is_quick = name in ("llama", "qwen2") or flags is WAYS[0]
+            yield pytest.param(name, flags, id=" ".join(map(str, [name, *flags])),
+                               marks=() if is_quick else pytest.mark.heavy)
+
+
+@pytest.mark.parametrize("name, flags", list(every_way()))
 def test_the_pass_of_nanotrons_ranks_is_that_of_transformers(models, tmp_path, name, flags):
     folder, told = models(name)
     convert(folder, tmp_path / "nt", *flags)

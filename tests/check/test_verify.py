@@ -12,8 +12,6 @@ from trees import EMBEDDING, GOLDEN, KINDS, MANIFEST, Oracle
 
 from stream_reshard.machine import memory
 
-pytestmark = pytest.mark.usefixtures("held")
-
 PAIRS = [
     ("hf", "tp2pp2"), ("tp2pp2", "hf"), ("hf3", "tp1"), ("hf", "hf3"), ("hf3", "hf"), ("tp1", "tp2pp2"),
     ("tp2pp2", "tp1"), ("tp2pp2", "interleaved"), ("interleaved", "padded"), ("padded", "hf3"), ("hf", "interleaved"),

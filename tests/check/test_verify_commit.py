@@ -8,8 +8,6 @@ from stream_reshard.check import weights as package
 from stream_reshard.errors import ResourceError
 from stream_reshard.run import output as execute
 
-pytestmark = pytest.mark.usefixtures("held")
-
 DAMAGES = [
     ("a weight", lambda c: poke(every(c, "o_proj")[0], -1), "o_proj"),
     ("a missing file", lambda c: every(c, NORM)[0].unlink(), NORM),

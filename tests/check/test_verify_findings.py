@@ -111,7 +111,6 @@ BARE = [
     ("config.yaml is empty", lambda c: (c / "config.yaml").write_text(""), ["config.yaml"])]
 
 
-@pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("bare, change, words", [
     *[pytest.param(False, *row[1:], id=row[0]) for row in WITH_MANIFEST],
     *[pytest.param(True, *row[1:], id=f"bare {row[0]}") for row in BARE]])
@@ -144,7 +143,6 @@ def test_padding_that_nanotron_left_to_chance_can_be_allowed(tmp_path, capsys):
     assert main([*command, "--allow", "padding"]) == 0
 
 
-@pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("change, words", [pytest.param(*row[1:], id=row[0]) for row in BARE if row[0] in (
     "every rank missing", "ranks exchanged: qkv_proj", "shape of all ranks", "version of one rank", "not committed",
     "absent")])

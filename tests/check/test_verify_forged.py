@@ -12,8 +12,6 @@ from trees import EMBEDDING, MANIFEST
 from stream_reshard.options import ALLOWABLE
 from stream_reshard.machine import memory
 
-pytestmark = pytest.mark.usefixtures("held")
-
 SCALED = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
 
 

@@ -9,8 +9,6 @@ from trees import MANIFEST, raw_of
 from stream_reshard.machine import memory
 from stream_reshard.storage import source_file as tensor_file
 
-pytestmark = pytest.mark.usefixtures("held")
-
 
 def read_by(verify, monkeypatch, *arguments):
     """({(folder, file, offset, nbytes)} that were read, what verify returned)."""

@@ -12,8 +12,7 @@ from trees import GOLDEN, MANIFEST
 
 from stream_reshard.check.weights.training import has_yaml
 
-pytestmark = [pytest.mark.usefixtures("held"),
-              pytest.mark.skipif(not has_yaml(), reason="without PyYAML config.yaml is not read")]
+pytestmark = pytest.mark.skipif(not has_yaml(), reason="without PyYAML config.yaml is not read")
 
 EDITED = ("--edited", "config.yaml")
 

@@ -7,6 +7,7 @@ and install `datasets` and `einops`.
 from dataclasses import dataclass
 
 import pytest
+from conversions import convert
 
 from real import launch, trees
 
@@ -59,10 +60,11 @@ def judge(cases, folder, repo=None):
         hf = getattr(models, case.save)(folder / name / "hf")
         logits = folder / name / "logits.safetensors"
         models.save_logits(hf, logits)
-        source, to = hf, ()
+        source, to, converted = hf, (), folder / name / "converted"
         if case.through:
-            source, to = launch.convert(hf, folder / name / "first", *case.through), ("--to", "nanotron")
-        converted = launch.convert(source, folder / name / "converted", *TOPOLOGY, *to, *case.flags)
+            convert(hf, first := folder / name / "first", *case.through)
+            source, to = first, ("--to", "nanotron")
+        convert(source, converted, *TOPOLOGY, *to, *case.flags)
         steps += [("save", hf, folder / name / "saved", *TOPOLOGY, "--model-config", case.class_name),
                   ("load", hf, converted, *TOPOLOGY),
                   ("load", hf, converted, "--pp", 4),

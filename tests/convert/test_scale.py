@@ -9,9 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from running import ROOT
+from running import ROOT, WATCHED
 from sources import FAMILY, INDEX, shapes_of
-from test_hostile_bombs import WATCHED
 
 from stream_reshard.convert.conversion import Options, plan_conversion
 from stream_reshard.model.box import Box
@@ -61,6 +60,12 @@ def sparse(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("sparse") / "hf"
     config = SIZES[request.param]
     return root, config, write_sparse_shards(root, config)
+
+
+@pytest.fixture(scope="module")
+def plan(sparse):
+    """Its plan on 32 ranks."""
+    return plan_conversion(Options(sparse[0], None, tp=8, pp=4, max_memory=2**33)).plan
 
 
 def test_plan_in_64_mib(sparse):
@@ -114,10 +119,9 @@ def expected(layer, part, row, column, places, num_tp):
     return shard, byte, rank, (above + inside) * shape[1] + column, folder
 
 
-def test_weights_of_random_layers_stand_where_they_should(sparse):
+def test_weights_of_random_layers_stand_where_they_should(sparse, plan):
     """What a plan derives for a layer is what its place in the source and Nanotron's rules say, weight by weight."""
-    root, config, places = sparse
-    plan = plan_conversion(Options(root, None, tp=8, pp=4, max_memory=2**33)).plan
+    _, config, places = sparse
     rng = random.Random(5)
     for layer in [0, *rng.sample(range(1, config["num_hidden_layers"]), 3), config["num_hidden_layers"] - 1]:
         for part in PARTS:
@@ -140,10 +144,8 @@ def test_weights_of_random_layers_stand_where_they_should(sparse):
                 assert rank is None or f"tp-rank-{rank}-of-8" in target.tensor.file
 
 
-def test_jobs_read_the_source_from_its_begin_to_its_end(sparse):
+def test_jobs_read_the_source_from_its_begin_to_its_end(plan):
     """In the order of jobs the lowest byte that each reads never goes back; each job is derived on its own."""
-    root, config, places = sparse
-    plan = plan_conversion(Options(root, None, tp=8, pp=4, max_memory=2**33)).plan
     rng, last = random.Random(6), ("", 0)
     for i in sorted(rng.sample(range(len(plan.jobs)), 200)):
         job = plan.jobs[i]

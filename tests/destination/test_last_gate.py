@@ -32,7 +32,7 @@ def make_overwriting(root):
 def with_gate(case):
     """Notes the number of the call by which the output gets its name, and that of the last one before which a file is
     looked at."""
-    names = case.operations()
+    names = case.operations
     case.named = max(at for at, name in enumerate(names, 1) if name in ("rename", "exchange")
                      and (name == "exchange" or "exchange" not in names))
     case.looked = case.named - 3  # In between the folder is opened and closed, to see whether it is still there.
@@ -82,9 +82,9 @@ BOTH = [make, pytest.param(make_overwriting, marks=pytest.mark.heavy)]
 
 
 @pytest.mark.parametrize("make_case", BOTH)
-def test_the_staging_folder_is_removed_under_the_run(tmp_path, figures, make_case):
+def test_the_staging_folder_is_removed_under_the_run(quick_path, figures, make_case):
     points = [(at / 20, at % 2 == 0) for at in range(1, 21)]
-    figures(f"rm -rf DST.partial, {make_case.__name__}", *campaign(tmp_path, make_case, emptied, points))
+    figures(f"rm -rf DST.partial, {make_case.__name__}", *campaign(quick_path, make_case, emptied, points))
 
 
 def weights(root, word):
@@ -144,10 +144,10 @@ def damaged(case, point):
 
 
 @pytest.mark.parametrize("make_case", BOTH)
-def test_a_file_changes_before_the_commit(tmp_path, figures, make_case):
+def test_a_file_changes_before_the_commit(quick_path, figures, make_case):
     """Just before, and a few calls earlier; the same command writes what is missing."""
     points = [(name, before) for name in DAMAGES for before in ((0, 3) if make_case == make_overwriting else (0,))]
-    figures(f"files damaged before the commit, {make_case.__name__}", *campaign(tmp_path, make_case, damaged, points))
+    figures(f"files damaged before the commit, {make_case.__name__}", *campaign(quick_path, make_case, damaged, points))
 
 
 def robbed(case, point):
@@ -175,10 +175,10 @@ def robbed(case, point):
 
 
 @pytest.mark.parametrize("make_case", BOTH)
-def test_the_lock_is_taken_by_another(tmp_path, figures, make_case):
+def test_the_lock_is_taken_by_another(quick_path, figures, make_case):
     """Also where the file stays and only says another name, as two mounts of one folder may have it."""
     points = [(is_new, part) for is_new in (False, True) for part in (0.5, 0.7, 0.8, 0.9, 1)]
-    figures(f"locks lost, {make_case.__name__}", *campaign(tmp_path, make_case, robbed, points))
+    figures(f"locks lost, {make_case.__name__}", *campaign(quick_path, make_case, robbed, points))
 
 
 def test_a_lost_lock_is_noticed_while_jobs_run(tmp_path):
@@ -259,4 +259,4 @@ def test_two_mounts_of_one_folder(tmp_path, two_mounts, part):
 def test_random_points_of_the_last_gate_are_before_the_rename(tmp_path):
     """The campaigns above end where they should: the call after the last of theirs gives the output its name."""
     case = make(tmp_path)
-    assert case.operations()[case.named - 1] == "rename" and case.looked < case.named
+    assert case.operations[case.named - 1] == "rename" and case.looked < case.named

@@ -4,7 +4,7 @@ import os
 import stat
 
 import pytest
-from faults import FLAGS, Case, kill
+from faults import FLAGS
 from sources import make_source
 
 from stream_reshard.cli import main
@@ -86,55 +86,44 @@ def test_the_plan_says_so(tmp_path, capsys):
     assert said == (before != 0o077)
 
 
-def test_what_an_interrupted_run_left_is_closed_as_well(tmp_path):
+def test_what_an_interrupted_run_left_is_closed_as_well(stopped):
     """Its files may be wider, where a person opened them, or the folder that is to be replaced was closed since."""
-    case = Case(tmp_path)
-    case.clear()
-    case.run(kill(200, False))
-    for path in staging_of(case.destination).rglob("*"):
+    for path in staging_of(stopped.destination).rglob("*"):
         path.chmod(0o777 if path.is_dir() else 0o666)
-    assert case.run()[0] == 0 and case.tree() == case.wanted
-    assert {mode_of(path) & 0o022 for path in case.destination.rglob("*")} == {0}
+    assert stopped.run()[0] == 0 and stopped.tree() == stopped.wanted
+    assert {mode_of(path) & 0o022 for path in stopped.destination.rglob("*")} == {0}
 
 
 @needs_root
 @pytest.mark.parametrize("flags", [(), ("--restart",)], ids=str)
 @pytest.mark.parametrize("what", [".", "stream_reshard.journal", "model/model/decoder",
                                   "model/model/token_position_embeddings/pp_block/token_embedding"])
-def test_what_another_user_has_prepared_is_not_taken_up(tmp_path, flags, what):
-    case = Case(tmp_path)
-    case.clear()
-    case.run(kill(200, False))
-    path = staging_of(case.destination) / what
+def test_what_another_user_has_prepared_is_not_taken_up(stopped, flags, what):
+    path = staging_of(stopped.destination) / what
     os.chown(path, 65534, -1)
-    code, err = case.run(flags=flags)
-    assert code == 4 and "belongs to user 65534" in err and err.count("\n") == 1 and case.tree() is None
+    code, err = stopped.run(flags=flags)
+    assert code == 4 and "belongs to user 65534" in err and err.count("\n") == 1 and stopped.tree() is None
     os.chown(path, 0, -1)
-    assert case.run(flags=flags)[0] == 0 and case.tree() == case.wanted
+    assert stopped.run(flags=flags)[0] == 0 and stopped.tree() == stopped.wanted
 
 
 @needs_root
-def test_a_lock_of_another_user_is_not_taken_over(tmp_path):
-    case = Case(tmp_path)
-    case.clear()
-    lock_of(case.destination).touch()
-    os.chown(lock_of(case.destination), 65534, -1)
-    code, err = case.run()
-    assert code == 4 and "belongs to user 65534" in err and lock_of(case.destination).exists()
-    lock_of(case.destination).unlink()
-    assert case.run()[0] == 0
+def test_a_lock_of_another_user_is_not_taken_over(shared):
+    shared.clear()
+    lock_of(shared.destination).touch()
+    os.chown(lock_of(shared.destination), 65534, -1)
+    code, err = shared.run()
+    assert code == 4 and "belongs to user 65534" in err and lock_of(shared.destination).exists()
+    lock_of(shared.destination).unlink()
+    assert shared.run()[0] == 0
 
 
 @needs_root
-def test_where_a_server_gives_all_files_to_one_user_nothing_is_foreign(tmp_path, monkeypatch):
+def test_where_a_server_gives_all_files_to_one_user_nothing_is_foreign(stopped, monkeypatch):
     """As NFS does with those of root."""
-    case = Case(tmp_path)
-    case.clear()
-    case.run(kill(200, False))
-    for path in (staging_of(case.destination), *staging_of(case.destination).rglob("*")):
+    for path in (staging_of(stopped.destination), *staging_of(stopped.destination).rglob("*")):
         os.chown(path, 65534, -1)
-    lock_of(case.destination).touch()
-    os.chown(lock_of(case.destination), 65534, -1)
+    os.chown(lock_of(stopped.destination), 65534, -1)
 
     def squashed(path, flags, mode=0o777, *, dir_fd=None, real=os.open):
         descriptor = real(path, flags, mode, dir_fd=dir_fd)
@@ -143,4 +132,4 @@ def test_where_a_server_gives_all_files_to_one_user_nothing_is_foreign(tmp_path,
         return descriptor
 
     monkeypatch.setattr(os, "open", squashed)
-    assert case.run()[0] == 0 and case.tree() == case.wanted
+    assert stopped.run()[0] == 0 and stopped.tree() == stopped.wanted

@@ -1,12 +1,12 @@
 """--restart, --overwrite and the clearing of what was replaced remove only what is ours; anything else is refused by name
 before, with all of it still there."""
 import os
-import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+from attempts import place
 from faults import Case, campaign, clean_error, kill, tree_of
 
 from stream_reshard.cli import main
@@ -14,9 +14,6 @@ from stream_reshard.destination import removal, staging
 from stream_reshard.destination.contents import mounts_below
 from stream_reshard.destination.staging import staging_of
 from stream_reshard.formats.nanotron.names import NAMING
-
-MIDDLE = 200
-"""A call in the middle of a run."""
 
 LAYER = "model/model/decoder/0/pp_block/input_layernorm"
 
@@ -31,23 +28,6 @@ OURS = ["optimizer/optimizer_config.json", "optimizer/optimizer_pp-0-of-2_tp-1-o
         "lr_scheduler/lr_scheduler_pp-0-of-1_dp-0-of-1_tp-0-of-1_exp-0-of-1.pt", "lr_scheduler/lr_scheduler.pt",
         ".nfs0000000000a1b2c30000001f"]
 """Those of a training that wrote into the folder, and of a removed file that is still open on another machine."""
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """A case that finished, and what a run that was killed in its middle left beside it."""
-    case = Case(tmp_path_factory.mktemp("removal"))
-    shutil.copytree(case.destination, case.root / "whole")
-    case.clear()
-    case.run(kill(MIDDLE, False))
-    shutil.move(staging_of(case.destination), case.root / "half")
-    return case
-
-
-def place(case, which, where):
-    case.clear()
-    shutil.copytree(case.root / which, where)
-    return where
 
 
 def plant(root, path, text="mine"):
@@ -220,10 +200,10 @@ def restarted(case, point):
 
 
 @pytest.mark.parametrize("step", [150, pytest.param(1, marks=pytest.mark.heavy)])
-def test_a_run_killed_anywhere_can_be_thrown_away(tmp_path, figures, step):
+def test_a_run_killed_anywhere_can_be_thrown_away(quick_path, figures, step):
     """Also between the journal's end and the last rename."""
-    names = Case(tmp_path / "count").operations()
+    names = Case(quick_path / "count").operations
     named = max(at for at, name in enumerate(names, 1) if name == "rename")
     points = [(at, False) for at in range(named - 7, named + 1)]
     points += [(at, after) for at in range(1, len(names) + 1, step) for after in (False, True)]
-    figures("--restart after SIGKILL", *campaign(tmp_path, Case, restarted, points))
+    figures("--restart after SIGKILL", *campaign(quick_path, Case, restarted, points))

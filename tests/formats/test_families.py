@@ -9,7 +9,6 @@ from sources import make_source
 from stream_reshard.cli import main
 from stream_reshard.cli.demo import CONFIG, write_random_source
 
-
 CHOSEN = [
     ("llama", {"architectures": ["LLaMAForCausalLM"]}, "llama", None),
     ("llama", {"architectures": ["FSDPLlamaForCausalLM"]}, "llama", None),

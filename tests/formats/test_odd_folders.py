@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from conversions import assert_same, convert, tensors, tree
 from running import call
-from sources import INDEX, ONE, TWO, edit_config, edit_text, make_source, tensor_bytes
-from test_causes import read, renamed
+from sources import INDEX, ONE, TWO, edit_config, edit_text, make_source, read, renamed, tensor_bytes
 
 from stream_reshard import api
 from stream_reshard.errors import SourceError
@@ -95,20 +94,33 @@ FOLDERS = [
 ROWS = [pytest.param(*row[1:], id=row[0]) for row in FOLDERS]
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """plain(made): a folder in which nothing is odd, of the same tensors, beside its conversion `nt`."""
+    made_before = {}
+
+    def make(made):
+        if (key := tuple(made.items())) not in made_before:
+            root = make_source(tmp_path_factory.mktemp("plain") / "hf", **made)
+            convert(root, root.with_name("nt"), "--tp", 2)
+            made_before[key] = root
+        return made_before[key]
+    return make
+
+
 @pytest.mark.parametrize("made, change, note", ROWS)
-def test_it_is_converted_like_any_other(tmp_path, capsys, made, change, note):
-    root, plain = (make_source(tmp_path / name, **made) for name in ("hf", "plain"))
+def test_it_is_converted_like_any_other(tmp_path, capsys, plain, made, change, note):
+    root, other = make_source(tmp_path / "hf", **made), plain(made)
     change(root)
     if note is None:
         assert call(root, tmp_path / "nt", "--tp", 2) == 0
     else:
         assert call(root, tmp_path / "nt", "--tp", 2) == 0 and note in capsys.readouterr().out
-    convert(plain, tmp_path / "plain-nt", "--tp", 2)
-    assert tree(tmp_path / "nt") == tree(tmp_path / "plain-nt")
+    assert tree(tmp_path / "nt") == tree(other.with_name("nt"))
     convert("verify", root, tmp_path / "nt")
     assert call("inspect", root) == 0
     convert(tmp_path / "nt", tmp_path / "back", "--to", "hf")
-    assert_same(tensors(tmp_path / "back"), tensors(plain))
+    assert_same(tensors(tmp_path / "back"), tensors(other))
     assert "quantization" not in (tmp_path / "back" / "config.json").read_text()
     convert("verify", root, tmp_path / "back")
 
@@ -119,12 +131,12 @@ LOADED = [row for row in FOLDERS if row[0] not in {
 
 
 @pytest.mark.parametrize("made, change, note", [pytest.param(*row[1:], id=row[0]) for row in LOADED])
-def test_transformers_loads_the_same(tmp_path, made, change, note):
+def test_transformers_loads_the_same(tmp_path, plain, made, change, note):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    root, plain = (make_source(tmp_path / name, **made) for name in ("hf", "plain"))
+    root = make_source(tmp_path / "hf", **made)
     change(root)
     models = [transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-              for folder in (root, plain)]
+              for folder in (root, plain(made))]
     assert not any(info["missing_keys"] or info["mismatched_keys"] for _, info in models)
     (one, _), (other, _) = models
     assert all(torch.equal(one.state_dict()[key].view(torch.int16), tensor.view(torch.int16))

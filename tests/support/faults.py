@@ -109,10 +109,10 @@ class Case:
             make_source(self.source, num_shards=2, config={"vocab_size": 13})
             (self.source / "tokenizer.json").write_text("{}" * 50)
         self.clear()
-        self.events = []
         code, err = self.run(lambda number, name, call: self._noted(name, call))
         assert code == 0, err
         self.wanted = self.tree()
+        self.operations = (self.root / "events").read_text().split()  # Calls of an undisturbed run, in their order.
 
     def _noted(self, name, call):
         with open(self.root / "events", "a") as stream:
@@ -127,12 +127,6 @@ class Case:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         if self.before:
             self.before(self)
-
-    def operations(self):
-        """Names of the calls of an undisturbed run, in their order."""
-        self.clear()
-        self.run(lambda number, name, call: self._noted(name, call))
-        return (self.root / "events").read_text().split()
 
     def start(self, act=plain, prepare=lambda: None, flags=()):
         """The pid of a child that does the run with this fault."""

@@ -60,15 +60,37 @@ def measured(*arguments):
 
 
 def peak_until_it_ends(process):
-    """Peak of the summed resident set of a process and all below it, in bytes, sampled until it ends."""
-    tree, peak = psutil.Process(process.pid), 0
+    """Peak of the summed resident set of a process and all below it, in bytes, sampled until it ends. Its children are
+    looked for at every tenth sample only: that reads all of /proc, and would take as long as the run."""
+    root, tree, peak, number = psutil.Process(process.pid), [], 0, 0
     while process.poll() is None:
         try:
-            peak = max(peak, sum(p.memory_info().rss for p in [tree, *tree.children(recursive=True)]))
+            if number % 10 == 0:
+                tree = [root, *root.children(recursive=True)]
+            peak = max(peak, sum(p.memory_info().rss for p in tree))
         except psutil.Error:
-            pass
+            tree = [root]
+        number += 1
         time.sleep(0.003)
     return peak
+
+
+STATUS = """import atexit, contextlib, pathlib, sys
+def status(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+"""
+WATCHED = STATUS + """atexit.register(lambda: print(status("VmHWM"), file=sys.stderr))
+from stream_reshard.cli import script; script()"""
+"""Code of a fresh interpreter that says at its end what it held: of one, and of one that is the command."""
+
+
+def watched(code, *arguments):
+    """(exit code, lines of stderr, seconds of a processor, bytes that it says at its end) of a fresh interpreter."""
+    before = os.times()
+    run = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    *lines, nbytes = run.stderr.splitlines()
+    seconds = os.times().children_user + os.times().children_system - before.children_user - before.children_system
+    return run.returncode, lines, seconds, int(nbytes)
 
 
 _OPENED = []

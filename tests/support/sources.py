@@ -144,3 +144,19 @@ def bfloat16(root: Path) -> dict[str, np.ndarray]:
                 array = np.frombuffer(raw[first:last], kind).reshape(entry["shape"])
                 found[f"{path.relative_to(root).as_posix()}:{key}"] = array
     return found
+
+
+def read(path):
+    """The tensors of a shard."""
+    raw = path.read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:begin])
+    header.pop("__metadata__", None)
+    return {key: np.frombuffer(raw[begin:][slice(*entry["data_offsets"])], np.uint16).reshape(entry["shape"])
+            for key, entry in header.items()}
+
+
+def renamed(root, change, name="model.safetensors"):
+    """The same tensors under other names; where `change` gives None, without one."""
+    tensors = read(root / name)
+    (root / name).write_bytes(tensor_bytes({change(key): array for key, array in tensors.items() if change(key)}))

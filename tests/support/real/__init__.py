@@ -1,6 +1,7 @@
 """The real Nanotron as a judge, on a machine without a GPU.
 
-check.py         run under torch.distributed.run: save, load, compare, parse with whichever nanotron is importable
+ranks.py         forks the ranks of the next two
+check.py         save, load, compare, parse with whichever nanotron is importable
 train.py         the same for a few steps of Nanotron's own trainer
 launch.py        what a test calls: starts the two above, reads their results; and starts the converter
 nanotron_cpu.py  builds Nanotron's own process groups and model

@@ -1,6 +1,6 @@
 """Asks the importable Nanotron about checkpoints, on the CPU. Several steps share one start, parted by a plus sign:
 
-    python -m torch.distributed.run --standalone --nproc_per_node 4 check.py \\
+    python ranks.py 4 check.py \\
         save HF OUT --tp 2 --pp 2 + load HF DST --tp 2 --pp 2 + load HF DST --tp 4 --logits FILE + config DST
 
     save    fill the model with the Hugging Face weights, save it with save_weights: what DST must look like
@@ -10,8 +10,8 @@
             the embedding that it leaves as they are do not train
     config  read DST/config.yaml with Nanotron's own parser
 
-dp is what remains of the processes. Rank 0 prints a line `RESULT {json}` per step. Exit code 0: all steps ok; 1 (which
-torch.distributed.run makes of any failure): a step has "ok": false, or an exception is on stderr.
+dp is what remains of the processes. Rank 0 prints a line `RESULT {json}` per step. Exit code 0: all steps ok; 1: a step
+has "ok": false, or an exception is on stderr.
 """
 import argparse
 import dataclasses
@@ -116,7 +116,3 @@ def main():
         failed |= not result["ok"]
         nanotron_cpu.tell(result)
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

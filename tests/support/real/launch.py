@@ -1,11 +1,10 @@
-"""What the tests call: the converter, and check.py or train.py under torch.distributed.run, in their own processes."""
+"""What the tests call: the converter, and check.py or train.py on several ranks, in their own processes."""
 import importlib.metadata
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -50,13 +49,11 @@ def command_line(*words):
 def nanotron(*steps, ranks, repo=None, script="check.py", timeout=300):
     """Runs steps of check.py in one start; returns their results. Uses the checkout `repo`, else what is installed."""
     words = [str(word) for step in steps for word in ("+", *step)][1:]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-               str(HERE / script), *words]
+    command = [sys.executable, str(HERE / "ranks.py"), str(ranks), script, *words]
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
     if repo:
         environment |= {"PYTHONPATH": str(Path(repo) / "src"), "NANOTRON_REPO": str(repo)}
-    with tempfile.TemporaryDirectory() as folder:  # torch.distributed.run leaves folders behind
-        finished = run(command, environment | {"TMPDIR": folder}, check=False, timeout=timeout)
+    finished = run(command, environment, check=False, timeout=timeout)
     lines = [line for line in finished.stdout.splitlines() if line.startswith("RESULT ")]
     results = [json.loads(line.removeprefix("RESULT ")) for line in lines]
     if len(results) < len(steps) or (finished.returncode and all(result["ok"] for result in results)):
@@ -66,13 +63,13 @@ def nanotron(*steps, ranks, repo=None, script="check.py", timeout=300):
 
 
 def run(command, environment, check=True, timeout=300):
-    """A child process; on a timeout its workers go with it."""
+    """A child process; on a timeout it is told to end, and its ranks go with it."""
     pipe = subprocess.PIPE
     child = subprocess.Popen(command, env=os.environ | environment, stdout=pipe, stderr=pipe, text=True)
     try:
         stdout, stderr = child.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        child.terminate()  # torch.distributed.run ends its workers on SIGTERM
+        child.terminate()
         stdout, stderr = child.communicate()
         output = f"{stdout[-3000:]}\n{stderr[-3000:]}"
         raise AssertionError(f"still running after {timeout} s: {command}\n{output}") from None

@@ -1,6 +1,6 @@
 """Continues pretraining with Nanotron's own run_train.py, on the CPU, from the config.yaml of a converted folder.
 
-    NANOTRON_REPO=... python -m torch.distributed.run --standalone --nproc_per_node 2 train.py HF DST
+    NANOTRON_REPO=... python ranks.py 2 train.py HF DST
 
 DST/config.yaml is taken as it stands, and only what a CPU and a short run need is changed: float32, no fused Adam, pp 1
 (gloo hangs in Nanotron's pipeline engine; the loader takes the weights of any pp), a short sequence, few steps.
@@ -87,7 +87,3 @@ def main():
     ok = len(losses) == args.steps and all(map(math.isfinite, losses)) and 0 < change < ALLOWED_CHANGE
     nanotron_cpu.tell({"step": "train", "losses": losses, "largest_change": change, "ok": ok})
     return 0 if ok else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
