@@ -57,7 +57,8 @@ def test_the_command_line_uses_nothing_but_the_interface():
     wings = {other[0] for other in imported(PACKAGE / "cli" / "commands.py")}
     assert wings <= {"api", "cli", "errors", "machine", "destination", "check", "options", "report"}
     assert {other for other in imported(PACKAGE / "cli" / "commands.py") if other[0] in ("destination", "check")} <= {
-        ("destination", "staging", "staging_of"), ("check", "forward", "report", "ForwardResult")}
+        ("destination", "staging", "staging_of"), ("check", "forward", "report", "ForwardResult"),
+        ("check", "forward", "ForwardPlan"), ("check", "weights", "scope", "allowable")}
 
 
 def test_files_and_functions_are_short():

@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stream_reshard import api
-from stream_reshard.check.weights.scope import allowable
 from stream_reshard.cli.flags import PROGRAM
 from stream_reshard.cli.screen import Progress, say
 from stream_reshard.destination.staging import staging_of
@@ -149,7 +148,10 @@ def allow_list(argv: Sequence[str]) -> Outcome | None:
     """The names that --allow takes, where `--allow list` asks for them; None where nobody does."""
     if ("--allow", "list") not in pairwise(argv) and "--allow=list" not in argv:
         return None
-    names = allowable() if argv[0] == "verify" else ALLOWABLE
+    names = ALLOWABLE
+    if argv[0] == "verify":
+        from stream_reshard.check.weights.scope import allowable
+        names = allowable()
     return Outcome(Report({"allowable": list(names)}, tuple(f"{name:<26} {names[name]}" for name in names)))
 
 

@@ -7,8 +7,7 @@ import time
 import pytest
 from sources import make_source
 
-from stream_reshard.cli import commands as cli
-from stream_reshard.cli import main
+from stream_reshard.cli import entry, main
 from stream_reshard.destination import staging
 from stream_reshard.errors import Interrupted, Problems, SourceError
 from stream_reshard.machine.stop import Stop
@@ -20,7 +19,7 @@ def test_what_was_ignored_stays_ignored(number):
     """As nohup does it, and a shell for what it runs in the background."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        with cli._listening(Stop()):
+        with entry._listening(Stop()):
             assert signal.getsignal(number) is signal.SIG_IGN
     finally:
         signal.signal(number, before)

@@ -31,23 +31,23 @@ def test_the_command_line_has_a_flag_for_each():
 
 
 @pytest.mark.parametrize("choice, words", [
-    ({"to": "hugging_face"}, "--to 'hugging_face': choose nanotron or hf"),
+    ({"to": "hugging_face"}, "to='hugging_face': choose nanotron or hf"),
     ({"to": "HF"}, "did you mean hf?"),
     ({"rope": "interleave"}, "choose auto, neox or interleaved; did you mean interleaved?"),
-    ({"checkpoint_version": "1.6"}, "--checkpoint-version '1.6': choose 1.5, 1.4 or 1.2"),
+    ({"checkpoint_version": "1.6"}, "checkpoint_version='1.6': choose 1.5, 1.4 or 1.2"),
     ({"dtype": "bf16"}, "choose keep, bfloat16, float16 or float32; did you mean"),
     ({"digests": "All"}, "did you mean all?"),
     ({"io": "nmap"}, "did you mean mmap?"),
-    ({"tp": "4"}, "--tp '4' is not a whole number"),
-    ({"tp": True}, "--tp 'True' is not a whole number"),
-    ({"tp": 0}, "--tp 0: it is at least 1"),
-    ({"workers": 0}, "--workers 0: it is at least 1"),
-    ({"verify": "yes"}, "--verify 'yes' is not true or false"),
+    ({"tp": "4"}, "tp='4' is not a whole number"),
+    ({"tp": True}, "tp='True' is not a whole number"),
+    ({"tp": 0}, "tp=0: it is at least 1"),
+    ({"workers": 0}, "workers=0: it is at least 1"),
+    ({"verify": "yes"}, "verify='yes' is not true or false"),
     ({"max_memory": "much"}, "'much' is not a size"),
     ({"max_memory": "0"}, "'0' is not a size"),
-    ({"max_memory": -5}, "--max-memory"),
-    ({"tokenizer": ""}, "--tokenizer: the path is empty"),
-    ({"allow": [3]}, "--allow"),
+    ({"max_memory": -5}, "max_memory -5: it is at least 1"),
+    ({"tokenizer": ""}, "tokenizer: the path is empty"),
+    ({"allow": [3]}, "allow="),
     ({"bogus": 1}, "unexpected keyword argument 'bogus'"),
     ({"tensor_paralel": 1, "max_memry": 1}, "unexpected keyword"),
     ({"max_memry": 1}, "did you mean max_memory?")])
@@ -65,13 +65,13 @@ def test_all_wrong_choices_are_named_at_once(tmp_path):
 
 @pytest.mark.parametrize("choice", [{"sample": 0}, {"sample": 1.5}, {"sample": "0%"}, {"seed": -1}, {"quick": 1}])
 def test_a_wrong_scope_of_a_comparison_is_a_usage_error(tmp_path, choice):
-    with pytest.raises(UsageError, match="--" + next(iter(choice))):
+    with pytest.raises(UsageError, match=next(iter(choice))):
         api.verify(tmp_path, tmp_path, **choice)
 
 
 @pytest.mark.parametrize("choice", [{"tokens": 1}, {"tolerance": 0}, {"tolerance": float("nan")}, {"dtype": "int8"}])
 def test_a_wrong_forward_pass_is_a_usage_error(tmp_path, choice):
-    with pytest.raises(UsageError, match="--" + next(iter(choice))):
+    with pytest.raises(UsageError, match=next(iter(choice))):
         api.plan_forward(tmp_path, tmp_path, **choice)
 
 
