@@ -230,7 +230,7 @@ def inspect(folder: Folder, *, values: bool = False, stop: Stop | None = None) -
     """Contents of a checkpoint folder of either format: family, sizes, dtypes, topology, stages, versions, faults; with
     `values` every weight is read, and NaN and infinities are counted. Raises SourceError."""
     from stream_reshard.check.inspect import inspect as contents
-    from stream_reshard.check.inspect import lines
+    from stream_reshard.check.inspect_lines import lines
     root, notes = followed(Path(folder))
     facts = contents(root, values, stop)
     facts["notes"] = [*notes, *facts["notes"]]

@@ -2,7 +2,7 @@
 
 - weights:        proof that two folders hold the same model, without the planner
 - forward:        proof that two folders compute the same, layer by layer; needs torch
-- inspect:        contents of a folder
+- inspect:        contents of a folder; inspect_lines for a person
 - diff:           differences between two layouts
 - source_digests: the source against sums made elsewhere
 """

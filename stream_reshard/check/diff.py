@@ -37,7 +37,8 @@ def diff(one: Path, other: Path) -> dict[str, Any]:
             found.append(difference)
         else:
             num_more += 1
-    return {"same": not found, "differences": found, "num_more": num_more}
+    return {"same": not found, "differences": found, "num_more": num_more,
+            "formats": [left.layout.format, right.layout.format]}
 
 
 def lines(facts: dict[str, Any]) -> Iterator[str]:
@@ -45,6 +46,9 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     yield from facts["differences"]
     if facts["num_more"]:
         yield f"and {facts['num_more']} more"
+    if facts["formats"][0] != facts["formats"][1]:
+        yield (f"compared the model, its settings and vocabulary: {' and '.join(facts['formats'])} keep weights in other "
+               f"files; `verify` compares the weights")
     if facts["same"]:
         yield "the same layout: files, names, versions, slices and dtypes"
     yield from note_lines(facts)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from stream_reshard.destination.journal import JOURNAL_NAME
 from stream_reshard.destination.manifest import MANIFEST_NAME, Manifest, read_manifest
 from stream_reshard.errors import Problems, SourceError, explained, quoted
 from stream_reshard.formats.causes import above, no_checkpoint
@@ -48,12 +49,8 @@ def inspect(root: Path, values: bool = False, stop: Stop | None = None) -> dict[
         facts, tensors = _inspect_hugging_face(root)
     else:
         raise no_checkpoint(root)
+    facts["is_unfinished"] = os.path.lexists(root / JOURNAL_NAME)
     return facts | (_value_facts(root, tensors, stop or Stop()) if values else {})
-
-
-def lines(facts: Mapping[str, Any]) -> Iterator[str]:
-    """The result of `inspect` as lines for a person."""
-    return (f"{key:<22} {value}" for key, value in facts.items())
 
 
 def _inspect_hugging_face(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor]]:

@@ -17,7 +17,9 @@ from stream_reshard.convert.notes import main_dtype, notes_of
 from stream_reshard.destination.access import access_notes
 from stream_reshard.destination.companions import Companion, find_companions
 from stream_reshard.destination.journal import JOURNAL_NAME
+from stream_reshard.destination.lock import lock_problems
 from stream_reshard.destination.refusals import disk_free, existing_parent, occupation_problems
+from stream_reshard.destination.staging import lock_of, num_kept_in
 from stream_reshard.errors import DestinationError, Problems, ResourceError, StreamReshardError, UsageError, quoted
 from stream_reshard.formats.base import Source, Target
 from stream_reshard.formats.nanotron.documents import yaml_string
@@ -63,6 +65,8 @@ class Conversion(Reported):
     """Remarks for the user, and settings that the target will not honour."""
     num_threads: int
     """Jobs under way at once: some of them move bytes, others wait for the disk."""
+    num_kept: int = 0
+    """Files in the staging folder that the run can keep, from an earlier attempt."""
     companions: dict[str, Companion] = field(default_factory=dict)
     """Files to copy, by name."""
 
@@ -153,9 +157,10 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
              *access_notes((source.layout.root / path for path in source.layout.paths),
                            options.destination if options.overwrite else None))
     num_threads = problems.collect(_num_threads, options, plan) or 0 if options.destination is not None else 0
-    conversion = Conversion(options, source, target, plan, budget, notes, num_threads, found.files)
+    conversion = Conversion(options, source, target, plan, budget, notes, num_threads, companions=found.files)
     if options.destination is not None:
         _check_destination(conversion, problems)
+        conversion = replace(conversion, num_kept=problems.collect(_num_kept, conversion) or 0)
     problems.extend(budget.problems("the run"))
     problems.raise_if_any()
     return conversion
@@ -197,6 +202,7 @@ def _settled(options: Options) -> Options:
 def _check_destination(conversion: Conversion, problems: Problems) -> None:
     """Collects in `problems` what stands in the destination and what its disk has no room for."""
     options, output = conversion.options, conversion.output
+    problems.extend(lock_problems(lock_of(output.destination)))
     manifest = None if options.overwrite else output.finished()
     if manifest is not None and (names := output.moved(manifest)):
         problems.append(DestinationError(
@@ -205,6 +211,11 @@ def _check_destination(conversion: Conversion, problems: Problems) -> None:
     elif manifest is None:
         problems.extend(occupation_problems(output.destination, options.overwrite, NAMING))
         problems.extend(_disk_problems(conversion, output.destination))
+
+
+def _num_kept(conversion: Conversion) -> int:
+    """Files that an earlier attempt has left for this run. Raises DestinationError where another run has left some."""
+    return 0 if conversion.options.restart else num_kept_in(conversion.output.destination, conversion.output.record)
 
 
 def _digest(documents: Mapping[str, bytes], destination: Path) -> str:

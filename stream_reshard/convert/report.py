@@ -3,17 +3,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 from stream_reshard.convert.conversion import Conversion
-from stream_reshard.errors import shown
-from stream_reshard.machine.memory import human
+from stream_reshard.errors import shell_word, shown
+from stream_reshard.formats.base import NextStep
+from stream_reshard.machine.memory import big, counted, human
 from stream_reshard.report import Reported, note_lines
 from stream_reshard.run.output import Done
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 
 _MAX_LISTED = 16
-"""Files that go along and are named."""
+"""Companions that are named."""
+
+_INDENT = " " * 9
 
 
 def as_json(conversion: Conversion) -> dict[str, Any]:
@@ -36,35 +40,44 @@ def as_json(conversion: Conversion) -> dict[str, Any]:
                    "projected": conversion.memory.projected, "num_workers": conversion.memory.num_workers,
                    "block_nbytes": conversion.memory.block_nbytes},
         "copied": list(conversion.companions), "disk_nbytes": conversion.disk_nbytes,
+        "num_files_kept": conversion.num_kept,
         "disk_free_nbytes": conversion.disk_free, "notes": list(conversion.notes), "plan_sha256": plan.digest}
 
 
 def plan_lines(conversion: Conversion) -> Iterator[str]:
-    """The plan for a person."""
+    """The plan for a person, in 80 columns but for paths and notes."""
     facts = as_json(conversion)
     source, target, memory = facts["source"], facts["target"], facts["memory"]
-    yield (f"source   {shown(source['path'])}  ({source['format']}, {source['family']}, "
-           f"{facts['num_parameters'] / 1e6:,.1f} M parameters, {source['num_shards']} "
-           f"{conversion.plan.source.files_word}, {human(source['nbytes'])})")
+    yield f"source   {shown(source['path'])}"
+    yield (f"         {source['format']}, {source['family']}, {big(facts['num_parameters'])} parameters, "
+           f"{human(source['nbytes'])} in {counted(source['num_shards'], conversion.plan.source.file_word)}")
     if origin := conversion.source.origin:
         yield f"         {origin['repo']} on the hub, commit {origin['commit']}"
-    yield (f"target   {shown(target['path'] or '(not given)')}  ({target['format']} {conversion.target}, "
-           f"{target['dtype']})")
+    yield f"target   {shown(target['path'] or '(not given)')}"
+    yield from _wrapped(f"{target['format']} {conversion.target}, {target['dtype']}")
     yield from conversion.target.lines(conversion.plan.target, facts)
     vocab = facts["vocab"]
     padding = f"padded to {vocab['padded']} with zeros" if vocab["padded"] != vocab["size"] else "no padding"
     yield f"vocab    {vocab['size']} rows, {padding}{', head tied to the embedding' if facts['tied'] else ''}"
     for cast, number in facts["casts"].items():
-        yield f"cast     {number} parameters from {cast}"
+        yield f"cast     {counted(number, 'parameter')} from {cast}"
+    if kept := facts["num_files_kept"]:
+        yield f"resume   {kept} of {target['num_files']} files are done already, and are kept"
     yield f"jobs     {facts['num_jobs']}, the largest writes {human(facts['largest_job_nbytes'])}"
-    yield (f"memory   reserved {human(memory['reserved'])}, projected {human(memory['projected'])} of "
-           f"{human(memory['allowed'])} allowed ({memory['num_workers']} workers)")
+    yield (f"memory   {human(memory['projected'])} at most with {counted(memory['num_workers'], 'worker')}, "
+           f"{human(memory['allowed'])} allowed, {human(memory['reserved'])} held now")
     free = f", {human(facts['disk_free_nbytes'])} free" if facts["disk_free_nbytes"] is not None else ""
-    yield f"disk     {human(facts['disk_nbytes'])} in {target['num_files']} files{free}"
+    yield f"disk     {human(facts['disk_nbytes'])} in {counted(target['num_files'], 'file')}{free}"
     if copied := facts["copied"]:
         more = f" and {len(copied) - _MAX_LISTED} more" if len(copied) > _MAX_LISTED else ""
-        yield f"along    {', '.join(map(shown, copied[:_MAX_LISTED]))}{more}"
+        yield from _wrapped(f"{', '.join(map(shown, copied[:_MAX_LISTED]))}{more}", "along    ")
     yield from note_lines(facts)
+
+
+def _wrapped(text: str, first: str = _INDENT) -> list[str]:
+    """A text in lines of 80 columns; words are never cut."""
+    return wrap(text, 80, initial_indent=first, subsequent_indent=_INDENT, break_long_words=False,
+                break_on_hyphens=False)
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,7 +109,7 @@ class Result(Reported):
         """Summary of the run, for a person."""
         if self.already_done:
             return tuple(_done_lines(self.conversion))
-        return tuple(_summary_lines(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done))
+        return tuple(_summary_lines(self.conversion, self.seconds, self.peak_nbytes, self.done))
 
 
 def summary(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int], done: Done) -> dict[str, Any]:
@@ -107,54 +120,48 @@ def summary(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, 
                                   "nbytes_strided": done.moved.strided,
                                   "num_overflowed": done.moved.num_overflowed, "io": dict(io),
                                   "verified": conversion.options.verify,
-                                  "next": next_step(conversion)[1]}
+                                  "next": next_step(conversion).command}
 
 
-def _summary_lines(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int],
-                   done: Done) -> Iterator[str]:
-    memory, plan = conversion.memory, conversion.plan
-    yield (f"done     {plan.target.num_files} files, {human(plan.nbytes)} in {seconds:.1f} s "
-           f"({human(plan.nbytes / max(seconds, 1e-9))}/s), durable in "
-           f"{shown(conversion.options.destination)}")
+def _summary_lines(conversion: Conversion, seconds: float, peak: int, done: Done) -> Iterator[str]:
+    memory, plan, moved = conversion.memory, conversion.plan, done.moved
+    yield f"done     {shown(conversion.options.destination)}"
+    yield (f"         {counted(plan.target.num_files, 'file')}, {human(plan.nbytes)} in {seconds:.1f} s "
+           f"({human(plan.nbytes / max(seconds, 1e-9))}/s), durable")
+    yield (f"memory   peak {human(peak)}, {human(memory.projected)} projected, {human(memory.allowed)} allowed")
     yield from (f"left     {shown(path)}: the old checkpoint could not be removed" for path in done.leftovers)
     if done.num_kept:
-        yield f"resumed  {done.num_kept} files were kept from an earlier attempt, each with the digest in its journal"
-    yield _moved_line(conversion, io, done)
-    if done.moved.num_overflowed:
-        yield (f"overflow {done.moved.num_overflowed} weights were too large for {conversion.options.dtype} and are "
+        yield f"resumed  {counted(done.num_kept, 'file')} kept from an earlier attempt, each with its digest"
+    yield f"moved    {human(moved.cloned)} cloned, {human(moved.copied)} copied, {human(moved.strided)} rearranged"
+    num_without = plan.target.num_files - done.num_kept - done.num_digests
+    if num_without > 0:
+        yield (f"digests  {counted(num_without, 'file')} without one" + (
+            ", sharing blocks with SRC (--digests all reads them)" if moved.cloned else ""))
+    if moved.num_overflowed:
+        yield (f"overflow {moved.num_overflowed} weights were too large for {conversion.options.dtype} and are "
                f"infinite now; choose another --dtype")
     if conversion.options.verify:
         yield "verified every weight, header and file against the source, before the commit: all equal"
-    yield (f"memory   peak {human(peak)} measured, {human(memory.projected)} projected, "
-           f"{human(memory.allowed)} allowed")
-    yield _next_line(conversion)
-
-
-def _moved_line(conversion: Conversion, io: Mapping[str, int], done: Done) -> str:
-    moved = done.moved
-    line = f"moved    {human(moved.cloned)} cloned, {human(moved.copied)} copied, {human(moved.strided)} rearranged"
-    if io:
-        line += f"; {human(io['rchar'])} read and {human(io['wchar'])} written by calls"
-    num_without = conversion.plan.target.num_files - done.num_kept - done.num_digests
-    if num_without > 0:
-        line += f"; {num_without} files have no digest" + (
-            ", as they share blocks (--digests all reads them)" if moved.cloned else "")
-    return line
+    yield from _next_lines(conversion)
 
 
 def _done_lines(conversion: Conversion) -> Iterator[str]:
     proof = "and equals the source" if conversion.options.verify else "`verify` proves it"
     yield (f"done     {shown(conversion.options.destination)} holds this conversion already, complete; {proof}, "
            f"--overwrite makes it anew")
-    yield _next_line(conversion)
+    yield from _next_lines(conversion)
 
 
-def next_step(conversion: Conversion) -> tuple[str, str]:
-    """(word, command) that a user wants to run next."""
-    assert conversion.options.destination is not None, "it was written"
-    return conversion.target.next_step(conversion.options.destination.resolve())
+def next_step(conversion: Conversion) -> NextStep:
+    """The step that a user wants to take next, in a folder that was written."""
+    return conversion.target.next_step(conversion.output.destination)
 
 
-def _next_line(conversion: Conversion) -> str:
-    word, command = next_step(conversion)
-    return f"{word:<8} {command}"
+def _next_lines(conversion: Conversion) -> Iterator[str]:
+    """The next commands, each on a line that can be copied."""
+    step = next_step(conversion)
+    if not conversion.options.verify:
+        words = map(shell_word, (conversion.options.source, conversion.output.destination))
+        yield f"verify   stream-reshard verify {' '.join(words)}"
+    yield f"{step.word:<8} {step.place}"
+    yield step.command

@@ -18,7 +18,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -132,7 +132,7 @@ class Lock:
             owner = _owner(descriptor, self.path)
             is_alive = is_locked is False or _is_here_and_alive(owner)
             if is_alive or not (is_new or self._is_over(owner, is_locked)):
-                raise self._refusal(owner, is_alive)
+                raise _refusal(self.path, owner, is_alive)
             if not is_new and is_foreign(os.fstat(descriptor), self.path.parent):
                 raise DestinationError(f"{quoted(self.path)} belongs to user {os.fstat(descriptor).st_uid}; the lock "
                                        f"has to stand there, remove it if that user's run is over")
@@ -229,11 +229,6 @@ class Lock:
         finally:
             os.close(descriptor)
 
-    def _refusal(self, owner: Mapping[str, Any], is_alive: bool) -> LockedError:
-        who = _who(owner) if owner else "a process that has not said its name yet"
-        cure = "wait for it" if is_alive else "if that run is dead, --break-lock takes its place"
-        return LockedError(f"{quoted(self.path)}: another run writes to this destination, {who}; {cure}")
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         try:
@@ -244,6 +239,28 @@ class Lock:
         finally:
             _MINE.discard(self._mine["token"])
             os.close(self._descriptor)
+
+
+def lock_problems(path: Path) -> Iterator[LockedError]:
+    """The run that holds the lock now, if one can be seen to live; nothing is locked, so that no run is disturbed."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return  # There is none, or taking it will fail with the reason.
+    try:
+        owner = _owner(descriptor, path)
+    except (OSError, DestinationError):
+        return
+    finally:
+        os.close(descriptor)
+    if _is_here_and_alive(owner):
+        yield _refusal(path, owner, True)
+
+
+def _refusal(path: Path, owner: Mapping[str, Any], is_alive: bool) -> LockedError:
+    who = _who(owner) if owner else "a process that has not said its name yet"
+    cure = "wait for it" if is_alive else "if that run is dead, --break-lock takes its place"
+    return LockedError(f"{quoted(path)}: another run writes to this destination, {who}; {cure}")
 
 
 def _who(owner: Mapping[str, Any]) -> str:

@@ -89,6 +89,20 @@ def _as_json(value: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(value))
 
 
+def num_kept_in(destination: Path, record: Record) -> int:
+    """Number of files that an earlier attempt at this run has left in the staging folder, as its journal names them.
+    Raises DestinationError where it holds another run, or one that failed."""
+    staging = staging_of(destination)
+    if not staging.is_dir():
+        return 0
+    record = replace(record, run=_as_json(record.run))
+    try:
+        manifest = _manifest_of(staging, record.run, record.max_files)
+        return len(manifest.files if manifest else read_done(staging, record))
+    except OSError as error:
+        raise target_error(staging, error) from error
+
+
 class Staging:
     """The staging folder of a run."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from stream_reshard.errors import Problems
 from stream_reshard.formats.layout import Layout
@@ -53,6 +53,15 @@ class Source(Described):
     """A checkpoint that can be converted: headers and configs are read, and make sense."""
 
     layout: Layout
+
+
+class NextStep(NamedTuple):
+    """A step that follows a conversion."""
+
+    word: str
+    place: str
+    """Where the command is given, and what has to be done before."""
+    command: str
 
 
 OwnLayout = TypeVar("OwnLayout", bound=Layout)
@@ -102,8 +111,8 @@ class Target(ABC, Generic[OwnLayout]):
         """A table of what goes where, for a person; `facts` are those above."""
 
     @abstractmethod
-    def next_step(self, destination: Path) -> tuple[str, str]:
-        """(word, command) that a user wants to run next."""
+    def next_step(self, destination: Path) -> NextStep:
+        """The step that a user wants to take next."""
 
 
 def routers(model: Model) -> list[range]:

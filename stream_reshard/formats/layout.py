@@ -99,8 +99,8 @@ class Layout(ABC):
 
     format: ClassVar[str]
     """Name of the format, for people."""
-    files_word: ClassVar[str] = "shards"
-    """The format's word for its files."""
+    file_word: ClassVar[str] = "shard"
+    """The format's word for one of its files."""
     root: Path
     model: Model
 

@@ -67,6 +67,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def big(number: int) -> str:
+    """A count for people: 4.9 M, 6.7 B."""
+    return f"{number / 1e9:.1f} B" if number >= 10**9 else f"{number / 1e6:.1f} M" if number >= 10**5 else str(number)
+
+
 def human(nbytes: float) -> str:
     """A size for people: binary units, as limits are given."""
     for unit in ("B", "KiB", "MiB", "GiB"):

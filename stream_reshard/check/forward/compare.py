@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stream_reshard.check.forward.result import Comparison, Difference, LogitsDifference, StepDifference
 from stream_reshard.check.forward.steps import FINAL_NORM, HIDDEN, Model, Step
-from stream_reshard.errors import DifferenceError
+from stream_reshard.errors import DifferenceError, SourceError
 from stream_reshard.machine.stop import Stop
 
 
@@ -46,7 +46,8 @@ def compare(source: Model, copy: Model, tokens: Sequence[int], vocab_sizes: tupl
 
 
 def difference(theirs: Step | None, ours: Step | None) -> Difference:
-    """Difference of a step of the copy (`ours`) from the source's. Raises DifferenceError where they do not match."""
+    """Difference of a step of the copy (`ours`) from the source's. Raises DifferenceError where they do not match,
+    SourceError where the source's own values are no numbers."""
     if theirs is None or ours is None or (theirs.layer, theirs.name) != (ours.layer, ours.name):
         titles = [step.title if step else "nothing" for step in (theirs, ours)]
         raise DifferenceError(f"the two do not compute the same: where the source has {titles[0]}, the copy has "
@@ -54,6 +55,9 @@ def difference(theirs: Step | None, ours: Step | None) -> Difference:
     if theirs.value.shape != ours.value.shape:
         raise DifferenceError(f"{ours.title} makes {ours.value.shape[1]} features in the copy, "
                               f"{theirs.value.shape[1]} in the source")
+    if not bool(theirs.value.isfinite().all()):
+        raise SourceError(f"the source itself computes values that are not numbers at {theirs.title}, so a forward pass "
+                          f"proves nothing; inspect --values counts NaN and infinities among its weights")
     apart = (ours.value - theirs.value).abs_()
     relative = _relative(apart.amax(-1), theirs.value.abs().amax(-1))
     token = int(relative.argmax())

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stream_reshard.errors import Problems, UsageError, shell_word
-from stream_reshard.formats.base import Described, Source, Target, with_router_dtype
+from stream_reshard.errors import Problems, UsageError
+from stream_reshard.formats.base import Described, NextStep, Source, Target, with_router_dtype
 from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME
 from stream_reshard.formats.hugging_face.planned import DEFAULT_MAX_SHARD_NBYTES, HuggingFaceTarget
 from stream_reshard.formats.unsupported import Unsupported
@@ -89,8 +89,9 @@ class ToHuggingFace(Target[HuggingFaceTarget]):
     def __str__(self) -> str:
         return f"shards of at most {self.max_shard_nbytes / 1e9:g} GB"
 
-    def next_step(self, destination: Path) -> tuple[str, str]:
-        return "load", f"AutoModelForCausalLM.from_pretrained({shell_word(destination)})"
+    def next_step(self, destination: Path) -> NextStep:
+        return NextStep("load", "in Python, with transformers:",
+                        f"AutoModelForCausalLM.from_pretrained({str(destination)!r})")
 
 
 def config_of(source: Source, dtype: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class NanotronLayout(Layout):
     """
 
     format = "Nanotron"
-    files_word = "files"
+    file_word = "file"
     rules: NanotronRules
     dtypes: Callable[[int], str]
     """The safetensors dtype of each parameter, by its number; fused parameters must agree."""

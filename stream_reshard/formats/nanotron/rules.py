@@ -70,14 +70,14 @@ def uneven_dims(model: Model, tp: int) -> dict[tuple[str, int], str]:
 
 
 def topology_problems(model: Model, format: NanotronRules) -> Problems:
-    """Every way in which the model cannot be cut like this, one UsageError each."""
+    """Reasons why the model cannot be cut like this, one UsageError for each axis."""
     problems = Problems()
     tp, pp, config = format.topology.tp, format.topology.pp, model.config
-    uneven = uneven_dims(model, tp)
-    for (dim, size), name in uneven.items():
-        usable = [n for n in range(1, min(size, MAX_TP) + 1) if all(s % n == 0 for _, s in uneven)]
-        problems.append(UsageError(f"--tp {tp} cannot split the {size} {dim} of {name}; "
-                                   f"--tp can be {_listed(usable)}"))
+    if uneven := uneven_dims(model, tp):
+        usable = [n for n in range(1, min(MAX_TP, *(size for _, size in uneven)) + 1)
+                  if all(size % n == 0 for _, size in uneven)]
+        dims = " nor ".join(f"the {size} {dim} of {name}" for (dim, size), name in uneven.items())
+        problems.append(UsageError(f"--tp {tp} cannot split {dims}; --tp can be {_listed(usable)}"))
     empty = _empty_stages(config, format) if pp <= MAX_PP else [pp - 1]
     if empty:
         usable = [n for n in range(1, min(pp, config.num_hidden_layers + 4)) if not _empty_stages(

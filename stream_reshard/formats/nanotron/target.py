@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted, shell_word
-from stream_reshard.formats.base import Described, Source, Target, with_router_dtype
+from stream_reshard.formats.base import Described, NextStep, Source, Target, with_router_dtype
 from stream_reshard.formats.layout import Group
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME, ids_written
 from stream_reshard.formats.nanotron.documents import documents
@@ -101,10 +101,11 @@ class ToNanotron(Target[NanotronLayout]):
         rope = "interleaved" if self.rules.rope_interleaved else "as in Hugging Face"
         return f"{self.rules.config_class}, format {self.rules.version}, {self.rules.topology}, RoPE {rope}"
 
-    def next_step(self, destination: Path) -> tuple[str, str]:
-        """The command that trains from the folder, in a checkout of Nanotron."""
-        return "train", (f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc_per_node={self.rules.topology.world_size} "
-                         f"run_train.py --config-file {shell_word(destination / 'config.yaml')}")
+    def next_step(self, destination: Path) -> NextStep:
+        """The command that trains from the folder."""
+        return NextStep("train", "in a clone of Nanotron, once config.yaml names your dataset:",
+                        f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc_per_node={self.rules.topology.world_size} "
+                        f"run_train.py --config-file {shell_word(destination / 'config.yaml')}")
 
 
 def _stage_table(layout: NanotronLayout) -> list[dict[str, Any]]:
