@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from stream_reshard.options import ForwardOptions, Options, VerifyOptions
     from stream_reshard.report import Report
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["Conversion", "ForwardOptions", "Options", "Refused", "Report", "Result", "Stop", "StreamReshardError",
            "VerifyOptions", "__version__", "api"]

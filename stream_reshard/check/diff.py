@@ -47,8 +47,8 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     if facts["num_more"]:
         yield f"and {facts['num_more']} more"
     if facts["formats"][0] != facts["formats"][1]:
-        yield (f"compared the model, its settings and vocabulary: {' and '.join(facts['formats'])} keep weights in other "
-               f"files; `verify` compares the weights")
+        yield (f"compared the model, its settings and vocabulary: {' and '.join(facts['formats'])} keep weights in "
+               f"other files; `verify` compares the weights")
     if facts["same"]:
         yield "the same layout: files, names, versions, slices and dtypes"
     yield from note_lines(facts)

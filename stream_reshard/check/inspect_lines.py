@@ -18,8 +18,8 @@ def lines(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts.get("family"):
         yield from _model_lines(facts)
     yield from _topology_lines(facts)
-    dtypes = ", ".join(f"{dtype} in {counted(number, 'tensor')}" for dtype, number in facts["dtypes"].items())
-    yield f"files      {human(facts['nbytes'])} in {counted(facts['num_files'], 'file')}{'; ' if dtypes else ''}{dtypes}"
+    dtypes = [f"{dtype} in {counted(number, 'tensor')}" for dtype, number in facts["dtypes"].items()]
+    yield "files      " + ", ".join([f"{human(facts['nbytes'])} in {counted(facts['num_files'], 'file')}", *dtypes])
     yield f"manifest   {'of a conversion by this tool' if facts['has_manifest'] else 'none'}"
     yield from (f"ignored    {key}: {reason}" for key, reason in facts.get("ignored", {}).items())
     if "num_nan" in facts:

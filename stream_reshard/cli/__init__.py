@@ -6,6 +6,7 @@
 - screen:    printing, and progress on a terminal or in a log
 - demo:      a small Llama, converted and verified
 - env:       versions and limits of this machine
+- completions: words that a shell completes
 - reference: the page of options
 """
 from stream_reshard.cli.entry import main, script

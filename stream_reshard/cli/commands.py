@@ -144,6 +144,13 @@ def env_command(arguments: argparse.Namespace, stop: Stop) -> Outcome:
     return Outcome(environment())
 
 
+def completion_command(arguments: argparse.Namespace, stop: Stop) -> Outcome:
+    """`completion SHELL`."""
+    from stream_reshard.cli.completions import completion
+    text = completion(arguments.shell)
+    return Outcome(Report({"shell": arguments.shell, "completion": text}, (text,)))
+
+
 def allow_list(argv: Sequence[str]) -> Outcome | None:
     """The names that --allow takes, where `--allow list` asks for them; None where nobody does."""
     if ("--allow", "list") not in pairwise(argv) and "--allow=list" not in argv:
@@ -157,4 +164,4 @@ def allow_list(argv: Sequence[str]) -> Outcome | None:
 
 RUN: dict[str, Callable[[argparse.Namespace, Stop], Outcome]] = {
     "convert": convert_command, "plan": plan_command, "verify": verify_command, "inspect": inspect_command,
-    "diff": diff_command, "demo": demo_command, "env": env_command}
+    "diff": diff_command, "demo": demo_command, "env": env_command, "completion": completion_command}

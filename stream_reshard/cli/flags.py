@@ -22,7 +22,8 @@ COMMANDS = {
     "inspect": "show what a checkpoint folder holds",
     "diff": "compare the layouts of two checkpoints; read no weight",
     "demo": "make a small Llama, convert it, verify it; needs no download",
-    "env": "print versions and limits of this machine, for a report of a bug"}
+    "env": "print versions and limits of this machine, for a report of a bug",
+    "completion": "print a completion for bash or zsh"}
 """The commands, each with its purpose. Without one of these words in front it is `convert`."""
 
 _OPTIONS: dict[str, tuple[type[Declared], ...]] = {
@@ -152,6 +153,9 @@ def _fill(made: argparse.ArgumentParser, command: str) -> argparse.ArgumentParse
                           "in float32, and compare the outcome; needs the extra [torch]")
     if command == "inspect":
         made.add_argument("--values", action="store_true", help="read every weight, and count NaN and infinities")
+    if command == "completion":
+        made.add_argument("shell", choices=("bash", "zsh"), help="the shell; source <(stream-reshard completion bash)")
+        return made
     if command == "demo":
         made.add_argument("--keep", metavar="DIR", type=_folder, help="make the folders in DIR and leave them there")
     output = made.add_argument_group("output")

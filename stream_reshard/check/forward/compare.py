@@ -56,8 +56,8 @@ def difference(theirs: Step | None, ours: Step | None) -> Difference:
         raise DifferenceError(f"{ours.title} makes {ours.value.shape[1]} features in the copy, "
                               f"{theirs.value.shape[1]} in the source")
     if not bool(theirs.value.isfinite().all()):
-        raise SourceError(f"the source itself computes values that are not numbers at {theirs.title}, so a forward pass "
-                          f"proves nothing; inspect --values counts NaN and infinities among its weights")
+        raise SourceError(f"the source itself computes values that are not numbers at {theirs.title}, so a forward "
+                          f"pass proves nothing; inspect --values counts NaN and infinities among its weights")
     apart = (ours.value - theirs.value).abs_()
     relative = _relative(apart.amax(-1), theirs.value.abs().amax(-1))
     token = int(relative.argmax())

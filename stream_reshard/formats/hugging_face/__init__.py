@@ -6,6 +6,7 @@
 - layout:      the layout of a folder of shards
 - planned:     the layout of shards to be written
 - folder:      a folder, opened
+- card:        the model card of a folder to be written
 - hub:         origin of a folder in the hub's cache
 - causes:      the one cause behind many faults
 - source:      a folder opened to be converted

@@ -9,6 +9,7 @@ from typing import Any
 
 from stream_reshard.errors import Problems, UsageError
 from stream_reshard.formats.base import Described, NextStep, Source, Target, with_router_dtype
+from stream_reshard.formats.hugging_face.card import CARD_NAME, model_card
 from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME
 from stream_reshard.formats.hugging_face.planned import DEFAULT_MAX_SHARD_NBYTES, HuggingFaceTarget
 from stream_reshard.formats.unsupported import Unsupported
@@ -66,6 +67,8 @@ class ToHuggingFace(Target[HuggingFaceTarget]):
     def documents(self, source: Source, layout: HuggingFaceTarget, dtype: str, destination: Path,
                   companions: Iterable[str]) -> dict[str, bytes]:
         documents = {CONFIG_NAME: json.dumps(config_of(source, dtype), indent=2, sort_keys=True).encode() + b"\n"}
+        if not any(name.lower() == CARD_NAME.lower() for name in companions):
+            documents[CARD_NAME] = model_card(source, dtype, destination)
         if layout.num_files > 1:
             index = {"metadata": {"total_size": layout.total_nbytes}, "weight_map": dict(sorted(layout.weight_map()))}
             documents[INDEX_NAME] = json.dumps(index, indent=2).encode() + b"\n"

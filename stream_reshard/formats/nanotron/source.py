@@ -62,7 +62,8 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
         model=layout.model if layout else None,
         unsupported=tuple(config.extras.values()), notes=(*litter_notes(root), *_notes(layout)) if layout else (),
         rope_interleaved=rules.rope_interleaved if rules else False, config_class=config.config_class,
-        identities=seen | opened, router_dtype=facts.get("router_dtype"), ids_are_known=known_ids is not None)
+        identities=seen | opened, router_dtype=facts.get("router_dtype"), origin=_origin(facts),
+        ids_are_known=known_ids is not None)
     return described if layout is None else NanotronSource(**vars(described), layout=layout)
 
 
@@ -70,6 +71,13 @@ def _facts_of(root: Path, max_nbytes: int) -> Mapping[str, Any]:
     """The facts that a manifest tells, if there is one. Raises SourceError."""
     manifest = open_manifest(root, max_nbytes)
     return manifest.facts if manifest else {}
+
+
+def _origin(facts: Mapping[str, Any]) -> Mapping[str, str] | None:
+    """Repository and commit that a manifest names as the origin of the first conversion."""
+    origin = facts.get("origin")
+    is_whole = isinstance(origin, dict) and all(isinstance(origin.get(key), str) for key in ("repo", "commit"))
+    return origin if is_whole else None
 
 
 def _true_vocab_size(config: NanotronModelConfig, told: int | None) -> int:
