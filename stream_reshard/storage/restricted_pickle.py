@@ -72,8 +72,8 @@ class _Interpreter:
         """The value that the pickle leaves on the stack."""
         text = self.text
         if text[:2] != PROTOCOL:
-            raise ValueError(f"its pickle begins with {quoted(text[:2])}, where torch.save writes protocol 2 "
-                             f"({quoted(PROTOCOL)}); load it with torch and save it again without pickle_protocol")
+            raise ValueError(f"its pickle begins with the bytes {text[:2].hex()}, where torch.save writes protocol "
+                             f"2 ({PROTOCOL.hex()}); load it with torch and save it again without pickle_protocol")
         self.at = 2
         while True:
             opcode = text[self.at]
@@ -83,7 +83,7 @@ class _Interpreter:
                 break
             step(self)
         if opcode != _STOP:
-            raise ValueError(f"its pickle has the opcode {quoted(bytes([opcode]))} at byte {self.at - 1}, which "
+            raise ValueError(f"its pickle has the opcode {opcode:#04x} at byte {self.at - 1}, which "
                              f"torch.save does not write")
         if self.at != len(text) or len(self._stack) != 1 or self._below:
             raise ValueError(f"its pickle ends at byte {self.at} of {len(text)} with {len(self._stack)} values, where "

@@ -163,11 +163,11 @@ def _check_small(read_at: ReadAt, records: Mapping[str, Member]) -> None:
     """Raises ValueError for an order of bytes or a version that is not read."""
     version = _content(read_at, records, "version", 64).strip()
     if not version.isdigit() or int(version) not in _VERSIONS:
-        raise ValueError(f"its version is {quoted(version)}, known are {_VERSIONS[0]} to {_VERSIONS[-1]}")
+        raise ValueError(f"its version is {quoted(version.decode('latin-1'))}, known are {_VERSIONS[0]} to {_VERSIONS[-1]}")
     # Before torch 2.1 it was not written; machines with another order could not save for others.
     if "byteorder" in records and (order := _content(read_at, records, "byteorder", 64)) != b"little":
-        raise ValueError(f"its numbers are {quoted(order)} endian, only little endian ones are read; load it with "
-                         f"torch on this machine and save it again")
+        raise ValueError(f"its numbers are {quoted(order.decode('latin-1'))} endian, only little endian ones are read; "
+                         f"load it with torch on this machine and save it again")
 
 
 def _content(read_at: ReadAt, records: Mapping[str, Member], name: str, limit: int) -> bytes:

@@ -174,7 +174,7 @@ def _entry(fields: tuple[int, ...], raw_name: bytes, extra: bytes) -> _Entry:
         raise ValueError(f"its record {quoted(name)} is encrypted")
     if method:
         raise ValueError(f"its record {quoted(name)} is compressed (method {method}), where torch.save stores records "
-                         f"as they are; load it with torch and save it again")
+                         f"as they are; load it with torch and save its state_dict")
     if flags & ~(DESCRIPTOR_FLAG | UTF8_FLAG) or comment or disk:
         raise ValueError(f"its record {quoted(name)} has flags {flags:#06x}, a comment of {comment} bytes and disk "
                          f"{disk}, which torch.save does not write")
@@ -188,7 +188,7 @@ def _name(raw: bytes) -> str:
     try:
         name = raw.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"a record's name is not UTF-8: {quoted(raw[:80])}") from error
+        raise ValueError(f"a record's name is not UTF-8: {quoted(raw.decode('latin-1'))}") from error
     if not 0 < len(raw) <= _MAX_NAME_NBYTES:
         raise ValueError(f"a record's name has {len(raw)} bytes, the limit is {_MAX_NAME_NBYTES}")
     if not name.isprintable() or "\\" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
