@@ -26,6 +26,12 @@ MAX_PICKLE_NBYTES = 64 * 2**20
 _VERSIONS = range(1, 11)
 """Of the container (caffe2/serialize/versions.h, kMinSupportedFileFormatVersion to kMaxSupportedFileFormatVersion)."""
 
+_NOTES = frozenset({".format_version", ".storage_alignment", ".data/serialization_id"})
+"""Records that torch reads and that mean nothing here."""
+
+_SMALL_NBYTES = 64
+"""Cap on the texts of a file."""
+
 _ZIP = b"PK\x03\x04"
 _LEGACY = (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", b"\x80\x02ctorch")
 """First bytes before torch 1.6: the magic number of _legacy_save, pickled; or a pickle of a module itself."""
@@ -160,12 +166,15 @@ def _below_folder(members: Mapping[str, Member]) -> tuple[str, dict[str, Member]
 
 
 def _check_small(read_at: ReadAt, records: Mapping[str, Member]) -> None:
-    """Raises ValueError for an order of bytes or a version that is not read."""
-    version = _content(read_at, records, "version", 64).strip()
+    """Raises ValueError for an order of bytes or a version that is not read, and for notes that are damaged."""
+    for name in _NOTES & records.keys():
+        _content(read_at, records, name, _SMALL_NBYTES)
+    version = _content(read_at, records, "version", _SMALL_NBYTES).strip()
     if not version.isdigit() or int(version) not in _VERSIONS:
-        raise ValueError(f"its version is {quoted(version.decode('latin-1'))}, known are {_VERSIONS[0]} to {_VERSIONS[-1]}")
+        raise ValueError(f"its version is {quoted(version.decode('latin-1'))}, known are {_VERSIONS[0]} to "
+                         f"{_VERSIONS[-1]}")
     # Before torch 2.1 it was not written; machines with another order could not save for others.
-    if "byteorder" in records and (order := _content(read_at, records, "byteorder", 64)) != b"little":
+    if "byteorder" in records and (order := _content(read_at, records, "byteorder", _SMALL_NBYTES)) != b"little":
         raise ValueError(f"its numbers are {quoted(order.decode('latin-1'))} endian, only little endian ones are read; "
                          f"load it with torch on this machine and save it again")
 

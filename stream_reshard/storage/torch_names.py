@@ -1,6 +1,7 @@
 """The names that a .pt file may use, and what is made where torch would call them. No name is ever looked up."""
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ MAX_INTEGER = 1 << 48
 
 _MAX_KEY_LENGTH = 20
 """Digits of a storage's number: torch 1.6 to 1.9 took an address for it."""
+
+
+_LOCATION = re.compile(r"[a-z][a-z0-9_]{,31}(:[0-9]{1,5})?")
+"""A device, with its number where there are several (torch/serialization.py, location_tag)."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def storage_of(identity: Any) -> StorageReference:
         raise ValueError(f"a storage has the class {told(kind)}")
     if type(key) is not str or not (key.isascii() and key.isdigit() and len(key) <= _MAX_KEY_LENGTH):
         raise ValueError(f"a storage has the key {told(key)}, which is no number")
-    if type(location) is not str or not is_size(num_elements):
+    if type(location) is not str or not _LOCATION.fullmatch(location) or not is_size(num_elements):
         raise ValueError(f"the storage {key} has {told(num_elements)} elements on {told(location)}")
     return StorageReference(STORAGES[kind], key, num_elements, location)
 

@@ -39,6 +39,10 @@ DESCRIPTOR_FLAG, UTF8_FLAG = 0x0008, 0x0800
 """Sizes and crc stand behind the data; the name is UTF-8 (4.4.4)."""
 
 _ENCRYPTED = 0x2041
+
+_FOLDER_ATTRIBUTE = 0x10
+"""That of DOS (4.4.15): miniz, and so torch, takes a record with it for a folder, without bytes."""
+
 _MAX_NAME_NBYTES = 1024
 _MAX_GAP_NBYTES = 24
 """A data descriptor, the only thing between two members, has 12 to 24 bytes (4.3.9)."""
@@ -169,7 +173,7 @@ def _entries(text: bytes, directory: _Directory) -> Iterator[_Entry]:
 def _entry(fields: tuple[int, ...], raw_name: bytes, extra: bytes) -> _Entry:
     name = _name(raw_name)
     flags, method, crc, packed, nbytes = fields[3], fields[4], *fields[7:10]
-    comment, disk, header = fields[12], fields[13], fields[16]
+    comment, disk, attributes, header = fields[12], fields[13], fields[15], fields[16]
     if flags & _ENCRYPTED:
         raise ValueError(f"its record {quoted(name)} is encrypted")
     if method:
@@ -178,6 +182,8 @@ def _entry(fields: tuple[int, ...], raw_name: bytes, extra: bytes) -> _Entry:
     if flags & ~(DESCRIPTOR_FLAG | UTF8_FLAG) or comment or disk:
         raise ValueError(f"its record {quoted(name)} has flags {flags:#06x}, a comment of {comment} bytes and disk "
                          f"{disk}, which torch.save does not write")
+    if attributes & _FOLDER_ATTRIBUTE:
+        raise ValueError(f"its record {quoted(name)} has the attributes of a folder ({attributes:#010x})")
     nbytes, packed, header = _widened(name, (nbytes, packed, header), extra)
     if packed != nbytes:
         raise ValueError(f"its record {quoted(name)} of {nbytes} bytes claims to take {packed}")

@@ -71,7 +71,7 @@ CASES = {
                         some("int32", 3).expand(4, 3), some("int32", 1, 3).as_strided((1, 3), (99, 1)), some("int8", 9)[4]],
     "eight dims": lambda: some("int8", 2, 1, 3, 1, 2, 1, 1, 2),
     "shared storage": shared, "tied parameters": tied, "typed views": lambda: some("float32", 8).requires_grad_(),
-    "no value": lambda: {}, "plain": lambda: {"a": [None, True, False, (), [], {}, "", "\u00e9\U0001f600", 1.5, -0.0,
+    "no value": dict, "plain": lambda: {"a": [None, True, False, (), [], {}, "", "\u00e9\U0001f600", 1.5, -0.0,
                                                     float("inf"), float("nan")], 7: {"b": (1,)}, -3: ((1, 2), (1, 2, 3),
                                                                                                   (1, 2, 3, 4))},
     "integers": lambda: INTEGERS, "lists": lambda: [list(range(n)) for n in SIZES],

@@ -126,4 +126,5 @@ def tensor_in(tensor, file, content):
 
 def bits(tensor):
     """The bytes of a tensor's elements in C order."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
+    return flat.view(torch.uint8).numpy().tobytes()
