@@ -118,7 +118,7 @@ def _directory(read_at: ReadAt, size: int) -> _Directory:
     sign, disk, first_disk, here, total, nbytes, begin, comment = END.unpack(read_at(at, END.size))
     if sign != END_SIGN:
         raise NoEnd("it does not end with the end record of a zip file: it is cut off, or something was added")
-    if comment or here != total or not {disk, first_disk} <= {0, IN_ZIP64_COUNT}:
+    if comment or here != total or disk or first_disk:
         raise ValueError("it is one of several parts of a zip file, or its end record has a comment")
     found = _Directory(begin, nbytes, total)
     if at >= LOCATOR.size + END64.size:
@@ -136,7 +136,7 @@ def _wide_directory(read_at: ReadAt, at: int) -> _Directory | None:
     sign, disk, place, num_disks = LOCATOR.unpack(read_at(at, LOCATOR.size))
     if sign != LOCATOR_SIGN:
         return None
-    if disk or num_disks > 1 or place != at - END64.size:
+    if disk or num_disks != 1 or place != at - END64.size:
         raise ValueError(f"its zip64 locator points to byte {place} of disk {disk}, and belongs to {at - END64.size}")
     sign, nbytes, _, _, disk, first_disk, here, total, length, begin = END64.unpack(read_at(place, END64.size))
     if sign != END64_SIGN or nbytes != END64.size - 12 or disk or first_disk or here != total:

@@ -18,6 +18,7 @@ import torch
 from torch_files import assert_same, members_of, pieces, read, saved, with_pickle
 
 from stream_reshard.errors import ResourceError, SourceError, StreamReshardError
+from stream_reshard.storage.pickle_writer import write_pickle
 from stream_reshard.storage.restricted_pickle import read_pickle
 from stream_reshard.storage.zip_file import ENTRY, LOCAL
 
@@ -321,6 +322,7 @@ ZIPS = {
     "directory longer": (spoiled(size=10**9), "its directory ends at"), "directory of nothing": (
         spoiled(size=0, here=0, total=0), "its directory ends at"),
     "zip64 records elsewhere": (zip64(at=0), "zip64 locator points to"), "two disks": (zip64(disks=2), "zip64 locator"),
+    "no disk": (zip64(disks=0), "zip64 locator"), "disk in zip64": (also(zip64(), spoiled(disk=65535)), "one of several parts"),
     "zip64 records longer": (zip64(size=99), "zip64 end record is not valid"),
     "end records disagree": (zip64(count=5), "its two end records disagree"),
     "endless count": (also(zip64(count=2**60), spoiled(here=65535, total=65535)), "the limit is 1048576"),
@@ -399,6 +401,7 @@ def tried(path, content, is_traced):
         assert peak[0] < 2**20, f"{peak[0]} bytes"
     theirs = torch.load(path, weights_only=True, map_location="cpu")
     assert_same(file.contents, theirs, file, content)
+    write_pickle(file.contents)
     return True
 
 

@@ -1,8 +1,10 @@
 """Files of torch.save, written without torch: every offset is known before, pieces come in any order, and what no test
 machine wants to hold is laid out as torch lays it out."""
 import os
+import pickle
 import random
 import zlib
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch_files import read, records_of, saved, without_id, written_again
 
 from stream_reshard.storage.crc32 import Piece, combined, crc_of_pieces
 from stream_reshard.storage.pickle_writer import write_pickle
+from stream_reshard.storage.restricted_pickle import read_pickle
 from stream_reshard.storage.torch_values import new_storage, new_tensor, strides_of
 from stream_reshard.storage.torch_writer import plan_torch_file, stream
 
@@ -85,6 +88,32 @@ def test_the_same_values_make_the_same_bytes():
     assert first == second
     other = b"".join(stream(plan_torch_file(contents(), "x"), lambda storage: [b"\1" * storage.nbytes]))
     assert without_id(other) != without_id(first) and len(other) == len(first)
+
+
+def tree(rng, depth, made):
+    """A random tree of plain values; parts of it are met again, as the same objects or as equal ones."""
+    kind = rng.randrange(9 if depth else 5 if made else 3)
+    if kind == 0:
+        return rng.choice((None, True, False, (), 0.5, -0.0))
+    if kind == 1:
+        return rng.choice((1, -1)) * rng.randrange(1 << rng.randrange(1, 64))
+    if kind == 2:
+        return rng.choice(("storage", "cpu", "a", "", "\u00e9" * rng.randrange(300), f"x{rng.randrange(9)}"))
+    if kind < 5 and made:
+        return rng.choice(made)
+    size = rng.choice((0, 1, 1, 2, 3, 4, 5)) if rng.random() < 0.98 else rng.choice((999, 1000, 1001, 2000, 2001))
+    items = [tree(rng, depth - 1, made) if depth and size < 9 else tree(rng, 0, []) for _ in range(size)]
+    keys = rng.sample([*range(3000), *(f"k{i}" for i in range(9))], size)
+    made.append(rng.choice((list, tuple, dict, OrderedDict))(zip(keys, items) if kind > 6 else enumerate(items)))
+    return made[-1]
+
+
+def test_pickles_are_those_of_the_pickler_in_c():
+    """Whatever plain values they hold, and read they are the same values."""
+    for seed in range(1500):
+        value = tree(random.Random(seed), 4, [])
+        assert write_pickle(value)[0] == pickle.dumps(value, 2), seed
+        assert repr(read_pickle(pickle.dumps(value, 2))[0]) == repr(value), seed
 
 
 @pytest.mark.parametrize("value", [{1, 2}, b"x", 1j, object(), [range(3)], {"a": type}, new_storage("F32", 3)])
