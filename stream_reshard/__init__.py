@@ -15,13 +15,45 @@ The wings, from the user's side down; each has a map of its modules in its own d
 - formats:     what is where; one folder per format
 - destination: the folder that grows and becomes the destination
 - storage:     bytes on a disk
-- options:     everything a user can choose, as one value
+- options:     everything a user can choose, each declared once
+- report:      the one shape of all results
 - model:       what a model is
 - machine:     what the run stands on
 - errors:      the exception tree and the exit codes
 """
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stream_reshard import api
+    from stream_reshard.convert.conversion import Conversion
+    from stream_reshard.convert.report import Result
+    from stream_reshard.errors import Refused, StreamReshardError
+    from stream_reshard.machine.stop import Stop
+    from stream_reshard.options import ForwardOptions, Options, VerifyOptions
+    from stream_reshard.report import Report
+
 __version__ = "0.1.0"
 
-WINGS = ("cli", "api", "convert", "check", "run", "plan", "formats", "destination", "storage", "options", "model",
-         "machine", "errors")
+__all__ = ["Conversion", "ForwardOptions", "Options", "Refused", "Report", "Result", "Stop", "StreamReshardError",
+           "VerifyOptions", "__version__", "api"]
+
+_HOMES = {"Conversion": "convert.conversion", "Result": "convert.report", "Refused": "errors",
+          "StreamReshardError": "errors", "Stop": "machine.stop", "Options": "options", "ForwardOptions": "options",
+          "VerifyOptions": "options", "Report": "report"}
+"""Module of each public name."""
+
+WINGS = ("cli", "api", "convert", "check", "run", "plan", "formats", "destination", "storage", "options",
+         "report", "model", "machine", "errors")
 """A wing imports only what stands behind it."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is asked for: the package's own modules must not import all of it first."""
+    from importlib import import_module
+    if name == "api":
+        return import_module("stream_reshard.api")
+    if name in _HOMES:
+        return getattr(import_module(f"stream_reshard.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'stream_reshard' has no attribute {name!r}")

@@ -19,8 +19,12 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import PurePath
+from typing import ParamSpec, TypeVar
+
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
 
 
 class StreamReshardError(Exception):
@@ -110,7 +114,8 @@ class Refused(StreamReshardError):
 class Problems(list[StreamReshardError]):
     """Collects problems, so that a user sees all of them at once instead of one per attempt."""
 
-    def collect(self, function, *args, **kwargs):
+    def collect(self, function: Callable[Parameters, Returned], *args: Parameters.args,
+                **kwargs: Parameters.kwargs) -> Returned | None:
         """Return `function(...)`, or None after adding what it raised to the list."""
         try:
             return function(*args, **kwargs)
@@ -128,6 +133,13 @@ class Problems(list[StreamReshardError]):
         """Raises Refused when there is at least one problem."""
         if self:
             raise Refused(self)
+
+    def required(self, value: Returned | None) -> Returned:
+        """`value`, which is None only where a problem says why. Raises Refused with all problems."""
+        self.raise_if_any()
+        if value is None:
+            raise StreamReshardError("this is a fault of stream_reshard: a part is missing and no problem says why")
+        return value
 
 
 _MAX_OF_A_KIND = 10

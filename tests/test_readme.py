@@ -11,7 +11,7 @@ from sources import make_source
 
 from stream_reshard.cli.demo import CONFIG, write_random_source
 from stream_reshard.cli.flags import COMMANDS, parser_of
-from stream_reshard.formats.unsupported import ALLOWABLE
+from stream_reshard.options import ALLOWABLE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,15 +22,18 @@ def command(name):
     return re.search(rf"<!-- {name} command -->\n```bash\n(.+)\n```", README)[1]
 
 
-def test_every_flag_and_command_is_documented():
-    for name in ("convert", *COMMANDS):
+def test_every_command_and_allowable_name_is_documented():
+    assert all(f"| `{name}" in README for name in COMMANDS)
+    assert all(f"| `{name}` |" in README for name in ALLOWABLE)
+
+
+def test_the_page_of_options_is_made_of_their_declarations():
+    made = subprocess.run([sys.executable, "-m", "stream_reshard.cli.reference"], cwd=ROOT, check=True,
+                          capture_output=True, text=True).stdout
+    assert (ROOT / "docs" / "options.md").read_text() == made
+    for name in ("convert", "verify", "inspect", "diff", "demo"):
         for action in parser_of(name)._actions:
-            for flag in action.option_strings:
-                assert flag == "-h" or f"`{flag}" in README, flag
-    for name in COMMANDS:
-        assert f"| `{name}" in README
-    for name in ALLOWABLE:
-        assert f"| `{name}` |" in README
+            assert action.help and all(flag in made for flag in action.option_strings if flag not in ("-h", "--help"))
 
 
 def test_example_is_what_the_demo_prints():

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import Problems, quoted
-from stream_reshard.formats.base import Source
+from stream_reshard.formats.base import Described, Source
 from stream_reshard.formats.differences import layout_differences
 from stream_reshard.formats.nanotron.config import ids_written
 from stream_reshard.formats.registry import is_nanotron, open_any
 from stream_reshard.machine import memory
 from stream_reshard.model.parameters import ModelConfig
+from stream_reshard.report import note_lines
 
 MAX_LISTED = 1000
 """Differences that are listed; the rest are only counted."""
@@ -22,15 +23,14 @@ def diff(one: Path, other: Path) -> dict[str, Any]:
     """The differences between two checkpoints, as lines of text. Raises Refused where one of them makes no sense."""
     problems = Problems()
     limit = memory.parse_limit(min(memory.DEFAULT_ALLOWED, memory.machine_limit()), memory.resident())
-    opened: dict[Path, Source | None] = {}
+    opened: dict[Path, Described | None] = {}
     vocab_size = None
     for root in sorted((one, other), key=is_nanotron):
         # Nanotron does not know its vocabulary without padding: beside Hugging Face it has that of the other.
         opened[root] = source = open_any(root, limit, vocab_size if is_nanotron(root) else None, problems, False)
         vocab_size = source.config.vocab_size if source and not is_nanotron(root) else None
-    problems.raise_if_any()
-    left, right = opened[one], opened[other]
-    assert left and right, "otherwise there are problems"
+    left, right = (problems.required(source if isinstance(source, Source) else None)
+                   for source in (opened[one], opened[other]))
     found, num_more = list[str](), 0
     for difference in _differences(left, right):
         if len(found) < MAX_LISTED:
@@ -47,6 +47,7 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
         yield f"and {facts['num_more']} more"
     if facts["same"]:
         yield "the same layout: files, names, versions, slices and dtypes"
+    yield from note_lines(facts)
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
@@ -58,5 +59,4 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
 def _differences(one: Source, other: Source) -> Iterator[str]:
     mine, theirs = _settings(one.config), _settings(other.config)
     yield from (f"{key}: {quoted(mine[key])} and {quoted(theirs[key])}" for key in mine if mine[key] != theirs[key])
-    assert one.layout and other.layout, "without them there are problems"
     yield from layout_differences(one.layout, other.layout)

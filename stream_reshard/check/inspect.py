@@ -51,11 +51,15 @@ def inspect(root: Path, values: bool = False, stop: Stop | None = None) -> dict[
     return facts | (_value_facts(root, tensors, stop or Stop()) if values else {})
 
 
+def lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """The result of `inspect` as lines for a person."""
+    return (f"{key:<22} {value}" for key, value in facts.items())
+
+
 def _inspect_hugging_face(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor]]:
     problems = Problems()
-    config, _, layout = open_folder(root, MAX_HEADER_NBYTES, problems)
-    problems.raise_if_any()
-    assert config and layout, "without them there are problems"
+    found, _, opened = open_folder(root, MAX_HEADER_NBYTES, problems)
+    config, layout = problems.required(found), problems.required(opened)
     facts = {"format": "Hugging Face", **_model_facts(config.model, layout), "vocab_size": config.model.vocab_size,
              "dtypes": layout.count_dtypes(), "num_files": layout.num_files, "nbytes": layout.nbytes,
              "ignored": dict(layout.ignored), "has_manifest": (root / MANIFEST_NAME).is_file(), "faults": [],
@@ -110,14 +114,14 @@ def _nanotron_facts(config: NanotronModelConfig | None, manifest: Manifest | Non
 
 
 def _file_facts(files: Mapping[str, WeightFile]) -> dict[str, Any]:
-    places = [file.place for file in files.values() if file.place]
+    ranks = [file.rank for file in files.values() if file.rank]
     blocks: dict[int, dict[str, None]] = defaultdict(dict)
     for file in sorted(files.values(), key=_depth):
-        if file.place:
-            blocks[file.place.pp].setdefault(file.parameter.split(".pp_block")[0])
+        if file.rank:
+            blocks[file.rank.pp].setdefault(file.parameter.split(".pp_block")[0])
     return {"versions": sorted({file.version for file in files.values() if file.version}),
-            "topologies_tp_pp": sorted({(place.num_tp, place.num_pp) for place in places}),
-            "num_ranks": len({(place.pp, place.tp) for place in places}),
+            "topologies_tp_pp": sorted({(rank.num_tp, rank.num_pp) for rank in ranks}),
+            "num_ranks": len({(rank.pp, rank.tp) for rank in ranks}),
             "stages": {str(stage): blocks_text(names) for stage, names in sorted(blocks.items())[:MAX_LISTED]},
             "dtypes": dict(Counter(file.tensor.dtype for file in files.values())), "num_files": len(files),
             "nbytes": sum(file.file.nbytes for file in files.values())}
@@ -134,8 +138,8 @@ def _holes(files: Iterable[WeightFile]) -> Iterator[SourceError]:
     """Parameters of which some tensor-parallel rank has no file."""
     found: dict[tuple[str, int], set[int]] = {}
     for file in files:
-        if file.place:
-            found.setdefault((file.parameter, file.place.num_tp), set()).add(file.place.tp)
+        if file.rank:
+            found.setdefault((file.parameter, file.rank.num_tp), set()).add(file.rank.tp)
     for (parameter, size), ranks in found.items():
         if len(ranks) != size:
             yield SourceError(f"{quoted(parameter)}: {len(ranks)} of {size} tensor-parallel ranks are there")

@@ -4,12 +4,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stream_reshard import api
 from stream_reshard.cli.flags import COMMANDS, parser_of
@@ -18,40 +17,32 @@ from stream_reshard.errors import (
     DifferenceError, Problems, ResourceError, StreamReshardError, UsageError, quoted, shell_word)
 from stream_reshard.machine import memory
 from stream_reshard.machine.stop import Stop
+from stream_reshard.options import ForwardOptions, Options, VerifyOptions
+from stream_reshard.options.declaring import Declared, options_of
+from stream_reshard.report import Report, Reported
+
+if TYPE_CHECKING:
+    from stream_reshard.check.forward.report import ForwardResult
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a run to stop; batch systems send the last one some time before the limit."""
 
 
+def _choices(arguments: argparse.Namespace, options: type[Declared]) -> dict[str, Any]:
+    """The declared options among the flags, by name."""
+    return {own.name: getattr(arguments, own.name) for own in options_of(options)}
+
+
 def _planned(arguments: argparse.Namespace, stop: Stop) -> api.Conversion:
     """The conversion that the flags choose."""
-    return api.plan(
-        arguments.source, arguments.destination, tp=arguments.tp, pp=arguments.pp, dp=arguments.dp, to=arguments.to,
-        max_memory=arguments.max_memory, num_workers=arguments.workers, max_shard_size=arguments.max_shard_size,
-        vocab_size=arguments.vocab_size, vocab_multiple=arguments.vocab_multiple, template=arguments.template,
-        tokenizer=arguments.tokenizer, config_class=arguments.nanotron_config, version=arguments.checkpoint_version,
-        rope=arguments.rope, dtype=arguments.dtype, allow=arguments.allow, io=arguments.io, digests=arguments.digests,
-        restart=arguments.restart, overwrite=arguments.overwrite, break_lock=arguments.break_lock,
-        verify=arguments.verify, source_sha256=arguments.source_sha256, stop=stop)
+    return api.plan(arguments.source, arguments.destination, **_choices(arguments, Options), stop=stop)
 
 
-def _percent(text: str) -> float:
-    """"10%" as 0.1. Raises UsageError."""
-    match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)%?", text)
-    if not match or not 0 < float(match[1]) <= 100:
-        raise UsageError(f"--sample {quoted(text)} is not a part between 0% and 100%; write it as 10%")
-    return float(match[1]) / 100
-
-
-def _print(arguments: argparse.Namespace, document: dict[str, Any], lines: Iterable[str]) -> None:
+def _print(arguments: argparse.Namespace, report: Reported) -> None:
     if arguments.json:
-        _say(json.dumps(document, indent=1))
+        _say(json.dumps(report.facts, indent=1))
     elif not arguments.quiet:
-        _say("\n".join(lines))
-
-
-def _notes(facts: dict[str, Any]) -> list[str]:
-    return [f"note     {note}" for note in facts.get("notes", ())]
+        _say(str(report))
 
 
 def _say(text: str) -> None:
@@ -83,7 +74,7 @@ def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`SRC DST`: plan, print the plan, run it, print the summary."""
     conversion = _planned(arguments, stop)
     if not (arguments.json or arguments.quiet or (conversion.is_done and not arguments.overwrite)):
-        _say(api.described(conversion))
+        _say(str(conversion))
     bar = _bar(conversion.plan.nbytes, arguments.quiet, unit="B", unit_scale=True)
 
     def advance(done: int, total: int) -> None:
@@ -102,7 +93,7 @@ def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
     finally:
         if bar is not None:
             bar.close()
-    _print(arguments, result.facts, result.lines)
+    _print(arguments, result)
 
 
 def _resume_command(arguments: argparse.Namespace) -> str:
@@ -113,29 +104,32 @@ def _resume_command(arguments: argparse.Namespace) -> str:
 
 def plan_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`plan SRC [DST]`: everything up to and without the writing."""
-    conversion = _planned(arguments, stop)
-    _print(arguments, api.facts_of(conversion), [api.described(conversion)])
+    _print(arguments, _planned(arguments, stop))
 
 
 def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`verify SRC DST`. With --forward all checks run even after a difference; all are reported at the end."""
-    from stream_reshard.check.weights import lines
     found, forward = Problems(), None
-    for name in ("text", "tokens", "tolerance", "plot"):
-        if getattr(arguments, name) is not None and not arguments.forward:
-            raise UsageError(f"--{name} means nothing without --forward")
+    _refuse_forward_flags(arguments)
     plan = found.collect(_planned_forward, arguments) if arguments.forward else None
     _raise_other_than_differences(found)
-    facts = found.collect(_verified, arguments, stop)
+    report = found.collect(_verified, arguments, stop)
     _raise_other_than_differences(found)
     if plan is not None:
         forward = found.collect(_run_forward, arguments, plan, stop)
-        found.extend(filter(None, [forward and forward.difference]))
-    if facts is not None or forward is not None:
-        document = (facts or {"equal": False}) | ({"forward": forward.facts} if forward else {})
-        _print(arguments, document, [*(lines(facts) if facts else ()), *_notes(facts or {}),
-                                     *(forward.lines if forward else ())])
+        found.extend(filter(None, [forward.difference if forward else None]))
+    if report is not None or forward is not None:
+        facts = (report.facts if report else {"equal": False}) | ({"forward": forward.facts} if forward else {})
+        _print(arguments, Report(facts, (*(report.lines if report else ()), *(forward.lines if forward else ()))))
     found.raise_if_any()
+
+
+def _refuse_forward_flags(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for a flag that means nothing without --forward."""
+    shared = {own.name for own in options_of(VerifyOptions)}
+    for own in options_of(ForwardOptions):
+        if own.name not in shared and not arguments.forward and getattr(arguments, own.name) != own.default:
+            raise UsageError(f"{own.flag} means nothing without --forward")
 
 
 def _raise_other_than_differences(found: Problems) -> None:
@@ -143,28 +137,20 @@ def _raise_other_than_differences(found: Problems) -> None:
         found.raise_if_any()
 
 
-def _verified(arguments: argparse.Namespace, stop: Stop) -> dict[str, Any]:
+def _verified(arguments: argparse.Namespace, stop: Stop) -> Report:
     with _counted(arguments.quiet, "part") as advance:
-        return api.verify(
-            arguments.source, arguments.destination, max_memory=arguments.max_memory, num_workers=arguments.workers,
-            quick=arguments.quick, sample=_percent(arguments.sample), seed=arguments.seed, dtype=arguments.dtype,
-            vocab_size=arguments.vocab_size, allow=tuple(arguments.allow), edited=tuple(arguments.edited), stop=stop,
-            progress=advance)
+        return api.verify(arguments.source, arguments.destination, **_choices(arguments, VerifyOptions), stop=stop,
+                          progress=advance)
 
 
 def _planned_forward(arguments: argparse.Namespace) -> Any:
-    choices = {"text": arguments.text, "plot": arguments.plot, "num_tokens": arguments.tokens,
-               "tolerance": arguments.tolerance, "num_threads": arguments.workers}
-    plan = api.plan_forward(
-        arguments.source, arguments.destination, max_memory=arguments.max_memory, seed=arguments.seed,
-        dtype=arguments.dtype, allow=tuple(arguments.allow),
-        **{name: value for name, value in choices.items() if value is not None})
+    plan = api.plan_forward(arguments.source, arguments.destination, **_choices(arguments, ForwardOptions))
     if not (arguments.json or arguments.quiet):
-        _say(api.described_forward(plan))
+        _say(str(plan))
     return plan
 
 
-def _run_forward(arguments: argparse.Namespace, plan: Any, stop: Stop) -> api.ForwardResult:
+def _run_forward(arguments: argparse.Namespace, plan: Any, stop: Stop) -> ForwardResult:
     with _counted(arguments.quiet, "layer") as advance:
         return api.run_forward(plan, advance, stop)
 
@@ -188,24 +174,21 @@ def _counted(quiet: bool, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 def inspect_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`inspect DIR`."""
-    facts = api.inspect(arguments.source, arguments.values, stop)
-    _print(arguments, facts, (f"{key:<22} {value}" for key, value in facts.items()))
+    _print(arguments, api.inspect(arguments.source, values=arguments.values, stop=stop))
 
 
 def diff_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`diff A B`."""
-    from stream_reshard.check.diff import lines
-    facts = api.diff(arguments.source, arguments.destination)
-    _print(arguments, facts, [*lines(facts), *_notes(facts)])
-    if not facts["same"]:
+    report = api.diff(arguments.source, arguments.destination)
+    _print(arguments, report)
+    if not report.facts["same"]:
         raise DifferenceError(f"the layouts of {quoted(arguments.source)} and {quoted(arguments.destination)} differ")
 
 
 def demo_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`demo`."""
     from stream_reshard.cli.demo import demo
-    facts = demo(arguments.quiet or arguments.json, stop)
-    _print(arguments, facts, [f"demo     converted and verified {facts['num_elements']} weights: all equal"])
+    _print(arguments, demo(arguments.quiet or arguments.json, stop))
 
 
 _RUN = {"convert": convert_command, "plan": plan_command, "verify": verify_command, "inspect": inspect_command,

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.check.weights import verify
-from stream_reshard.convert.conversion import Options, plan_conversion, run_conversion
-from stream_reshard.convert.report import plan_lines
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME, read_config
-from stream_reshard.formats.hugging_face.index import SINGLE_NAME
+from stream_reshard.convert.conversion import plan_conversion, run_conversion
+from stream_reshard.formats.hugging_face.config import CONFIG_NAME, SINGLE_NAME, read_config
 from stream_reshard.machine.stop import Stop
 from stream_reshard.model.architectures import FAMILIES, build_model
-from stream_reshard.model.topology import Topology
+from stream_reshard.options import Options
+from stream_reshard.report import Report
 from stream_reshard.storage.header import pack_header
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 688,
@@ -37,13 +36,14 @@ def write_random_source(root: Path, config: dict[str, Any], seed: int = 0) -> No
             stream.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
 
 
-def demo(quiet: bool, stop: Stop | None = None) -> dict[str, Any]:
-    """Make, convert, verify, in a temporary folder. Returns what `verify` counted."""
+def demo(quiet: bool, stop: Stop | None = None) -> Report:
+    """Make, convert, verify, in a temporary folder; the facts are those of `verify`."""
     with tempfile.TemporaryDirectory(prefix="stream_reshard_demo_") as folder:
         source, destination = Path(folder) / "llama", Path(folder) / "nanotron"
         write_random_source(source, CONFIG)
-        conversion = plan_conversion(Options(source, destination, Topology(2, 2)))
+        conversion = plan_conversion(Options(source, destination, tp=2, pp=2))
         if not quiet:
-            print("\n".join(plan_lines(conversion)))
+            print(conversion)
         run_conversion(conversion, stop=stop)
-        return verify(source, destination, stop=stop)
+        facts = verify(source, destination, stop=stop)
+    return Report(facts, (f"demo     converted and verified {facts['num_elements']} weights: all equal",))

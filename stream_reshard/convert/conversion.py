@@ -25,12 +25,13 @@ from stream_reshard.formats.nanotron.names import NAMING
 from stream_reshard.machine import memory
 from stream_reshard.machine.kernel import NETWORK_FILE_SYSTEMS, file_system_of, free_descriptors
 from stream_reshard.machine.stop import Stop
-from stream_reshard.options import Options
-from stream_reshard.plan.alignment import shareable_nbytes
+from stream_reshard.options import Options, VerifyOptions
+from stream_reshard.plan.alignment import cloneable_nbytes
 from stream_reshard.plan.plan import Job, Plan, make_plan
+from stream_reshard.report import Reported
 from stream_reshard.run.lanes import MAX_UNUSED, NUM_BUFFERS
-from stream_reshard.run.output import Done, How, Output, run
-from stream_reshard.storage.cloning import can_share_all
+from stream_reshard.run.output import Done, RunOptions, Output, run
+from stream_reshard.storage.cloning import can_clone_all
 from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES, import_torch
 from stream_reshard.storage.identity import Identity
 from stream_reshard.storage.small_files import real_path
@@ -49,21 +50,33 @@ _SMALL_FILES_NBYTES = 2**20
 """Bytes that the documents, the manifest and folders may take beside the weights."""
 
 
-@dataclass(frozen=True)
-class Conversion:
+@dataclass(frozen=True, repr=False)
+class Conversion(Reported):
     """A plan, with everything that running it needs."""
 
     options: Options
     source: Source
-    target: Target
+    target: Target[Any]
     plan: Plan
     memory: memory.MemoryPlan
     notes: tuple[str, ...]
     """Remarks for the user, and settings that the target will not honour."""
     num_threads: int
     """Jobs under way at once: some of them move bytes, others wait for the disk."""
-    copies: dict[str, Companion] = field(default_factory=dict)
+    companions: dict[str, Companion] = field(default_factory=dict)
     """Files to copy, by name."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The plan as JSON; sizes in bytes."""
+        from stream_reshard.convert.report import as_json
+        return as_json(self)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The plan for a person: source, target, parts, memory and disk, and what will not be honoured."""
+        from stream_reshard.convert.report import plan_lines
+        return tuple(plan_lines(self))
 
     @property
     def identities(self) -> Mapping[str, Identity]:
@@ -73,7 +86,7 @@ class Conversion:
     @property
     def disk_nbytes(self) -> int:
         """Bytes the destination needs."""
-        return self.plan.nbytes + sum(own.nbytes for own in self.copies.values()) + _SMALL_FILES_NBYTES
+        return self.plan.nbytes + sum(own.nbytes for own in self.companions.values()) + _SMALL_FILES_NBYTES
 
     @property
     def disk_free(self) -> int | None:
@@ -103,15 +116,15 @@ class Conversion:
         options = self.options
         assert options.destination is not None, "an output needs a destination"
         destination = real_path(options.destination)
-        texts = self.target.documents(self.source, self.plan.target, self.dtype, destination, self.copies)
-        accepted = {*options.allow, *self.target.accepted(self.plan.target)}
+        texts = self.target.documents(self.source, self.plan.target, self.dtype, destination, self.companions)
+        accepted = {*options.allow, *self.target.accepted_differences(self.plan.target)}
         dtype = self.dtype if options.template and self.plan.casts else options.dtype
         config = self.source.config
         facts = {"vocab_size": config.vocab_size, "dtype": dtype, "allowed": sorted(accepted),
                  "ignored_tensors": dict(self.source.ignored or {}), "token_ids": config.token_ids,
                  "router_dtype": self.source.router_dtype if dtype == "keep" else None}
         return Output(self.plan, destination, texts, self.target.marker, _digest(texts, destination), NAMING,
-                      self.copies, self.identities, facts)
+                      self.companions, self.identities, facts)
 
     @property
     def is_done(self) -> bool:
@@ -123,14 +136,13 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     """Read the source's headers and make the plan. Raises Refused with every problem found; writes nothing."""
     options, problems = _settled(options), Problems()
     source, target = open_ends(options, problems)
-    assert source.layout and source.model, "without them there are problems"
     found = find_companions(options.source, options.tokenizer, problems)
     if options.source_sha256 is not None:
         names = {*source.identities, *(name for name, own in found.files.items() if own.path.parent == options.source)}
         sums = expected_sums(options.source, names, options.source_sha256)
         problems.extend(sum_problems(options.source, list(source.layout.paths), sums, stop or Stop()))
     dtypes = source.layout.dtype_at if options.dtype == "keep" else partial(_always, SAFETENSORS_DTYPES[options.dtype])
-    wanted = target.layout(options.destination or Path(), source.model, dtypes)
+    wanted = target.layout(options.destination or Path(), source.layout.model, dtypes)
     plan = make_plan(source.layout, wanted)
     casts = bool(plan.casts)
     if casts:
@@ -139,7 +151,7 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     notes = (*notes_of(options, source, target, plan, found.files), *found.notes, *budget_notes,
              *access_notes((source.layout.root / path for path in source.layout.paths),
                            options.destination if options.overwrite else None))
-    num_threads = problems.collect(_num_threads, options, plan) if options.destination is not None else 0
+    num_threads = problems.collect(_num_threads, options, plan) or 0 if options.destination is not None else 0
     conversion = Conversion(options, source, target, plan, budget, notes, num_threads, found.files)
     if options.destination is not None:
         _check_destination(conversion, problems)
@@ -154,12 +166,12 @@ def _num_threads(options: Options, plan: Plan) -> int:
     largest = max(last - first for first, last in pairwise([*plan.starts, len(plan.order)]))
     per_job = largest * plan.target.most_files + 1  # And a folder that is synced.
     per_worker = plan.source.most_files + MAX_UNUSED
-    room = free_descriptors() - _NUM_OPEN - options.workers * per_worker
-    if room < options.workers * per_job:
-        needed = _NUM_OPEN + options.workers * (per_job + per_worker)
-        raise ResourceError(f"the run would have up to {needed} files open at once with {options.workers} workers, and "
-                            f"{free_descriptors()} more can be; raise the limit (ulimit -n), or lower --workers")
-    return min(room // per_job, options.workers + NUM_WAITING)
+    room = free_descriptors() - _NUM_OPEN - options.num_workers * per_worker
+    if room < options.num_workers * per_job:
+        needed = _NUM_OPEN + options.num_workers * (per_job + per_worker)
+        raise ResourceError(f"the run would have up to {needed} files open at once with {options.num_workers} workers, "
+                            f"and {free_descriptors()} more can be; raise the limit (ulimit -n), or lower --workers")
+    return min(room // per_job, options.num_workers + NUM_WAITING)
 
 
 def _settled(options: Options) -> Options:
@@ -209,8 +221,8 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
     """
     options, stop = conversion.options, stop or Stop()
     executor = ThreadPoolExecutor(conversion.num_threads)
-    how = How(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
-              conversion.transport, options.workers, partial(_check, conversion, stop) if options.verify else None,
+    how = RunOptions(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
+              conversion.transport, options.num_workers, partial(_check, conversion, stop) if options.verify else None,
               progress, stop)
     try:
         return run(conversion.output, how)
@@ -220,12 +232,11 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
 
 def _check(conversion: Conversion, stop: Stop, folder: Path) -> None:
     """Compare a finished folder with the source. Raises DifferenceError or Refused."""
-    from stream_reshard.check.weights import How as HowToVerify
     from stream_reshard.check.weights import verify
     options = conversion.options
-    how = HowToVerify(options.max_memory, vocab_size=options.vocab_size, ignored=(JOURNAL_NAME,),
-                      name=conversion.output.destination, plan=conversion.memory)
-    verify(options.source, folder, how, stop)
+    scope = VerifyOptions(max_memory=options.max_memory, vocab_size=options.vocab_size, ignored=(JOURNAL_NAME,),
+                          name=conversion.output.destination, plan=conversion.memory)
+    verify(options.source, folder, scope, stop)
 
 
 def _always(dtype: str, number: int) -> str:
@@ -235,7 +246,7 @@ def _always(dtype: str, number: int) -> str:
 def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memory.MemoryPlan, list[str]]:
     """Memory of the run, and remarks on it. A run keeps a record per file, and `held` bytes of documents. Without a
     destination only the plan must fit in memory, not the run's per-file records."""
-    of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.workers, casts,
+    of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.num_workers, casts,
                  NUM_BUFFERS + options.verify * memory.VERIFY_BUFFERS)
     if options.verify:  # It keeps a record of each file once more, and opens the source again.
         held += memory.VERIFY_NBYTES
@@ -250,8 +261,8 @@ def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memor
 def _disk_problems(conversion: Conversion, destination: Path) -> Iterator[StreamReshardError]:
     free, num_free = disk_free(destination)
     needed, plan = conversion.disk_nbytes, conversion.plan
-    if needed > free and can_share_all(plan.source.root, plan.source.paths, existing_parent(destination)):
-        needed -= shareable_nbytes(plan.source, plan.target)
+    if needed > free and can_clone_all(plan.source.root, plan.source.paths, existing_parent(destination)):
+        needed -= cloneable_nbytes(plan.source, plan.target)
     if needed > free:
         yield ResourceError(f"the destination needs {memory.human(needed)}, its disk has "
                             f"{memory.human(free)} free")

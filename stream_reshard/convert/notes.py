@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from stream_reshard.destination.companions import CONFIG_NAME, Companion
 from stream_reshard.errors import quoted
@@ -33,16 +34,16 @@ _MAX_READ_NBYTES = 2**26
 """Tokenizers are looked through up to this size."""
 
 
-def notes_of(options: Options, source: Source, target: Target, plan: Plan,
-             copies: Mapping[str, Companion]) -> Iterator[str]:
+def notes_of(options: Options, source: Source, target: Target[Any], plan: Plan,
+             companions: Mapping[str, Companion]) -> Iterator[str]:
     """Remarks on a conversion for the user."""
     if options.destination is not None and options.destination.is_symlink():
         yield f"{quoted(options.destination)} is a link; {quoted(os.path.realpath(options.destination))} is written"
-    yield from (f"accepted: {limit.text}" for limit in target.limits(source))
+    yield from (f"accepted: {setting.text}" for setting in target.unsupported(source))
     yield from source.notes
     if (source.root / _ADAPTER).is_file():
         yield f"{_ADAPTER}: the adapter beside the weights is not merged into them; they are converted without it"
-    yield from too_many_ids(copies, source.config.vocab_size)
+    yield from too_many_ids(companions, source.config.vocab_size)
     if plan.target.format == "Nanotron":
         yield from rounded(plan)
     yield from target.notes(source, plan.target)
@@ -70,13 +71,13 @@ def rounded(plan: Plan) -> Iterator[str]:
                f"says {dtype}: Nanotron {verb}")
 
 
-def too_many_ids(copies: Mapping[str, Companion], num_rows: int) -> Iterator[str]:
+def too_many_ids(companions: Mapping[str, Companion], num_rows: int) -> Iterator[str]:
     """A tokenizer that makes ids for which the embedding has no row."""
     found = {}
     for name in (*_TABLES, CONFIG_NAME):
-        if name in copies:
+        if name in companions:
             try:
-                found[name] = _num_ids(copies[name].path, name, num_rows)
+                found[name] = _num_ids(companions[name].path, name, num_rows)
             except OSError as error:
                 yield f"{quoted(name)} cannot be read: {error.strerror}; its ids are not compared with the embedding"
     if found and (num_ids := max(found.values())) > num_rows:

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from stream_reshard.convert.conversion import Conversion
 from stream_reshard.errors import shown
 from stream_reshard.machine.memory import human
+from stream_reshard.report import Reported, note_lines
 from stream_reshard.run.output import Done
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 
@@ -32,7 +34,7 @@ def as_json(conversion: Conversion) -> dict[str, Any]:
         "memory": {"allowed": conversion.memory.allowed, "reserved": conversion.memory.reserved,
                    "projected": conversion.memory.projected, "num_workers": conversion.memory.num_workers,
                    "block_nbytes": conversion.memory.block_nbytes},
-        "copied": list(conversion.copies), "disk_nbytes": conversion.disk_nbytes,
+        "copied": list(conversion.companions), "disk_nbytes": conversion.disk_nbytes,
         "disk_free_nbytes": conversion.disk_free, "notes": list(conversion.notes), "plan_sha256": plan.digest}
 
 
@@ -59,7 +61,39 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
     if copied := facts["copied"]:
         more = f" and {len(copied) - _MAX_LISTED} more" if len(copied) > _MAX_LISTED else ""
         yield f"along    {', '.join(map(shown, copied[:_MAX_LISTED]))}{more}"
-    yield from (f"note     {note}" for note in facts["notes"])
+    yield from note_lines(facts)
+
+
+@dataclass(frozen=True, repr=False)
+class Result(Reported):
+    """A conversion that ended well; the destination is durable."""
+
+    conversion: Conversion
+    seconds: float
+    peak_nbytes: int
+    """Highest resident set of this process."""
+    io: Mapping[str, int]
+    """Bytes that the kernel counted during the run (proc_pid_io(5)): rchar, wchar, read_bytes, write_bytes."""
+    done: Done
+
+    @property
+    def already_done(self) -> bool:
+        """True where the destination held this very output before, and was not to be made anew."""
+        return self.done.was_finished and not self.conversion.options.overwrite
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The plan and its outcome, as JSON; sizes in bytes."""
+        if self.already_done:
+            return as_json(self.conversion) | {"already_done": True}
+        return summary(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Summary of the run, for a person."""
+        if self.already_done:
+            return tuple(_done_lines(self.conversion))
+        return tuple(_summary_lines(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done))
 
 
 def summary(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int], done: Done) -> dict[str, Any]:
@@ -73,9 +107,8 @@ def summary(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, 
                                   "next": next_step(conversion)[1]}
 
 
-def summary_lines(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int],
-                  done: Done) -> Iterator[str]:
-    """Summary of a finished run, for a person."""
+def _summary_lines(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int],
+                   done: Done) -> Iterator[str]:
     memory, plan = conversion.memory, conversion.plan
     yield (f"done     {plan.target.num_files} files, {human(plan.nbytes)} in {seconds:.1f} s "
            f"({human(plan.nbytes / max(seconds, 1e-9))}/s), durable in "
@@ -96,7 +129,7 @@ def summary_lines(conversion: Conversion, seconds: float, peak: int, io: Mapping
 
 def _moved_line(conversion: Conversion, io: Mapping[str, int], done: Done) -> str:
     moved = done.moved
-    line = f"moved    {human(moved.cloned)} cloned, {human(moved.copied)} copied, {human(moved.strided)} strided"
+    line = f"moved    {human(moved.cloned)} cloned, {human(moved.copied)} copied, {human(moved.strided)} rearranged"
     if io:
         line += f"; {human(io['rchar'])} read and {human(io['wchar'])} written by calls"
     num_without = conversion.plan.target.num_files - done.num_kept - done.num_digests
@@ -106,8 +139,7 @@ def _moved_line(conversion: Conversion, io: Mapping[str, int], done: Done) -> st
     return line
 
 
-def done_lines(conversion: Conversion) -> Iterator[str]:
-    """Lines of a run that found its work done."""
+def _done_lines(conversion: Conversion) -> Iterator[str]:
     proof = "and equals the source" if conversion.options.verify else "`verify` proves it"
     yield (f"done     {shown(conversion.options.destination)} holds this conversion already, complete; {proof}, "
            f"--overwrite makes it anew")

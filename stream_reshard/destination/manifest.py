@@ -123,8 +123,8 @@ class FileTable:
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def __contains__(self, path: str) -> bool:
-        return self.number_of(path) is not None
+    def __contains__(self, path: object) -> bool:
+        return isinstance(path, str) and self.number_of(path) is not None
 
     def number_of(self, path: str) -> int | None:
         """The number of a file; None where the manifest does not name it."""

@@ -215,7 +215,7 @@ class Staging:
         self.journal.close()
         self.folder.close()
 
-    def disown(self) -> None:
+    def mark_failed(self) -> None:
         """Make the folder unusable: remove marker and manifest, note the failure in the journal."""
         self.confirm()
         self.folder.unlink(self.record.marker)

@@ -6,27 +6,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from stream_reshard.errors import Problems
 from stream_reshard.formats.layout import Layout
-from stream_reshard.formats.unsupported import Limit
+from stream_reshard.formats.unsupported import Unsupported
 from stream_reshard.model.architectures import Family
 from stream_reshard.model.parameters import Model, ModelConfig
 from stream_reshard.storage.identity import Identity
 
 
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint, opened: headers and configs only. Where its weights are refused there is a config all the same, so
-    that a user sees what else is wrong."""
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """A checkpoint as its config describes it, whether its weights can be opened or are refused: a user sees at once
+    what else is wrong."""
 
     root: Path
     config_name: str
     """The file that says what the model is."""
     family: Family
     config: ModelConfig
-    limits: tuple[Limit, ...]
+    unsupported: tuple[Unsupported, ...]
     """Settings beyond `config` that change the forward pass."""
     notes: tuple[str, ...] = ()
     """Remarks about the checkpoint for the user."""
@@ -35,7 +35,7 @@ class Source:
     config_class: str | None = None
     """Nanotron's config class, where the checkpoint names one."""
     model: Model | None = None
-    layout: Layout | None = None
+    """The model that the config describes; None where the files beside it cannot be it."""
     identities: Mapping[str, Identity] = field(default_factory=dict)
     """Everything that says what the weights are, by path, as it was before it was read."""
     router_dtype: str | None = None
@@ -46,21 +46,31 @@ class Source:
     """Stored tensors that hold no parameter, with the reason."""
 
 
-class Target(ABC):
+@dataclass(frozen=True, kw_only=True)
+class Source(Described):
+    """A checkpoint that can be converted: headers and configs are read, and make sense."""
+
+    layout: Layout
+
+
+OwnLayout = TypeVar("OwnLayout", bound=Layout)
+
+
+class Target(ABC, Generic[OwnLayout]):
     """A format to be written, with its choices."""
 
     marker: ClassVar[str]
     """The file whose presence makes a folder a checkpoint."""
 
-    def limits(self, source: Source) -> Iterable[Limit]:
+    def unsupported(self, source: Described) -> Iterable[Unsupported]:
         """Settings of the source that this target cannot express."""
-        return source.limits
+        return source.unsupported
 
-    def notes(self, source: Source, layout: Layout) -> Iterable[str]:
+    def notes(self, source: Source, layout: OwnLayout) -> Iterable[str]:
         """Remarks about the choices for the user."""
         return ()
 
-    def accepted(self, layout: Layout) -> Iterable[str]:
+    def accepted_differences(self, layout: OwnLayout) -> Iterable[str]:
         """Names (as in `verify --allow`) of deviations in the layout that the user chose."""
         return ()
 
@@ -69,24 +79,24 @@ class Target(ABC):
         """Every way in which the model cannot be cut as was chosen."""
 
     @abstractmethod
-    def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> Layout:
+    def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> OwnLayout:
         """The layout of the files to be written below `root`."""
 
     @abstractmethod
-    def documents(self, source: Source, layout: Layout, dtype: str, destination: Path,
+    def documents(self, source: Source, layout: OwnLayout, dtype: str, destination: Path,
                   companions: Iterable[str]) -> dict[str, bytes]:
         """The small files beside the weights, by name; `companions` are copied there."""
 
-    def held_nbytes(self, layout: Layout) -> int:
+    def held_nbytes(self, layout: OwnLayout) -> int:
         """Bytes of memory that the documents take, beyond a little."""
         return 0
 
     @abstractmethod
-    def facts(self, layout: Layout) -> dict[str, Any]:
+    def facts(self, layout: OwnLayout) -> dict[str, Any]:
         """The choices, for JSON."""
 
     @abstractmethod
-    def lines(self, layout: Layout, facts: Mapping[str, Any]) -> Iterator[str]:
+    def lines(self, layout: OwnLayout, facts: Mapping[str, Any]) -> Iterator[str]:
         """A table of what goes where, for a person; `facts` are those above."""
 
     @abstractmethod

@@ -80,13 +80,13 @@ def no_weights(root: Path) -> SourceError:
 
 def unfinished(root: Path) -> str | None:
     """Words on what an unfinished download left in a folder, or in the cache beside it."""
-    places = [root, root / ".cache" / "huggingface" / "download"]
+    folders = [root, root / ".cache" / "huggingface" / "download"]
     if root.parent.name == "snapshots":
-        places.append(root.parent.parent / "blobs")
-    for place in filter(os.path.isdir, places):
-        for name in _names(place):
+        folders.append(root.parent.parent / "blobs")
+    for folder in filter(os.path.isdir, folders):
+        for name in _names(folder):
             if any(fnmatch(name, pattern) for pattern in _UNFINISHED):
-                return f"{quoted(place / name)} is from a download that was not finished; run the download again"
+                return f"{quoted(folder / name)} is from a download that was not finished; run the download again"
     return None
 
 

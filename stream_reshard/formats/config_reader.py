@@ -81,8 +81,8 @@ class ConfigReader:
             self.complain(f"rope_theta is {quoted(outer)}, but {quoted(inner)} in rope_parameters")
         value = outer if inner is None else inner
         if value is None:
-            return self.defaults.get("rope_theta", 10000.0)
-        return self.positive("rope_theta", value, float)
+            return float(self.defaults.get("rope_theta", 10000.0))
+        return float(self.positive("rope_theta", value, float))
 
     def model_config(self, family: Family) -> ModelConfig:
         """Settings of a model of this family, out of the config. Complaints are collected in `problems`."""
@@ -126,7 +126,7 @@ class ConfigReader:
             return None
         kinds = self.raw.get("no_rope_layers")
         if kinds is None:
-            return self.number("no_rope_layer_interval", int, 4)
+            return int(self.number("no_rope_layer_interval", int, 4))
         if not isinstance(kinds, list) or len(kinds) > MAX_LAYERS or not all(kind in (0, 1) for kind in kinds):
             self.complain(f"no_rope_layers is {quoted(kinds)}, not a list of 0 and 1")
             return None

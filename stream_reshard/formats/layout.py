@@ -83,8 +83,8 @@ class Group(NamedTuple):
 
     position: int
     """Index of the group in its layout."""
-    kind: Any
-    """Groups of one kind differ in the names of parameters and files, and in where their data begin. Hashable."""
+    storage_class: Hashable
+    """Groups with equal keys are stored alike; only names, and offsets of the data in files, differ."""
     numbers: tuple[int, ...]
     """The parameters, in the order of their places."""
 
@@ -122,11 +122,11 @@ class Layout(ABC):
         """The safetensors dtype that the elements of a parameter have here."""
 
     @abstractmethod
-    def likeness_of(self, number: int) -> Hashable:
-        """Key of a parameter: those of one row with equal keys are stored alike; only names and offsets differ."""
+    def storage_class(self, number: int) -> Hashable:
+        """Key of a parameter. Parameters of one row with equal keys are stored alike; only names and offsets differ."""
 
     @abstractmethod
-    def places_of(self, number: int) -> tuple[tuple[int, int], ...]:
+    def locations_of(self, number: int) -> tuple[tuple[int, int], ...]:
         """(which file, where the tensor begins in it, in bytes) of each slice of a parameter."""
 
     @property

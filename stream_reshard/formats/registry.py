@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from stream_reshard.errors import Cause, Problems, UsageError, quoted
-from stream_reshard.formats.base import Source
+from stream_reshard.formats.base import Described
 from stream_reshard.formats.hugging_face.config import CONFIG_NAME
 from stream_reshard.formats.hugging_face.source import open_hugging_face
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
@@ -14,7 +14,7 @@ from stream_reshard.storage.small_files import check_readable, dangling, misplac
 
 
 def open_any(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
-             is_exact: bool = True) -> Source | None:
+             is_exact: bool = True) -> Described | None:
     """Open a checkpoint of either format; see `open_nanotron`. Raises SourceError for a folder that is closed to us."""
     check_readable(root)
     if is_nanotron(root):

@@ -1,7 +1,7 @@
 """Settings of a config that no other format here can express.
 
-Each limit has a name. Where the weights fit all the same, `--allow NAME` converts them; where they do not (a bias that
-has no place, another head size) nothing does.
+Each has a name. Where the weights fit all the same, `--allow NAME` converts them; where they do not (a bias that has
+no counterpart, another head size) nothing does.
 """
 from __future__ import annotations
 
@@ -10,38 +10,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted
-
-ALLOWABLE = {
-    "rope_scaling": "convert the weights although Nanotron will turn q and k with unscaled frequencies",
-    "rope_theta": "convert for release 0.4 although it only knows the base 10000",
-    "partial_rotary_factor": "convert although Nanotron turns whole heads",
-    "sliding_window": "convert although Nanotron will attend to everything",
-    "hidden_act": "pass an activation other than silu on to Nanotron by its name",
-}
-"""The names `--allow` takes, with what accepting means."""
+from stream_reshard.options import ALLOWABLE
 
 
 @dataclass(frozen=True)
-class Limit:
+class Unsupported:
     """One thing that cannot be expressed elsewhere."""
 
     name: str
-    """Name for `--allow`, where the limit may be allowed."""
+    """Name for `--allow`, where the setting may be allowed."""
     text: str
     """The setting, and its fate in a conversion."""
     value: Any = None
     """Whole value of the setting: two configs agree where these are equal."""
 
 
-def limit_problems(limits: Iterable[Limit], allowed: Collection[str], name: str) -> Problems:
-    """The limits that `--allow` does not accept, one SourceError each; unknown names are UsageErrors. `name` is that of
-    the config file."""
+def unsupported_problems(settings: Iterable[Unsupported], allowed: Collection[str], name: str) -> Problems:
+    """The settings that `--allow` does not accept, one SourceError each; unknown names are UsageErrors. `name` is that
+    of the config file."""
     problems = Problems()
     for word in allowed:
         if word not in ALLOWABLE:
             problems.append(UsageError(f"--allow {quoted(word)}: the names are {', '.join(ALLOWABLE)}"))
-    for limit in limits:
-        if limit.name not in allowed or limit.name not in ALLOWABLE:
-            cure = f" (--allow {limit.name} to {ALLOWABLE[limit.name]})" if limit.name in ALLOWABLE else ""
-            problems.append(SourceError(f"{name}: {limit.text}{cure}"))
+    for setting in settings:
+        if setting.name not in allowed or setting.name not in ALLOWABLE:
+            cure = f" (--allow {setting.name} to {ALLOWABLE[setting.name]})" if setting.name in ALLOWABLE else ""
+            problems.append(SourceError(f"{name}: {setting.text}{cure}"))
     return problems

@@ -109,7 +109,7 @@ def resident() -> int:
     """Resident set of the process tree now."""
     import psutil
     process = psutil.Process()
-    return process.memory_info().rss + sum(child.memory_info().rss for child in process.children(recursive=True))
+    return sum(int(one.memory_info().rss) for one in (process, *process.children(recursive=True)))
 
 
 def peak_resident() -> int:
@@ -126,17 +126,8 @@ def peak_resident() -> int:
 def machine_limit() -> int:
     """All memory of the machine, or of the control group of this process."""
     import psutil
-    total, group = psutil.virtual_memory().total, group_limit()
+    total, group = int(psutil.virtual_memory().total), group_limit()
     return total if group is None else min(total, group)
-
-
-def chosen_workers(num_workers: int | None, allowed: int) -> int:
-    """Number of workers: as the user says, or the default. Raises UsageError for less than one."""
-    if num_workers is None:
-        return default_workers(allowed, num_cores())
-    if num_workers < 1:
-        raise UsageError(f"--workers {num_workers}: it is at least 1")
-    return num_workers
 
 
 def default_workers(allowed: int, num_cores: int) -> int:

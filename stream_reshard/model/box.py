@@ -105,7 +105,7 @@ def tiling_fault(boxes: Sequence[Box], whole: Box) -> str | None:
     return None if covered == whole.num_elements else f"{covered} of {whole.num_elements} elements are covered"
 
 
-def has_twins(numbers: Iterable[int]) -> bool:
+def has_duplicates(numbers: Iterable[int]) -> bool:
     """True where a number (of at most 64 bits, with a sign) occurs twice. Sorted in parts: a list of a million would
     take five times their size."""
     parts = [array("q") for _ in range(64)]

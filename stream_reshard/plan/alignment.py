@@ -17,11 +17,11 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from stream_reshard.formats.layout import Group, Layout, Slice
-from stream_reshard.plan.blocks import Part, Window, whole_step
+from stream_reshard.plan.blocks import Part, Window, whole_block
 from stream_reshard.storage.cloning import inner_blocks
-from stream_reshard.storage.header import BLOCK_NBYTES, MIN_SHARED_NBYTES, TensorFile
+from stream_reshard.storage.header import BLOCK_NBYTES, MIN_CLONED_NBYTES, TensorFile
 
-DATA_STEP = 8
+DATA_ALIGNMENT = 8
 """The data of a safetensors file begin at a multiple of this many bytes."""
 
 _MAX_CHOICES = 4096
@@ -29,7 +29,7 @@ _MAX_CHOICES = 4096
 
 
 @dataclass(frozen=True)
-class Wish:
+class AlignmentRequest:
     """A contiguous run whose offset in the target should equal its offset in the source, modulo the block size."""
 
     source: int
@@ -39,21 +39,21 @@ class Wish:
     nbytes: int
 
 
-def wishes_of(files: Sequence[TensorFile],
-              pairs: Iterable[tuple[Sequence[Slice], Sequence[Slice]]]) -> list[list[Wish]]:
+def requests_of(files: Sequence[TensorFile],
+              pairs: Iterable[tuple[Sequence[Slice], Sequence[Slice]]]) -> list[list[AlignmentRequest]]:
     """Per file what its stretches ask for. `pairs` are all that these files hold: per parameter (source, target).
 
     Source tensors are counted through all pairs. What is strided or cast asks for nothing, nor does a small tensor.
     """
     begins: Mapping[str, int] = {file.path: file.tensors[0].begin for file in files}
-    found: dict[str, list[Wish]] = {file.path: [] for file in files}
+    found: dict[str, list[AlignmentRequest]] = {file.path: [] for file in files}
     first = 0
     for held, wanted in pairs:
         for window, part in _stretches(held, wanted):
             source, target = window.slice.tensor, part.target.tensor
             here = (window.start + part.window_offset) * source.itemsize
             there = target.begin - begins[target.file] + part.target_offset * target.itemsize
-            found[target.file].append(Wish(first + held.index(window.slice), here - there,
+            found[target.file].append(AlignmentRequest(first + held.index(window.slice), here - there,
                                            part.num_elements * source.itemsize))
         first += len(held)
     return list(found.values())
@@ -63,20 +63,20 @@ def _stretches(held: Sequence[Slice], wanted: Sequence[Slice]) -> Iterator[tuple
     """Runs of one parameter that are contiguous on both sides, in tensors that are worth it."""
     if not wanted:
         return
-    step = whole_step(held, wanted)
-    for part in step.parts:
-        if step.is_kept(part) and part.target.tensor.nbytes >= MIN_SHARED_NBYTES:
-            yield step.windows[part.window], part
+    block = whole_block(held, wanted)
+    for part in block.parts:
+        if block.keeps_bytes(part) and part.target.tensor.nbytes >= MIN_CLONED_NBYTES:
+            yield block.windows[part.window], part
 
 
-def begin_for(wishes: Iterable[Wish], source_begins: Sequence[int], least: int) -> int:
-    """The byte from `least` on at which a file's data should begin: where the wishes of most bytes come true, the first
-    of several such; `least` where there is no wish. `source_begins`: where the source tensors begin in their files."""
+def begin_for(requests: Iterable[AlignmentRequest], source_begins: Sequence[int], least: int) -> int:
+    """The byte from `least` on at which a file's data should begin: where the requests of most bytes come true, the
+    first of several such; `least` without requests. `source_begins`: where the source tensors begin in their files."""
     nbytes: Counter[int] = Counter()
-    for wish in wishes:
-        residue = (source_begins[wish.source] + wish.shift) % BLOCK_NBYTES
-        if residue % DATA_STEP == 0:
-            nbytes[residue] += wish.nbytes
+    for request in requests:
+        residue = (source_begins[request.source] + request.shift) % BLOCK_NBYTES
+        if residue % DATA_ALIGNMENT == 0:
+            nbytes[residue] += request.nbytes
     most = max(nbytes.values(), default=0)
     return min((least + (residue - least) % BLOCK_NBYTES for residue, n in nbytes.items() if n == most), default=least)
 
@@ -87,44 +87,44 @@ class Alignment:
     def __init__(self, source: Layout, target: Layout):
         """`target` has headers as short as can be."""
         self.source, self.target = source, target
-        self._wished: dict[Hashable, list[tuple[list[Wish], int]]] = {}
+        self._requests: dict[Hashable, list[tuple[list[AlignmentRequest], int]]] = {}
         """Per kind of group and file: what is wished, and the least begin."""
         self._chosen: dict[Hashable, tuple[int, ...]] = {}
 
-    def likeness_of(self, group: Group) -> Hashable:
+    def storage_class(self, group: Group) -> Hashable:
         """Groups that agree in this are alike in both layouts."""
-        return (group.kind, *map(self.source.likeness_of, group.numbers))
+        return (group.storage_class, *map(self.source.storage_class, group.numbers))
 
     def __call__(self, group: Group) -> tuple[int, ...]:
         """Offset of the data in each file of a group, in bytes."""
-        begins = [begin for number in group.numbers for _, begin in self.source.places_of(number)]
-        return self.choose(group, self.likeness_of(group), begins)
+        begins = [begin for number in group.numbers for _, begin in self.source.locations_of(number)]
+        return self.choose(group, self.storage_class(group), begins)
 
     def choose(self, group: Group, likeness: Hashable, source_begins: Sequence[int]) -> tuple[int, ...]:
         """The same for a caller that knows the likeness, and where the group's source tensors begin."""
         key = likeness, tuple([begin % BLOCK_NBYTES for begin in source_begins])
         if (chosen := self._chosen.get(key)) is None:
-            if likeness not in self._wished:
-                self._wished[likeness] = self._wishes_of(group)
-            chosen = tuple([begin_for(wishes, source_begins, least) for wishes, least in self._wished[likeness]])
+            if likeness not in self._requests:
+                self._requests[likeness] = self._requests_of(group)
+            chosen = tuple([begin_for(requests, source_begins, least) for requests, least in self._requests[likeness]])
             if len(self._chosen) >= _MAX_CHOICES:
                 self._chosen.clear()
             self._chosen[key] = chosen
         return chosen
 
-    def _wishes_of(self, group: Group) -> list[tuple[list[Wish], int]]:
+    def _requests_of(self, group: Group) -> list[tuple[list[AlignmentRequest], int]]:
         files = self.target.files_of(group)
         pairs = ((self.source.slices_of(number), self.target.slices_of(number)) for number in group.numbers)
-        return [(wishes, file.tensors[0].begin) for file, wishes in zip(files, wishes_of(files, pairs))]
+        return [(requests, file.tensors[0].begin) for file, requests in zip(files, requests_of(files, pairs))]
 
 
-def shareable_nbytes(source: Layout, target: Layout) -> int:
+def cloneable_nbytes(source: Layout, target: Layout) -> int:
     """Bytes of the target that need no room of their own where blocks can be shared."""
     total = 0
     for number in range(target.model.firsts[-1]):
         if wanted := target.slices_of(number):
-            whole = whole_step(source.slices_of(number), wanted)
-            for part in whole.parts if whole.is_stretched else ():
+            whole = whole_block(source.slices_of(number), wanted)
+            for part in whole.parts if whole.is_plain_copy else ():
                 first, last = inner_blocks(whole.windows[part.window].offset_of(part), part.offset, part.nbytes)
                 total += last - first
     return total

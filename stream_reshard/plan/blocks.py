@@ -88,51 +88,51 @@ class Part:
         return run_length(self.shape, self.target_strides, self.window_strides)
 
     @property
-    def is_stretch(self) -> bool:
+    def is_contiguous(self) -> bool:
         """The elements are contiguous and in the same order on both sides."""
         return self.run == self.num_elements
 
 
 @dataclass(frozen=True)
-class Step:
-    """The transfer of one block."""
+class Block:
+    """One block: stretches that are read, and the parts of them that are written."""
 
     windows: tuple[Window, ...]
     parts: tuple[Part, ...]
     """Grouped by target tensor."""
 
-    def is_kept(self, part: Part) -> bool:
+    def keeps_bytes(self, part: Part) -> bool:
         """True where a part is contiguous and keeps its order and dtype: its bytes are copied unchanged."""
-        return part.is_stretch and part.target.tensor.dtype == self.windows[part.window].slice.tensor.dtype
+        return part.is_contiguous and part.target.tensor.dtype == self.windows[part.window].slice.tensor.dtype
 
     @property
-    def is_stretched(self) -> bool:
+    def is_plain_copy(self) -> bool:
         """Every part is contiguous and keeps its dtype, so bytes are copied unchanged."""
-        return all(map(self.is_kept, self.parts))
+        return all(map(self.keeps_bytes, self.parts))
 
 
-def steps(sources: Sequence[Slice], targets: Sequence[Slice], max_elements: int) -> Iterator[Step]:
+def blocks(sources: Sequence[Slice], targets: Sequence[Slice], max_elements: int) -> Iterator[Block]:
     """The blocks of what `targets` hold of a parameter, in the source's order. No block's windows have more than
     `max_elements` elements in all."""
     spread = max(-(-(stop - start) // source.region.num_elements) for source in sources
                  for start, stop in [source.extent_of(source.region)])
-    for block in Box.hull([target.region for target in targets]).blocks(max(1, max_elements // spread),
+    for box in Box.hull([target.region for target in targets]).blocks(max(1, max_elements // spread),
                                                                         sources[0].nesting):
-        step = _step(sources, targets, block)
-        if step.parts:
-            yield step
+        block = _block(sources, targets, box)
+        if block.parts:
+            yield block
 
 
-def whole_step(sources: Sequence[Slice], targets: Sequence[Slice]) -> Step:
+def whole_block(sources: Sequence[Slice], targets: Sequence[Slice]) -> Block:
     """Everything that `targets` hold of a parameter at once: its parts tell which way the bytes can take."""
-    return _step(sources, targets, Box.hull([target.region for target in targets]))
+    return _block(sources, targets, Box.hull([target.region for target in targets]))
 
 
-def _step(sources: Sequence[Slice], targets: Sequence[Slice], block: Box) -> Step:
+def _block(sources: Sequence[Slice], targets: Sequence[Slice], box: Box) -> Block:
     windows: list[Window] = []
     parts: list[Part] = []
     for source in sources:
-        if (common := block.overlap(source.region)) is None:
+        if (common := box.overlap(source.region)) is None:
             continue
         window = Window(source, *source.extent_of(common))
         found = [_part(len(windows), window, target, region) for target in targets
@@ -140,7 +140,7 @@ def _step(sources: Sequence[Slice], targets: Sequence[Slice], block: Box) -> Ste
         if found:
             windows.append(window)
             parts += found
-    return Step(tuple(windows), tuple(parts))
+    return Block(tuple(windows), tuple(parts))
 
 
 def _part(index: int, window: Window, target: Slice, region: Box) -> Part:
@@ -156,7 +156,8 @@ def run_length(shape: tuple[int, ...], target_strides: tuple[int, ...], window_s
     return _inner(shape, target_strides, window_strides)[1]
 
 
-def _inner(shape, target_strides, window_strides) -> tuple[int, int]:
+def _inner(shape: tuple[int, ...], target_strides: tuple[int, ...],
+           window_strides: tuple[int, ...]) -> tuple[int, int]:
     """(number of outer dims, elements in the contiguous inner dims)."""
     length = 1
     for dim in reversed(range(len(shape))):

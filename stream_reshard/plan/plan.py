@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 from stream_reshard.errors import StreamReshardError
 from stream_reshard.formats.layout import Layout
@@ -67,17 +68,23 @@ class _Jobs(Sequence[Job]):
     def __len__(self) -> int:
         return len(self._plan.starts)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Job: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Job]: ...
+
+    def __getitem__(self, index: int | slice) -> Job | list[Job]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        plan, index = self._plan, range(len(self))[index]
-        end = plan.starts[index + 1] if index + 1 < len(self) else len(plan.order)
-        groups = [plan.target.group(position) for position in plan.order[plan.starts[index]:end]]
+        plan, number = self._plan, range(len(self))[index]
+        end = plan.starts[number + 1] if number + 1 < len(self) else len(plan.order)
+        groups = [plan.target.group(position) for position in plan.order[plan.starts[number]:end]]
         files = tuple(file for group in groups for file in plan.target.files_of(group))
         # One file is written from its first byte to its last; for several the source is read in its order.
         read = plan.target if len(files) == 1 else plan.source
         numbers = sorted((number for group in groups for number in group.numbers),
-                         key=lambda number: min(read.places_of(number)))
+                         key=lambda number: min(read.locations_of(number)))
         return Job(files, tuple(plan.target.model.parameter(number).name for number in numbers))
 
 

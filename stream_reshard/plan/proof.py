@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from stream_reshard.formats.layout import Fill, Group, Layout, Slice
-from stream_reshard.model.box import Box, has_twins, tiling_fault
+from stream_reshard.model.box import Box, has_duplicates, tiling_fault
 from stream_reshard.plan.alignment import Alignment
 from stream_reshard.storage.header import header_of
 
@@ -61,25 +61,25 @@ class Survey:
         self._prove_whole()
 
     def _add(self, group: Group, alignment: Alignment) -> None:
-        likeness = alignment.likeness_of(group)
+        likeness = alignment.storage_class(group)
         if (alike := self._alike.get(likeness)) is None:
-            alike = self._alike[likeness] = self._new_likeness(group)
+            alike = self._alike[likeness] = self._new_class(group)
         alike.count += 1
         alike.last = group
-        places = [place for number in group.numbers for place in self.source.places_of(number)]
-        begins = alignment.choose(group, likeness, [begin for _, begin in places])
+        locations = [location for number in group.numbers for location in self.source.locations_of(number)]
+        begins = alignment.choose(group, likeness, [begin for _, begin in locations])
         self._nbytes.append(sum(begins) + alike.data_nbytes)
-        file, begin = min(places)
-        self._spans.append((file << 48 | begin, file << 48 | max(at for shard, at in places if shard == file)))
+        file, begin = min(locations)
+        self._spans.append((file << 48 | begin, file << 48 | max(at for shard, at in locations if shard == file)))
         paths = self.target.paths_of(group)
         self._paths.extend(map(hash, paths))
-        self._hash.update(f"{alike.index} {places} {begins} {chr(10).join(paths)}\n".encode())
+        self._hash.update(f"{alike.index} {locations} {begins} {chr(10).join(paths)}\n".encode())
         for number in group.numbers:
             if self._seen[number]:
                 self._complain(f"{self.target.model.parameter(number).name} is in two groups")
             self._seen[number] = 1
 
-    def _new_likeness(self, group: Group) -> _Alike:
+    def _new_class(self, group: Group) -> _Alike:
         self._prove(group)
         files = self.target.files_of(group)
         text = [[described(layout, number) for number in group.numbers] for layout in (self.source, self.target)]
@@ -104,7 +104,7 @@ class Survey:
             self._complain("a parameter that is not stored is in a group")
         if len(self._paths) != self.target.num_files:
             self._complain(f"{len(self._paths)} files are in groups, of {self.target.num_files}")
-        if has_twins(self._paths):
+        if has_duplicates(self._paths):
             self._complain("two groups have a file in common")
 
     def _complain(self, fault: str) -> None:
@@ -161,7 +161,7 @@ class Survey:
 def group_faults(source: Layout, target: Layout, group: Group) -> Iterator[str]:
     """Reasons why the files of a group are not written exactly once, or its parameters not used exactly once."""
     files = target.files_of(group)
-    places: dict[tuple[str, str], list[Box]] = defaultdict(list)
+    locations: dict[tuple[str, str], list[Box]] = defaultdict(list)
     for number in group.numbers:
         parameter = target.model.parameter(number)
         for layout in (source, target):
@@ -172,14 +172,14 @@ def group_faults(source: Layout, target: Layout, group: Group) -> Iterator[str]:
                 yield f"{parameter.name} in {layout.format}: a region and its place differ in size"
         parts: tuple[Slice | Fill, ...] = (*target.slices_of(number), *target.fills_of(number))
         for part in parts:
-            places[part.tensor.file, part.tensor.key].append(part.place)
+            locations[part.tensor.file, part.tensor.key].append(part.place)
     for file in files:
         if len(header_of(file)) != file.tensors[0].begin:
             yield f"{file.path}: its header does not end where its data begin"
         for tensor in file.tensors:
-            if fault := tiling_fault(places.pop((tensor.file, tensor.key), []), Box.whole(tensor.shape)):
+            if fault := tiling_fault(locations.pop((tensor.file, tensor.key), []), Box.whole(tensor.shape)):
                 yield f"{file.path}: {fault}"
-    if places or target.paths_of(group) != [file.path for file in files]:
+    if locations or target.paths_of(group) != [file.path for file in files]:
         yield f"{target.model.parameter(group.numbers[0]).name}: its files are not those of its group"
 
 

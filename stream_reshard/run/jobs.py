@@ -96,7 +96,7 @@ def _written(work: Work, job: Job, ticket: int) -> JobDone:
         writing.wait()
         done = tuple(FileDone(path, target.nbytes, target.commit()) for path, target in targets.items())
         sync_folders(work.staging, (path.rpartition("/")[0] or "." for path in targets))
-    return JobDone(done, False, moved.into(targets.values()))
+    return JobDone(done, False, moved.corrected_by(targets.values()))
 
 
 def _opened(work: Work, path: str) -> SourceFile:

@@ -17,7 +17,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from stream_reshard.storage.source_file import SourceFile
 
@@ -38,7 +38,7 @@ class Lane:
     def __init__(self, block_nbytes: int):
         """`block_nbytes`: size of one buffer. Touched as needed."""
         self._buffers = [_buffer(block_nbytes) for _ in range(NUM_READ_BUFFERS)]
-        self._writing: list[Future | None] = [None] * NUM_READ_BUFFERS
+        self._writing: list[Future[Any] | None] = [None] * NUM_READ_BUFFERS
         self._next = 0
         self._assistant = ThreadPoolExecutor(1)
         self.scratch = _buffer(block_nbytes)
@@ -95,7 +95,7 @@ class Writing:
 
     def __init__(self, lane: Lane):
         self.lane = lane
-        self._last: Future | None = None
+        self._last: Future[Any] | None = None
         self._error: BaseException | None = None
 
     def write(self, task: Callable[[], None], reads: bool = True) -> None:

@@ -10,7 +10,7 @@ from functools import partial
 
 from stream_reshard.formats.layout import Fill, Slice, offset_in, strides_of
 from stream_reshard.machine.stop import Stop
-from stream_reshard.plan.blocks import Part, Step, Window, run_length, runs, steps, whole_step
+from stream_reshard.plan.blocks import Block, Part, Window, blocks, run_length, runs, whole_block
 from stream_reshard.run.lanes import Writing
 from stream_reshard.storage.dtypes import cast, num_overflowed
 from stream_reshard.storage.header import StoredTensor
@@ -46,7 +46,7 @@ class Moved:
         return Moved(self.cloned + other.cloned, self.copied + other.copied, self.strided + other.strided,
                      self.num_overflowed + other.num_overflowed)
 
-    def into(self, targets: Iterable[NewTensorFile]) -> Moved:
+    def corrected_by(self, targets: Iterable[NewTensorFile]) -> Moved:
         """Corrected by what the files counted: copied bytes that turned out to be cloned, overflowed casts."""
         files = list(targets)
         cloned, overflowed = sum(file.cloned_nbytes for file in files), sum(file.num_overflowed for file in files)
@@ -59,20 +59,20 @@ def move(held: Sequence[Slice], wanted: Sequence[Slice], files: OpenFiles) -> Mo
     if not wanted:
         return Moved()
     source, target = held[0].tensor, wanted[0].tensor
-    whole, transport = whole_step(held, wanted), files.targets[target.file].transport
+    whole, transport = whole_block(held, wanted), files.targets[target.file].transport
     nbytes = sum(part.num_elements for part in whole.parts) * target.itemsize
-    if whole.is_stretched and (transport.passes_by or transport.is_mapped):
+    if whole.is_plain_copy and (transport.bypasses_process or transport.is_mapped):
         for part in whole.parts:
             _take(part, whole.windows[part.window], files)
-    elif whole.is_stretched:
+    elif whole.is_plain_copy:
         for index, window in enumerate(whole.windows):
             _copy(window, [part for part in whole.parts if part.window == index], files)
     else:
         block_nbytes = len(files.writing.lane.scratch)
-        for step in steps(held, wanted, block_nbytes // max(source.itemsize, target.itemsize)):
+        for block in blocks(held, wanted, block_nbytes // max(source.itemsize, target.itemsize)):
             files.stop.check()
-            files.writing.write(partial(_write_shares, step, _read(step, files), files))
-    return Moved(copied=nbytes) if whole.is_stretched else Moved(strided=nbytes)
+            files.writing.write(partial(_write_parts, block, _read(block, files), files))
+    return Moved(copied=nbytes) if whole.is_plain_copy else Moved(strided=nbytes)
 
 
 def _copy(window: Window, parts: Sequence[Part], files: OpenFiles) -> None:
@@ -101,31 +101,31 @@ def _write_pieces(pieces: Sequence[tuple[NewTensorFile, int, memoryview]], sourc
 def _take(part: Part, window: Window, files: OpenFiles) -> None:
     """Bring a stretch to its place without reading it."""
     source, target = files.sources[window.slice.tensor.file], files.targets[part.target.tensor.file]
-    take = target.take if target.transport.passes_by else target.take_mapped
+    take = target.take if target.transport.bypasses_process else target.take_mapped
     files.writing.write(partial(take, source, window.offset_of(part), part.offset, part.nbytes,
                                 files.writing.lane.scratch, files.stop.check), reads=False)
 
 
-def _write_shares(step: Step, views: Sequence[memoryview], files: OpenFiles) -> None:
-    dtype = step.parts[0].target.tensor.dtype
-    windows = [cast(view, window.slice.tensor.dtype, dtype) for view, window in zip(views, step.windows)]
-    files.targets[step.parts[0].target.tensor.file].num_overflowed += sum(
+def _write_parts(block: Block, views: Sequence[memoryview], files: OpenFiles) -> None:
+    dtype = block.parts[0].target.tensor.dtype
+    windows = [cast(view, window.slice.tensor.dtype, dtype) for view, window in zip(views, block.windows)]
+    files.targets[block.parts[0].target.tensor.file].num_overflowed += sum(
         num_overflowed(before, window.slice.tensor.dtype, after, dtype)
-        for before, window, after in zip(views, step.windows, windows))
+        for before, window, after in zip(views, block.windows, windows))
     by_target: dict[StoredTensor, list[Part]] = {}
-    for part in step.parts:
+    for part in block.parts:
         by_target.setdefault(part.target.tensor, []).append(part)
     for tensor, parts in by_target.items():
         for offset, pieces in _joined(_pieces(parts, windows, tensor.itemsize, files.writing.lane.scratch)):
             files.targets[tensor.file].write(tensor.begin + offset, pieces)
-    for window in step.windows:
+    for window in block.windows:
         files.sources[window.slice.tensor.file].release(window.offset, window.nbytes)
 
 
-def _read(step: Step, files: OpenFiles) -> list[memoryview]:
+def _read(block: Block, files: OpenFiles) -> list[memoryview]:
     """The windows, one behind the other in a buffer."""
     buffer, windows, begin = files.writing.lane.buffer(), [], 0
-    for window in step.windows:
+    for window in block.windows:
         windows.append(buffer[begin:begin + window.nbytes])
         assert len(windows[-1]) == window.nbytes, "the windows of a block fit into a buffer"
         files.sources[window.slice.tensor.file].read_into(windows[-1], window.offset)
@@ -138,7 +138,7 @@ def _pieces(parts: Sequence[Part], windows: Sequence[memoryview], itemsize: int,
     """(byte offset in the tensor, bytes), in the tensor's order: from where they stand if they stand in order there,
     else put in order in `scratch` by strided copies. That is cheaper than to digest and gather small pieces."""
     first, last = min(part.target_offset for part in parts), max(part.target_end for part in parts)
-    if all(part.is_stretch for part in parts):
+    if all(part.is_contiguous for part in parts):
         for part in sorted(parts, key=lambda part: part.target_offset):
             begin = part.window_offset * itemsize
             yield part.target_offset * itemsize, windows[part.window][begin:begin + part.num_elements * itemsize]
@@ -170,7 +170,9 @@ def _arrange(part: Part, window: memoryview, arranged: memoryview, strides: Sequ
     itemsize = part.target.tensor.itemsize
 
     def view(memory: memoryview, first: int, steps: Sequence[int]) -> np.ndarray:
-        return np.ndarray(part.shape, f"u{itemsize}", memory, first * itemsize, [step * itemsize for step in steps])
+        found: np.ndarray = np.ndarray(part.shape, f"u{itemsize}", memory, first * itemsize,
+                                       [step * itemsize for step in steps])
+        return found
 
     np.copyto(view(arranged, 0, strides), view(window, part.window_offset, part.window_strides))
 

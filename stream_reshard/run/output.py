@@ -32,7 +32,7 @@ from stream_reshard.run import engines
 from stream_reshard.run.jobs import JobDone, Work, run_job
 from stream_reshard.run.lanes import Lanes
 from stream_reshard.run.moving import Moved
-from stream_reshard.storage.cloning import can_share_all
+from stream_reshard.storage.cloning import can_clone_all
 from stream_reshard.storage.durable import make_folder, target_error
 from stream_reshard.storage.folder import Access
 from stream_reshard.storage.identity import Identity, changed, identity_of, lasting
@@ -56,7 +56,7 @@ class Output:
     """Digest of the documents, wherever the destination is: some of them name it."""
     naming: Naming
     """Names of files that may be removed where no manifest tells."""
-    copies: Mapping[str, Companion]
+    companions: Mapping[str, Companion]
     """Files to copy, by name."""
     identities: Mapping[str, Identity]
     """The source files as the plan saw them, by path below the source's root."""
@@ -66,7 +66,7 @@ class Output:
     def run(self) -> dict[str, Any]:
         """Identity of the run: `same_run` for two attempts at the same output, and for nothing else. Of files only what
         lasts is in it, so that it can be taken up after a reboot, a remount, and on another machine."""
-        copied = {str(own.path): [name, *lasting(own.identity)] for name, own in self.copies.items()}
+        copied = {str(own.path): [name, *lasting(own.identity)] for name, own in self.companions.items()}
         return {"plan_sha256": self.plan.digest, "documents_sha256": self.documents_sha256,
                 "source": str(self.plan.source.root),
                 "identities": {path: lasting(identity) for path, identity in self.identities.items()},
@@ -91,7 +91,7 @@ class Output:
     def record(self) -> Record:
         """The beginning of its journal."""
         tensor_files = [path for path in self.plan.target.paths if not self.naming.is_weights(path)]
-        return Record(self.run, self.marker, [*self.documents, *self.copies, *tensor_files], self.max_files)
+        return Record(self.run, self.marker, [*self.documents, *self.companions, *tensor_files], self.max_files)
 
     @property
     def shards(self) -> Iterator[Path]:
@@ -101,11 +101,11 @@ class Output:
     @property
     def max_files(self) -> int:
         """More files than its manifest can name."""
-        return self.plan.target.num_files + len(self.documents) + len(self.copies) + len(self.identities) + 8
+        return self.plan.target.num_files + len(self.documents) + len(self.companions) + len(self.identities) + 8
 
 
 @dataclass(frozen=True)
-class How:
+class RunOptions:
     """Ways and means of a run; changes nothing of the output."""
 
     block_nbytes: int
@@ -142,7 +142,7 @@ class Done:
     """The destination was finished before."""
 
 
-def run(output: Output, how: How) -> Done:
+def run(output: Output, options: RunOptions) -> Done:
     """Write the destination.
 
     Raises SourceError, without committing, where a source file changed; LockedError where another run is at work;
@@ -151,16 +151,16 @@ def run(output: Output, how: How) -> Done:
     destination = output.destination
     try:
         make_folder(destination.parent)
-        with Lock(lock_of(destination), how.break_lock) as lock, how.stop.awaited():
+        with Lock(lock_of(destination), options.break_lock) as lock, options.stop.awaited():
             if is_swapped := was_swapped(destination, lock.note):
                 clear_old(destination, is_swapped, output.naming)
                 lock.write_note(None)
             manifest = output.finished()
-            if manifest and not output.moved(manifest) and (is_swapped or not how.overwrite):
-                _confirm(output, how, manifest)
+            if manifest and not output.moved(manifest) and (is_swapped or not options.overwrite):
+                _confirm(output, options, manifest)
                 done = Done(output.plan.target.num_files, was_finished=True)
             else:
-                done = _write(output, how, lock)
+                done = _write(output, options, lock)
             is_over = lock.is_ours()  # Else what is beside the destination may be another run's.
             leftovers = clear_old(destination, False, output.naming) if is_over else old_beside(destination, False)
             return replace(done, leftovers=leftovers)
@@ -168,53 +168,53 @@ def run(output: Output, how: How) -> Done:
         raise target_error(destination, error) from error
 
 
-def _confirm(output: Output, how: How, manifest: Manifest) -> None:
+def _confirm(output: Output, options: RunOptions, manifest: Manifest) -> None:
     """Raises DestinationError where a file of the finished destination does not have its digest any more."""
-    buffer = memoryview(bytearray(how.block_nbytes))
+    buffer = memoryview(bytearray(options.block_nbytes))
     for path, file in manifest.files.items():
-        if file.xxh3_128 and digest_of(output.destination, path, buffer, how.stop) != file.xxh3_128:
+        if file.xxh3_128 and digest_of(output.destination, path, buffer, options.stop) != file.xxh3_128:
             raise DestinationError(f"{quoted(output.destination / path)} does not have the digest in {MANIFEST_NAME}: "
                                    f"the conversion was complete and was damaged since; --overwrite makes it anew")
-    if how.check:
-        how.check(output.destination)
+    if options.check:
+        options.check(output.destination)
 
 
-def _write(output: Output, how: How, lock: Lock) -> Done:
-    refuse_occupied(output.destination, how.overwrite, output.naming)
+def _write(output: Output, options: RunOptions, lock: Lock) -> Done:
+    refuse_occupied(output.destination, options.overwrite, output.naming)
     access = access_to(output.shards) & access_to_replaced(output.destination)
-    staging = Staging(output.destination, output.record, lock, access, output.naming, how.restart)
+    staging = Staging(output.destination, output.record, lock, access, output.naming, options.restart)
     try:
         staging.refuse_immovable()
-        done = _run_jobs(output, how, staging)
-        sizes = _add_small_files(output, how, staging)
+        done = _run_jobs(output, options, staging)
+        sizes = _add_small_files(output, options, staging)
         check_identities(output.plan.source.root, output.identities)
-        check_identities(Path("/"), {str(own.path): own.identity for own in output.copies.values()})
+        check_identities(Path("/"), {str(own.path): own.identity for own in output.companions.values()})
         staging.sync()
-        staging.write(output.marker, io.BytesIO(output.documents[output.marker]), how.stop.check)
-        if how.check:
-            _check(output, how.check, staging)
-        refuse_occupied(output.destination, how.overwrite, output.naming)  # Much may have happened there since.
-        staging.deliver(how.overwrite, sizes)
+        staging.write(output.marker, io.BytesIO(output.documents[output.marker]), options.stop.check)
+        if options.check:
+            _check(output, options.check, staging)
+        refuse_occupied(output.destination, options.overwrite, output.naming)  # Much may have happened there since.
+        staging.deliver(options.overwrite, sizes)
         return done
     finally:
         staging.close()
 
 
-def _run_jobs(output: Output, how: How, staging: Staging) -> Done:
+def _run_jobs(output: Output, options: RunOptions, staging: Staging) -> Done:
     plan, num_kept, moved, num_digests = output.plan, 0, Moved(), 0
-    is_shared = can_share_all(plan.source.root, plan.source.paths, staging.path)
-    lanes = Lanes(how.num_workers, how.block_nbytes)
-    work = Work(plan, staging.folder, lanes, output.identities, dict(staging.journal.done), how.stop,
-                replace(how.transport, is_shared=is_shared))
-    with closing(lanes), closing(engines.run_all(partial(run_job, work), plan.jobs, how.stop, how.executor,
+    is_cloned = can_clone_all(plan.source.root, plan.source.paths, staging.path)
+    lanes = Lanes(options.num_workers, options.block_nbytes)
+    work = Work(plan, staging.folder, lanes, output.identities, dict(staging.journal.done), options.stop,
+                replace(options.transport, is_cloned=is_cloned))
+    with closing(lanes), closing(engines.run_all(partial(run_job, work), plan.jobs, options.stop, options.executor,
                                  partial(_note, staging))) as results:
         for job, done in results:
             _note(staging, done)
             num_kept += len(done.files) * done.was_kept
             num_digests += sum(file.xxh3_128 is not None for file in done.files)
             moved += done.moved
-            how.progress(job)
-            how.stop.check()
+            options.progress(job)
+            options.stop.check()
             staging.confirm_at_times()
     return Done(num_kept, moved=moved, num_digests=num_digests)
 
@@ -226,21 +226,21 @@ def _note(staging: Staging, done: JobDone) -> None:
             staging.journal.add(file)
 
 
-def _add_small_files(output: Output, how: How, staging: Staging) -> dict[str, int]:
+def _add_small_files(output: Output, options: RunOptions, staging: Staging) -> dict[str, int]:
     """Write the companions, the documents but for the marker, and the manifest of all of them; returns the size of
     every file that the folder will have, in bytes."""
     marker = output.documents[output.marker]
     written = [FileDone(output.marker, len(marker), xxhash.xxh3_128(marker).hexdigest())]
-    for name, companion in output.copies.items():
+    for name, companion in output.companions.items():
         with _opened(companion.path) as stream:
             mode = Access.of_file(os.fstat(stream.fileno()).st_mode).files
-            written.append(staging.write(name, stream, how.stop.check, mode))
+            written.append(staging.write(name, stream, options.stop.check, mode))
     for name, text in output.documents.items():
         if name != output.marker:
-            written.append(staging.write(name, io.BytesIO(text), how.stop.check))
+            written.append(staging.write(name, io.BytesIO(text), options.stop.check))
     tensor_files = [staging.journal.done[path] for path in output.plan.target.paths]
     manifest = with_files(Manifest(output.run, output.facts), [*tensor_files, *written])
-    own = staging.write(MANIFEST_NAME, io.BytesIO(manifest.packed()), how.stop.check)
+    own = staging.write(MANIFEST_NAME, io.BytesIO(manifest.packed()), options.stop.check)
     return {file.path: file.nbytes for file in (*manifest.files.values(), own)}
 
 
@@ -259,7 +259,7 @@ def _check(output: Output, check: Callable[[Path], object], staging: Staging) ->
         if error.exit_code != DifferenceError.exit_code:
             raise
         check_identities(output.plan.source.root, output.identities)
-        staging.disown()
+        staging.mark_failed()
         raise DifferenceError(f"{error}\n{quoted(staging.path)} was not committed; run again with --restart to write "
                               f"it anew") from error
     check_identities(output.plan.source.root, output.identities)

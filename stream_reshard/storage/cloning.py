@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable
 from pathlib import Path
 
-from stream_reshard.storage.header import BLOCK_NBYTES, MIN_SHARED_NBYTES
+from stream_reshard.storage.header import BLOCK_NBYTES, MIN_CLONED_NBYTES
 
 _FICLONERANGE = 0x4020940D
 _FILE_CLONE_RANGE = struct.Struct("=qQQQ")
@@ -25,7 +25,7 @@ _CANNOT = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, 
 block has as many owners as its file system can count."""
 
 
-def share(source: int, source_offset: int, target: int, offset: int, nbytes: int) -> bool:
+def clone(source: int, source_offset: int, target: int, offset: int, nbytes: int) -> bool:
     """Let a stretch of the target file be the source's blocks; False where that cannot be. Offsets, `nbytes` and the
     file system's block must fit. Raises OSError where the disk is full or broken."""
     try:
@@ -37,7 +37,7 @@ def share(source: int, source_offset: int, target: int, offset: int, nbytes: int
     return True
 
 
-def can_share(source: Path, folder: Path) -> bool:
+def can_clone(source: Path, folder: Path) -> bool:
     """True where new files in `folder` can share blocks with the file `source`; tried on a file without a name."""
     try:
         if os.stat(source).st_dev != os.stat(folder).st_dev or os.stat(source).st_size < BLOCK_NBYTES:
@@ -46,7 +46,7 @@ def can_share(source: Path, folder: Path) -> bool:
         try:
             writing = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
             try:
-                return share(reading, 0, writing, 0, BLOCK_NBYTES)
+                return clone(reading, 0, writing, 0, BLOCK_NBYTES)
             finally:
                 os.close(writing)
         finally:
@@ -55,15 +55,15 @@ def can_share(source: Path, folder: Path) -> bool:
         return False
 
 
-def can_share_all(root: Path, paths: Iterable[str], folder: Path) -> bool:
+def can_clone_all(root: Path, paths: Iterable[str], folder: Path) -> bool:
     """True where new files in `folder` can share blocks with every one of these files below `root`."""
-    return all(can_share(root / path, folder) for path in paths)
+    return all(can_clone(root / path, folder) for path in paths)
 
 
 def inner_blocks(source_offset: int, offset: int, nbytes: int) -> tuple[int, int]:
     """(first, last) byte of the target between which whole blocks of the stretch stand, if both offsets are congruent
     and there are enough of them; else an empty range at the stretch's end."""
     first, last = -(-offset // BLOCK_NBYTES) * BLOCK_NBYTES, (offset + nbytes) // BLOCK_NBYTES * BLOCK_NBYTES
-    if (source_offset - offset) % BLOCK_NBYTES or last - first < MIN_SHARED_NBYTES:
+    if (source_offset - offset) % BLOCK_NBYTES or last - first < MIN_CLONED_NBYTES:
         return offset + nbytes, offset + nbytes
     return first, last

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from stream_reshard.errors import UsageError
 
@@ -40,7 +41,7 @@ def num_overflowed(before: memoryview, source: str, after: memoryview, target: s
     return int((infinite & torch.isfinite(torch.frombuffer(before, dtype=getattr(torch, TORCH_DTYPES[source])))).sum())
 
 
-def import_torch(what: str = "casting weights", instead: str = ""):
+def import_torch(what: str = "casting weights", instead: str = "") -> Any:
     """The torch module. Raises UsageError with the cure where it is not installed: `what` needs it, `instead` says
     what to do without."""
     try:

@@ -26,7 +26,7 @@ MAX_HEADER_NBYTES = 25_000_000
 BLOCK_NBYTES = 4096
 """Size of the blocks that file systems share between files: that of a memory page, wherever they can share."""
 
-MIN_SHARED_NBYTES = 2 * BLOCK_NBYTES
+MIN_CLONED_NBYTES = 2 * BLOCK_NBYTES
 """Shorter stretches are copied: between two ragged edges there may be no whole block, and a call for one costs more."""
 
 MAX_DIMS = 8

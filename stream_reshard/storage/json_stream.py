@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from stream_reshard.storage.json_text import place, syntax_fault
+from stream_reshard.storage.json_text import position_in, syntax_fault
 
 _CHUNK_NBYTES = 2**16
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -53,10 +53,10 @@ class JsonReader:
                 raise ValueError(str(error)) from error
             except json.JSONDecodeError as error:
                 if not self._read_on():
-                    raise ValueError(syntax_fault(error, self._place(error.pos))) from error
+                    raise ValueError(syntax_fault(error, self._position(error.pos))) from error
                 continue
             except ValueError as error:
-                raise ValueError(f"{error} in {self._place(self._at)}") from error
+                raise ValueError(f"{error} in {self._position(self._at)}") from error
             # A number that ends with the buffer may go on behind it.
             if self._text[end:end + 1] in (*"]},: \t\n\r",) or not self._read_on():
                 self._at = end
@@ -94,8 +94,8 @@ class JsonReader:
 
     def _key(self) -> str:
         if self.next() != '"':
-            raise ValueError(f"a name in quotes is expected in {self._place(self._at)}")
-        key = self.value()
+            raise ValueError(f"a name in quotes is expected in {self._position(self._at)}")
+        key: str = self.value()
         self._pass(":")
         return key
 
@@ -104,7 +104,7 @@ class JsonReader:
         found = self.next()
         if not found or found not in characters:
             cure = "" if found else "; it is cut off, download it again"
-            raise ValueError(f"{' or '.join(characters)} is expected in {self._place(self._at)}{cure}")
+            raise ValueError(f"{' or '.join(characters)} is expected in {self._position(self._at)}{cure}")
         self._at += 1
         return found
 
@@ -126,5 +126,5 @@ class JsonReader:
             self._text, self._at = self._text[self._at:] + more, 0
         return bool(content)
 
-    def _place(self, at: int) -> str:
-        return place(self._text, at, self._line, self._column)
+    def _position(self, at: int) -> str:
+        return position_in(self._text, at, self._line, self._column)

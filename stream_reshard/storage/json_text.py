@@ -83,16 +83,18 @@ def read_json_text(content: bytes, matters: Container[str] | None) -> tuple[Any,
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = content[:error.start].decode("utf-8-sig", "replace")
-        raise ValueError(f"it is not UTF-8: byte {content[error.start]:#x} in {place(before, len(before))}") from error
+        raise ValueError(f"it is not UTF-8: byte {content[error.start]:#x} in "
+                         f"{position_in(before, len(before))}") from error
     try:
         value = json.loads(text, object_pairs_hook=_last_of_twins)
     except json.JSONDecodeError as error:
-        raise ValueError(syntax_fault(error, place(text, error.pos))) from error
+        raise ValueError(syntax_fault(error, position_in(text, error.pos))) from error
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     except ValueError as error:
         found = _LONG_NUMBER.search(text)
-        raise ValueError(f"a number has too many digits in {place(text, found.start() if found else 0)}") from error
+        raise ValueError(f"a number has too many digits in "
+                         f"{position_in(text, found.start() if found else 0)}") from error
     wrong: list[tuple[Path, str]] = []
     others: list[tuple[Path, str]] = []
     faults, notes = Doubts(), Doubts()
@@ -115,7 +117,7 @@ def syntax_fault(error: json.JSONDecodeError, where: str) -> str:
     return f"{error.msg.removesuffix(' at')} in {where}{'; it is cut off, download it again' if is_cut else ''}"
 
 
-def place(text: str, at: int, line: int = 1, column: int = 1) -> str:
+def position_in(text: str, at: int, line: int = 1, column: int = 1) -> str:
     """Place of a character, for people: line, column, and the last key before it. The text begins in `line` and
     `column`."""
     newline = text.rfind("\n", 0, at)

@@ -238,4 +238,4 @@ def digest_of(root: Path, path: str, buffer: memoryview, stop: Stop,
             view = buffer[:min(len(buffer), nbytes - offset)]
             file.read_into(view, offset)
             digest.update(view)
-    return digest.hexdigest()
+    return str(digest.hexdigest())

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stream_reshard.errors import StreamReshardError
-from stream_reshard.storage.cloning import inner_blocks, share
+from stream_reshard.storage.cloning import clone, inner_blocks
 from stream_reshard.storage.durable import NewFile, target_error
 from stream_reshard.storage.folder import Folder
 from stream_reshard.storage.header import TensorFile, header_of
@@ -24,7 +24,7 @@ class Transport:
 
     is_mapped: bool = False
     """Write from a mapping of the source where that needs no buffer, instead of reading it."""
-    is_shared: bool = False
+    is_cloned: bool = False
     """Share blocks with the source: its file system and the target's are one, which can."""
     copies_on_server: bool = False
     """Let the file system copy (copy_file_range): over a network the bytes stay on the server."""
@@ -32,9 +32,9 @@ class Transport:
     """Files that get a digest: all, none, or those whose bytes all passed through this process (auto)."""
 
     @property
-    def passes_by(self) -> bool:
+    def bypasses_process(self) -> bool:
         """Stretches are left to the file system, instead of coming through this process."""
-        return self.is_shared or self.copies_on_server
+        return self.is_cloned or self.copies_on_server
 
 
 class NewTensorFile(NewFile):
@@ -59,7 +59,7 @@ class NewTensorFile(NewFile):
 
     def _reserve(self) -> None:
         """Blocks that will be shared must not be taken first."""
-        if self.transport.is_shared:
+        if self.transport.is_cloned:
             os.ftruncate(self._descriptor, self.nbytes)
         else:
             super()._reserve()
@@ -68,30 +68,30 @@ class NewTensorFile(NewFile):
              check: Callable[[], None]) -> None:
         """Let `nbytes` from byte `source_offset` of the source be those from byte `offset` on: shared where they can
         be, else copied by the file system, else through `buffer`. `check` is called between its blocks."""
-        first, last = self._shared(source, source_offset, offset, nbytes)
+        first, last = self._cloned(source, source_offset, offset, nbytes)
         self.cloned_nbytes += last - first
         for begin, end in ((offset, first), (last, offset + nbytes)):
             for at in range(begin, end, len(buffer)):
                 check()
-                view, place = buffer[:end - at], source_offset + at - offset
-                if not (self.transport.copies_on_server and self._copied_on_server(source, place, at, len(view))):
-                    source.read_into(view, place)
+                view, source_at = buffer[:end - at], source_offset + at - offset
+                if not (self.transport.copies_on_server and self._copied_on_server(source, source_at, at, len(view))):
+                    source.read_into(view, source_at)
                     self.write(at, [view])
-                source.release(place, len(view))
+                source.release(source_at, len(view))
 
-    def _shared(self, source: SourceFile, source_offset: int, offset: int, nbytes: int) -> tuple[int, int]:
+    def _cloned(self, source: SourceFile, source_offset: int, offset: int, nbytes: int) -> tuple[int, int]:
         """(first, last) byte of what is now shared with the source; an empty range at the end where nothing is."""
         first, last = inner_blocks(source_offset, offset, nbytes)
         try:
-            if not self.transport.is_shared or first == last or not share(
+            if not self.transport.is_cloned or first == last or not clone(
                     source.descriptor, source_offset + first - offset, self._descriptor, first, last - first):
                 return offset + nbytes, offset + nbytes
         except OSError as error:
             raise target_error(self.final, error) from error
-        self._passed_by()
+        self._note_bypass()
         return first, last
 
-    def _passed_by(self) -> None:
+    def _note_bypass(self) -> None:
         """Note that bytes never passed through this process; hashing them would mean reading them back."""
         self._position = -1
         self.is_digested = self.transport.digests == "all"
@@ -108,7 +108,7 @@ class NewTensorFile(NewFile):
                 done += count
         except OSError:
             return False  # Reading and writing says what is wrong, if it is.
-        self._passed_by()
+        self._note_bypass()
         return True
 
     def take_mapped(self, source: SourceFile, source_offset: int, offset: int, nbytes: int, buffer: memoryview,
@@ -117,11 +117,11 @@ class NewTensorFile(NewFile):
         SourceError where it shrank."""
         for at in range(offset, offset + nbytes, len(buffer)):
             check()
-            place, size = source_offset + at - offset, min(len(buffer), offset + nbytes - at)
+            source_at, size = source_offset + at - offset, min(len(buffer), offset + nbytes - at)
             try:
-                self.write(at, [source.view(place, size)], is_mapped=True)
+                self.write(at, [source.view(source_at, size)], is_mapped=True)
             except StreamReshardError as error:
                 if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EFAULT:
                     raise source.mapping_fault() from error
                 raise
-            source.release(place, size)
+            source.release(source_at, size)

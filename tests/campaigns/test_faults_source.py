@@ -18,9 +18,8 @@ from stream_reshard.cli import main
 from stream_reshard.convert.conversion import Options, plan_conversion
 from stream_reshard.destination.staging import staging_of
 from stream_reshard.errors import ResourceError, SourceError
-from stream_reshard.model.topology import Topology
 from stream_reshard.run import engines
-from stream_reshard.run.output import How, run
+from stream_reshard.run.output import RunOptions, run
 from stream_reshard.storage import source_file as tensor_file
 
 SHARD = "model-00002-of-00002.safetensors"
@@ -164,7 +163,7 @@ def conversion(folder):
     config = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 11}
     if not (folder / "hf").exists():
         make_source(folder / "hf", config=config)
-    return plan_conversion(Options(folder / "hf", folder / "nt", Topology(2), max_memory=2**32))
+    return plan_conversion(Options(folder / "hf", folder / "nt", tp=2, max_memory=2**32))
 
 
 def pausing_after(number, real=os.fsync, main_pid=os.getpid()):
@@ -192,19 +191,19 @@ def test_a_worker_that_is_killed(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", pausing_after(4))
         with pool() as executor, pytest.raises(ResourceError, match="a worker process died"):
-            run(planned.output, How(planned.memory.block_nbytes, executor, progress=kill_one))
+            run(planned.output, RunOptions(planned.memory.block_nbytes, executor, progress=kill_one))
     assert not (tmp_path / "nt").exists() and staging_of(tmp_path / "nt").exists()
-    assert run(planned.output, How(planned.memory.block_nbytes)).num_kept >= 1
+    assert run(planned.output, RunOptions(planned.memory.block_nbytes)).num_kept >= 1
     assert main(["verify", str(tmp_path / "hf"), str(tmp_path / "nt"), "--quiet", "--max-memory", "4GiB"]) == 0
 
 
 def test_workers_in_processes_give_the_same_result(tmp_path):
     planned = conversion(tmp_path)
-    run(planned.output, How(planned.memory.block_nbytes))
+    run(planned.output, RunOptions(planned.memory.block_nbytes))
     wanted = tree_of(tmp_path / "nt")
     shutil.rmtree(tmp_path / "nt")
     with pool() as executor:
-        run(planned.output, How(planned.memory.block_nbytes, executor))
+        run(planned.output, RunOptions(planned.memory.block_nbytes, executor))
     assert tree_of(tmp_path / "nt") == wanted
 
 
@@ -216,7 +215,7 @@ def test_workers_do_not_outlive_a_run_that_is_killed(tmp_path, pause):
         real, main_pid = os.fsync, os.getpid()
         os.fsync = lambda descriptor: real(descriptor) if os.getpid() == main_pid else signal.pause()
         with pool(pause) as executor:
-            run(planned.output, How(planned.memory.block_nbytes, executor))
+            run(planned.output, RunOptions(planned.memory.block_nbytes, executor))
         os._exit(0)
     parent = psutil.Process(child)
     assert until(lambda: len(parent.children()) == 2)
@@ -230,14 +229,14 @@ def test_workers_do_not_outlive_a_run_that_is_killed(tmp_path, pause):
         for worker in workers:  # They would hold on to the pipes of whoever runs the tests.
             with suppress(psutil.NoSuchProcess):
                 worker.kill()
-    assert run(planned.output, How(planned.memory.block_nbytes)).num_kept >= 0
+    assert run(planned.output, RunOptions(planned.memory.block_nbytes)).num_kept >= 0
     assert (tmp_path / "nt" / "model_config.json").exists()
 
 
 def test_jobs_that_run_twice_at_once(tmp_path):
     """An engine may give a job to two workers: each has a temp file of its own, and the last rename wins."""
     planned = conversion(tmp_path)
-    run(planned.output, How(planned.memory.block_nbytes))
+    run(planned.output, RunOptions(planned.memory.block_nbytes))
     wanted = tree_of(tmp_path / "nt")
     shutil.rmtree(tmp_path / "nt")
 
@@ -247,5 +246,5 @@ def test_jobs_that_run_twice_at_once(tmp_path):
             return super().submit(*args)
 
     with Twice(2, mp_context=get_context("fork")) as executor:
-        run(planned.output, How(planned.memory.block_nbytes, executor))
+        run(planned.output, RunOptions(planned.memory.block_nbytes, executor))
     assert tree_of(tmp_path / "nt") == wanted

@@ -15,7 +15,6 @@ from trees import EMBEDDING, MANIFEST, NORM
 from stream_reshard.cli import main
 from stream_reshard.cli.demo import CONFIG, write_random_source
 from stream_reshard.convert.conversion import Options, plan_conversion, run_conversion
-from stream_reshard.model.topology import Topology
 
 WITH_MANIFEST = [
     ("tensor file missing", lambda c: every(c, "o_proj", "tp-rank-1")[0].unlink(), ["decoder/0", "is missing: "]),
@@ -161,7 +160,7 @@ def converted(root, **changes):
     source, destination = root / "hf", root / "nt"
     write_random_source(source, CONFIG | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 176})
     (source / "tokenizer.json").write_text("{}")
-    run_conversion(plan_conversion(Options(source, destination, Topology(2, 2), **changes)))
+    run_conversion(plan_conversion(Options(source, destination, tp=2, pp=2, **changes)))
     return source, destination
 
 

@@ -9,7 +9,7 @@ from running import call
 from sources import edit_config, make_source, make_tensors, shapes_of
 from trees import EMBEDDING, MANIFEST
 
-from stream_reshard.formats.unsupported import ALLOWABLE
+from stream_reshard.options import ALLOWABLE
 from stream_reshard.machine import memory
 
 pytestmark = pytest.mark.usefixtures("held")

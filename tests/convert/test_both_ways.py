@@ -16,7 +16,6 @@ from stream_reshard.cli import main
 from stream_reshard.cli.demo import CONFIG, write_random_source
 from stream_reshard.convert.conversion import Options, plan_conversion, run_conversion
 from stream_reshard.errors import Interrupted
-from stream_reshard.model.topology import Topology
 
 MODELS = {"llama": {}, "tied": {"tied": True}, "qwen2": {"family": "qwen2"}, "two shards": {"num_shards": 2},
           "four kv heads": {"config": {"num_key_value_heads": 4}}, "mistral": {"family": "mistral"},
@@ -165,7 +164,7 @@ def test_the_way_back_reads_and_writes_every_byte_once(tmp_path, capsys):
 def test_a_stopped_run_to_shards_goes_on(tmp_path):
     source = make_source(tmp_path / "hf")
     convert(source, tmp_path / "nt", "--tp", 2)
-    options, seen = Options(tmp_path / "nt", tmp_path / "back", Topology(), to="hf", max_shard_nbytes=1000), []
+    options, seen = Options(tmp_path / "nt", tmp_path / "back", to="hf", max_shard_size=1000), []
 
     def stop(job):
         seen.append(job)

@@ -15,7 +15,6 @@ from test_hostile_bombs import WATCHED
 
 from stream_reshard.convert.conversion import Options, plan_conversion
 from stream_reshard.model.box import Box
-from stream_reshard.model.topology import Topology
 from stream_reshard.plan.plan import coverage_faults
 
 LIMIT = 64 * 2**20
@@ -118,7 +117,7 @@ def expected(layer, part, row, column, places, num_tp):
 def test_weights_of_random_layers_stand_where_they_should(sparse):
     """What a plan derives for a layer is what its place in the source and Nanotron's rules say, weight by weight."""
     root, config, places = sparse
-    plan = plan_conversion(Options(root, None, Topology(8, 4), max_memory=2**33)).plan
+    plan = plan_conversion(Options(root, None, tp=8, pp=4, max_memory=2**33)).plan
     rng = random.Random(5)
     for layer in [0, *rng.sample(range(1, config["num_hidden_layers"]), 3), config["num_hidden_layers"] - 1]:
         for part in PARTS:
@@ -144,7 +143,7 @@ def test_weights_of_random_layers_stand_where_they_should(sparse):
 def test_jobs_read_the_source_from_its_begin_to_its_end(sparse):
     """In the order of jobs the lowest byte that each reads never goes back; each job is derived on its own."""
     root, config, places = sparse
-    plan = plan_conversion(Options(root, None, Topology(8, 4), max_memory=2**33)).plan
+    plan = plan_conversion(Options(root, None, tp=8, pp=4, max_memory=2**33)).plan
     rng, last = random.Random(6), ("", 0)
     for i in sorted(rng.sample(range(len(plan.jobs)), 200)):
         job = plan.jobs[i]

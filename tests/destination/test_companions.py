@@ -31,7 +31,7 @@ def plant(root, *names):
 
 
 def planned(source, **choices):
-    return api.plan(source, choices.pop("destination", None), max_memory="8GiB", num_workers=1, **choices)
+    return api.plan(source, choices.pop("destination", None), max_memory="8GiB", workers=1, **choices)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_files_that_go_along_are_named_and_equal(source, tmp_path, capsys, to):
     found = {path for path in ALONG + BEHIND if (tmp_path / "nt" / path).exists()}
     assert found == set(ALONG)
     assert all((tmp_path / "nt" / path).read_bytes() == (source / path).read_bytes() for path in ALONG)
-    assert api.facts_of(planned(source, to=to))["copied"] == list(planned(source, to=to).copies)
+    assert planned(source, to=to).facts["copied"] == list(planned(source, to=to).companions)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("along "))
     assert "LICENSE.txt" in line and line.endswith(f"and {len(ALONG) - 16} more")
     assert main(["verify", str(source), str(tmp_path / "nt"), "--quiet", "--max-memory", "4GiB"]) == 0
@@ -57,8 +57,8 @@ def test_a_tokenizer_from_elsewhere_is_not_mixed_with_that_of_the_source(source,
     other = tmp_path / "other"
     plant(source, "tokenizer.json", "vocab.json", "merges.txt", "generation_config.json", "LICENSE", "README.md")
     plant(other, "tokenizer.model", "LICENSE", "README.md")
-    copies = planned(source, tokenizer=other).copies
-    assert {name: own.path.parent for name, own in copies.items()} == {
+    companions = planned(source, tokenizer=other).companions
+    assert {name: own.path.parent for name, own in companions.items()} == {
         "tokenizer.model": other, "generation_config.json": source, "LICENSE": source, "README.md": source}
     os.remove(other / "tokenizer.model")
     with pytest.raises(Refused, match="holds none of tokenizer.json"):
@@ -74,7 +74,7 @@ def test_code_that_the_tokenizer_needs_is_copied_and_said(source):
                  {"AutoTokenizer": "tokenization_yi.YiTokenizer", "AutoModel": "modeling_yi.X"}):
         (source / "tokenizer_config.json").write_text(json.dumps({"auto_map": told}))
         plan = planned(source)
-        assert set(plan.copies) == {"tokenizer_config.json", "tokenization_yi.py", "tables.py", "deep.py"}
+        assert set(plan.companions) == {"tokenizer_config.json", "tokenization_yi.py", "tables.py", "deep.py"}
         notes = "\n".join(plan.notes)
         assert "'tokenization_yi.py' is copied, not run" in notes and "the tokenizer needs 'gone.py'" in notes
 
@@ -86,7 +86,7 @@ def test_code_that_the_tokenizer_needs_is_copied_and_said(source):
 def test_code_that_cannot_go_along_is_said(source, told, words):
     (source / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": [told, None]}}))
     plan = planned(source)
-    assert set(plan.copies) == {"tokenizer_config.json"} and words in "\n".join(plan.notes)
+    assert set(plan.companions) == {"tokenizer_config.json"} and words in "\n".join(plan.notes)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "[" * 10**5, '{"auto_map": 7}', '{"auto_map": {"AutoTokenizer": {}}}',
@@ -96,7 +96,7 @@ def test_a_tokenizer_that_makes_no_sense_goes_along_as_it_is(source, text):
     """It is not ours to judge, and nothing is raised."""
     for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json", "added_tokens.json"):
         (source / name).write_text(text)
-    assert len(planned(source).copies) == 4 and not planned(source).notes
+    assert len(planned(source).companions) == 4 and not planned(source).notes
 
 
 def test_links_within_the_source_and_to_its_own_blobs_need_no_word(tmp_path):
@@ -109,7 +109,7 @@ def test_links_within_the_source_and_to_its_own_blobs_need_no_word(tmp_path):
     os.symlink(cache / "blobs" / "b2", snapshot / "LICENSE")
     os.symlink("LICENSE", snapshot / "NOTICE")
     plan = planned(snapshot)
-    assert len(plan.copies) == 3 and not plan.notes
+    assert len(plan.companions) == 3 and not plan.notes
 
 
 @pytest.mark.parametrize("flag", [False, True], ids=["SRC", "--tokenizer"])
@@ -167,7 +167,7 @@ def test_what_is_no_file_stays_behind_and_is_said(source, monkeypatch):
     (source / "NOTICE").mkdir()
     (source / "vocab.txt").write_text("x" * 1001)
     plan = planned(source)
-    assert not plan.copies and len(plan.notes) == 5
+    assert not plan.companions and len(plan.notes) == 5
     for words in ("a link to 'gone': No such", "a link to 'merges.txt': Too many", "'LICENSE' is not copied: it is not a",
                   "'NOTICE' is not copied", "'vocab.txt' is not copied: it has 1001 B"):
         assert words in "\n".join(plan.notes)
@@ -177,7 +177,7 @@ def test_a_crowd_of_companions_stays_bounded(source):
     for number in range(companions.MAX_NUM + 300):
         (source / f"LICENSE-{number:04}").touch()
     plan = planned(source)
-    assert len(plan.copies) == companions.MAX_NUM and f"{companions.MAX_NUM} files are already" in "\n".join(plan.notes)
+    assert len(plan.companions) == companions.MAX_NUM and f"{companions.MAX_NUM} files are already" in "\n".join(plan.notes)
 
 
 def test_a_companion_that_changes_before_it_is_copied_is_noticed(source, tmp_path):
@@ -232,8 +232,8 @@ def test_an_id_that_lies_across_two_reads_counts(source):
     for shift in range(1, 40):
         begin = '{"a": 1, ' + " " * (notes._CHUNK_NBYTES - 9 - shift)
         (source / "vocab.json").write_text(begin + '"some token": 123456789 }')
-        copies = {"vocab.json": companions.Companion(source / "vocab.json", [])}
-        assert "up to 123456789" in "".join(notes.too_many_ids(copies, 5 * 10**7)), shift
+        copied = {"vocab.json": companions.Companion(source / "vocab.json", [])}
+        assert "up to 123456789" in "".join(notes.too_many_ids(copied, 5 * 10**7)), shift
 
 
 def mixed(tmp_path, words, family="llama", dtype=np.float32):

@@ -59,7 +59,7 @@ def test_nothing_is_kept_of_files_that_do_not_matter(tmp_path):
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     strays(tmp_path / "hf", 1000)
     plan = api.plan(tmp_path / "hf", tmp_path / "nt", max_memory="8GiB")
-    assert set(plan.identities) == {"config.json", "model.safetensors"} and set(plan.copies) == {"tokenizer.json"}
+    assert set(plan.identities) == {"config.json", "model.safetensors"} and set(plan.companions) == {"tokenizer.json"}
     assert len(repr(plan.output.run)) < 2000 and len("".join(plan.notes)) < 1000
     assert "and 484 more" in "".join(plan.notes)
 

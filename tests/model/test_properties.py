@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stream_reshard.formats.nanotron.rules import assign_stages
 from stream_reshard.formats.nanotron.weight_files import parse_pairs, parse_path, parse_shape
 from stream_reshard.machine.memory import human, parse_nbytes
-from stream_reshard.model.box import Box, has_twins, tiling_fault
+from stream_reshard.model.box import Box, has_duplicates, tiling_fault
 from stream_reshard.model.names import Templates, indices_of
 from stream_reshard.model.parameters import parse_token_id
 from stream_reshard.model.topology import part_of
@@ -97,7 +97,7 @@ def test_a_tiling_takes_every_element_once(case):
 
 @given(st.lists(st.integers(-2**63, 2**63 - 1), max_size=300))
 def test_twins_are_found(numbers):
-    assert has_twins(numbers) == (len(set(numbers)) < len(numbers))
+    assert has_duplicates(numbers) == (len(set(numbers)) < len(numbers))
 
 
 TEMPLATES = ["embedding", "layers.{layer}.norm", "layers.{layer}.experts.{expert}.up", "layers.{layer}.up"]
@@ -193,10 +193,10 @@ def test_slices_are_read_as_nanotron_writes_them(case):
 def test_a_path_is_one_of_nanotrons_or_refused(path):
     from stream_reshard.errors import SourceError
     try:
-        name, place = parse_path(path)
+        name, rank = parse_path(path)
     except SourceError:
         return
-    assert path.startswith("model/model/") and name and (place is None or place.pp < place.num_pp)
+    assert path.startswith("model/model/") and name and (rank is None or rank.pp < rank.num_pp)
 
 
 @given(JSON)

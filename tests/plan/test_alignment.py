@@ -10,8 +10,7 @@ from safetensors import safe_open
 from test_laws import write_source
 
 from stream_reshard.convert.conversion import Options, plan_conversion, run_conversion
-from stream_reshard.model.topology import Topology
-from stream_reshard.plan.alignment import MIN_SHARED_NBYTES, Wish, begin_for
+from stream_reshard.plan.alignment import MIN_CLONED_NBYTES, AlignmentRequest, begin_for
 from stream_reshard.storage.header import BLOCK_NBYTES
 
 SIZES = {"hidden_size": 144, "intermediate_size": 264, "vocab_size": 101, "num_hidden_layers": 2,
@@ -33,7 +32,7 @@ def distances(path, source):
 @pytest.mark.parametrize("tp, flags", [(1, {}), (2, {}), (4, {}), (2, {"rope": "interleaved"})])
 def test_most_bytes_keep_their_offset_with_the_least_padding(tmp_path, tp, flags):
     write_source(tmp_path / "hf", **SIZES)
-    run_conversion(plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", Topology(tp), **flags)))
+    run_conversion(plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", tp=tp, **flags)))
     source = {"begin": 8 + int.from_bytes((tmp_path / "hf" / "model.safetensors").read_bytes()[:8], "little")}
     seen = Counter()
     for path in sorted((tmp_path / "nt").rglob("*.safetensors")):
@@ -41,7 +40,7 @@ def test_most_bytes_keep_their_offset_with_the_least_padding(tmp_path, tp, flags
         changes = np.flatnonzero(np.diff(distance)) + 1
         pieces = [(int(piece[0]), 4 * len(piece)) for piece in np.split(distance, changes)]
         # q, k and v stand together, gate and up: up to three pieces, unless columns or rows are put in another order.
-        is_whole = len(pieces) <= 3 and path.stat().st_size - begin >= MIN_SHARED_NBYTES
+        is_whole = len(pieces) <= 3 and path.stat().st_size - begin >= MIN_CLONED_NBYTES
         if "qkv_proj" in path.as_posix() and flags:
             pieces = pieces[-1:]  # v keeps its order.
             is_whole = True
@@ -59,12 +58,12 @@ def test_most_bytes_keep_their_offset_with_the_least_padding(tmp_path, tp, flags
 
 def test_two_runs_pad_alike_and_the_plan_knows_every_size(tmp_path):
     write_source(tmp_path / "hf", **SIZES)
-    conversion = plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", Topology(2)))
+    conversion = plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", tp=2))
     run_conversion(conversion)
     sizes = {file.path: file.nbytes for file in conversion.plan.target.files}
     assert sizes == {path.relative_to(tmp_path / "nt").as_posix(): path.stat().st_size
                      for path in (tmp_path / "nt").rglob("*.safetensors")}
-    again = plan_conversion(Options(tmp_path / "hf", None, Topology(2))).plan
+    again = plan_conversion(Options(tmp_path / "hf", None, tp=2)).plan
     assert sizes == {file.path: file.nbytes for file in again.target.files}
 
 
@@ -83,14 +82,14 @@ WISHES = [
 
 @pytest.mark.parametrize("wishes, begin", [pytest.param(*row[1:], id=row[0]) for row in WISHES])
 def test_choice(wishes, begin):
-    assert begin_for([Wish(i, shift, nbytes) for i, (_, shift, nbytes) in enumerate(wishes)],
+    assert begin_for([AlignmentRequest(i, shift, nbytes) for i, (_, shift, nbytes) in enumerate(wishes)],
                      [first for first, *_ in wishes], 88) == begin
 
 
 def test_jobs_come_in_the_order_of_the_source_and_hold_what_is_fused(tmp_path):
     """One job per Nanotron parameter with all its ranks; no two jobs hold the same parameter or file."""
     write_source(tmp_path / "hf", **SIZES)
-    plan = plan_conversion(Options(tmp_path / "hf", None, Topology(4, 2))).plan
+    plan = plan_conversion(Options(tmp_path / "hf", None, tp=4, pp=2)).plan
     jobs = list(plan.jobs)
     firsts = [min(held.tensor.begin for name in job.parameters for held in plan.source.slices[name]) for job in jobs]
     assert firsts == sorted(firsts)

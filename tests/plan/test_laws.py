@@ -20,7 +20,6 @@ from stream_reshard.formats.nanotron import ranks as nanotron_ranks
 from stream_reshard.formats.nanotron.layout import NanotronLayout
 from stream_reshard.model.architectures import FAMILIES, build_model
 from stream_reshard.model.box import Box
-from stream_reshard.model.topology import Topology
 from stream_reshard.plan import alignment, proof
 from stream_reshard.plan.plan import coverage_faults, make_plan
 from stream_reshard.run.jobs import Work, run_job
@@ -110,7 +109,7 @@ def assert_same(root, tensors, tied=False, num_layers=3):
 def test_every_small_topology_agrees_with_the_oracle(tmp_path, tp, kv_heads, tied):
     tensors = write_source(tmp_path / "hf", num_key_value_heads=kv_heads, tie_word_embeddings=tied)
     for pp in (1, 2, 3, 4):
-        options = Options(tmp_path / "hf", tmp_path / f"nt{pp}", Topology(tp, pp), vocab_multiple=5 if pp == 2 else 1)
+        options = Options(tmp_path / "hf", tmp_path / f"nt{pp}", tp=tp, pp=pp, vocab_multiple=5 if pp == 2 else 1)
         if kv_heads % tp:
             with pytest.raises(Refused, match="cannot split the 4 kv_heads"):
                 plan_conversion(options)
@@ -131,13 +130,13 @@ def test_every_small_topology_agrees_with_the_oracle(tmp_path, tp, kv_heads, tie
 
 def test_qwen2_biases_agree_with_the_oracle(tmp_path):
     tensors = write_source(tmp_path / "hf", architectures=["Qwen2ForCausalLM"], num_key_value_heads=4)
-    run_conversion(plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", Topology(4))))
+    run_conversion(plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", tp=4)))
     assert_same(tmp_path / "nt", tensors)
 
 
 def test_interleaved_rope_permutes_q_and_k_within_each_head(tmp_path):
     tensors = write_source(tmp_path / "hf", num_key_value_heads=4)
-    run_conversion(plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", Topology(2), rope="interleaved")))
+    run_conversion(plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", tp=2, rope="interleaved")))
     head_dim = 4
     order = [0, 2, 1, 3]  # 0, d/2, 1, d/2+1 ...
     for key, array in tensors.items():
@@ -152,7 +151,7 @@ def test_interleaved_rope_permutes_q_and_k_within_each_head(tmp_path):
 def test_result_does_not_depend_on_the_block_size(tmp_path, block_nbytes, rope):
     """However small the buffers are cut, down to parts of a row, the same bytes come out."""
     write_source(tmp_path / "hf")
-    conversion = plan_conversion(Options(tmp_path / "hf", tmp_path / "x", Topology(3, 2), rope=rope))
+    conversion = plan_conversion(Options(tmp_path / "hf", tmp_path / "x", tp=3, pp=2, rope=rope))
     for name, nbytes in (("a", block_nbytes), ("b", 2**22)):
         (tmp_path / name).mkdir()
         for job in conversion.plan.jobs:
@@ -166,7 +165,7 @@ def test_result_and_digests_do_not_depend_on_workers(tmp_path):
     manifests = []
     for workers in (1, 4):
         destination = tmp_path / f"w{workers}"
-        run_conversion(plan_conversion(Options(tmp_path / "hf", destination, Topology(2, 2), num_workers=workers)))
+        run_conversion(plan_conversion(Options(tmp_path / "hf", destination, tp=2, pp=2, workers=workers)))
         files = json.loads((destination / "stream_reshard.json").read_text())["files"]
         manifests.append([file for file in files if file["path"] != "config.yaml"])  # Names its folder.
     assert manifests[0] == manifests[1]
@@ -230,7 +229,7 @@ SABOTAGE = [
 def test_a_broken_layout_is_found_before_anything_runs(tmp_path, monkeypatch, layout, name, change, words):
     """The proof is no decoration: whatever a layout loses, doubles or puts elsewhere, it says so."""
     write_source(tmp_path / "hf")
-    plan = plan_conversion(Options(tmp_path / "hf", None, Topology(4))).plan
+    plan = plan_conversion(Options(tmp_path / "hf", None, tp=4)).plan
     assert list(coverage_faults(plan)) == []
     monkeypatch.setattr(layout, name, change(getattr(layout, name)))
     faults = "; ".join(coverage_faults(plan))
@@ -240,21 +239,21 @@ def test_a_broken_layout_is_found_before_anything_runs(tmp_path, monkeypatch, la
 
 
 CHANGES = [
-    ("topology", {"topology": Topology(4, 2)}), ("stages", {"topology": Topology(2, 3)}), ("version", {"version": "1.4"}),
+    ("topology", {"tp": 4}), ("stages", {"pp": 3}), ("version", {"checkpoint_version": "1.4"}),
     ("order in a head", {"rope": "interleaved"}), ("padding", {"vocab_multiple": 50})]
 
 
 @pytest.mark.parametrize("changes", [pytest.param(row[1], id=row[0]) for row in CHANGES])
 def test_digest_changes_with_everything_that_decides_the_output(tmp_path, changes):
     write_source(tmp_path / "hf")
-    usual = {"topology": Topology(2, 2)}
+    usual = {"tp": 2, "pp": 2}
     digests = [plan_conversion(Options(tmp_path / "hf", None, **usual | told)).plan.digest for told in ({}, {}, changes)]
     assert digests[0] == digests[1] != digests[2]
 
 
 RULES = [
     ("names", NanotronLayout, "paths_of", lambda of: lambda self, group: [path + "x" for path in of(self, group)]),
-    ("one begin", HuggingFaceLayout, "places_of",
+    ("one begin", HuggingFaceLayout, "locations_of",
      lambda of: lambda self, number: tuple((file, begin + 8 * (number == 5)) for file, begin in of(self, number))),
     ("padding of headers", alignment, "begin_for", lambda of: lambda *told: of(*told) + 4096),
     ("one header", nanotron_ranks, "planned_file",
@@ -264,15 +263,15 @@ RULES = [
 @pytest.mark.parametrize("layout, name, change", [pytest.param(*row[1:], id=row[0]) for row in RULES])
 def test_digest_changes_with_the_rules_of_layouts(tmp_path, monkeypatch, layout, name, change):
     write_source(tmp_path / "hf")
-    before = plan_conversion(Options(tmp_path / "hf", None, Topology(2))).plan.digest
+    before = plan_conversion(Options(tmp_path / "hf", None, tp=2)).plan.digest
     monkeypatch.setattr(layout, name, change(getattr(layout, name)))
     monkeypatch.setattr(proof, "group_faults", lambda *told: [])
-    assert plan_conversion(Options(tmp_path / "hf", None, Topology(2))).plan.digest != before
+    assert plan_conversion(Options(tmp_path / "hf", None, tp=2)).plan.digest != before
 
 
 def test_a_plan_can_be_sent_to_another_process(tmp_path):
     write_source(tmp_path / "hf")
-    plan = plan_conversion(Options(tmp_path / "hf", None, Topology(2))).plan
+    plan = plan_conversion(Options(tmp_path / "hf", None, tp=2)).plan
     twin = pickle.loads(pickle.dumps(plan))
     assert list(twin.jobs) == list(plan.jobs) and twin.digest == plan.digest
     assert all(twin.source.slices[name] == plan.source.slices[name] and twin.target.slices[name] == held

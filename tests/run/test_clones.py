@@ -17,8 +17,7 @@ from stream_reshard.convert import conversion as convert
 from stream_reshard.convert.conversion import Options, plan_conversion, run_conversion
 from stream_reshard.destination.staging import staging_of
 from stream_reshard.errors import Interrupted, SourceError
-from stream_reshard.model.topology import Topology
-from stream_reshard.storage.cloning import can_share, inner_blocks
+from stream_reshard.storage.cloning import can_clone, inner_blocks
 
 MAKE = {"xfs": ["mkfs.xfs", "-q", "-f", "-m", "reflink=1"], "btrfs": ["mkfs.btrfs", "-q", "-f"]}
 SIZES = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 2, "num_attention_heads": 8,
@@ -42,7 +41,7 @@ def copied(tmp_path_factory):
     def convert(tp, pp):
         destination = root / f"nt{tp}{pp}"
         if not destination.exists():
-            run_conversion(plan_conversion(Options(root / "hf", destination, Topology(tp, pp))))
+            run_conversion(plan_conversion(Options(root / "hf", destination, tp=tp, pp=pp)))
         return tree(destination)
 
     return root / "hf", convert
@@ -137,7 +136,7 @@ def test_what_is_cloned_needs_no_room(disk, capsys):
 
 
 def test_a_stopped_run_goes_on(disk, copied):
-    options, seen = Options(disk / "hf", disk / "nt", Topology(4, 2)), []
+    options, seen = Options(disk / "hf", disk / "nt", tp=4, pp=2), []
 
     def stop(job):
         seen.append(job)
@@ -152,7 +151,7 @@ def test_a_stopped_run_goes_on(disk, copied):
 
 
 def test_between_two_file_systems_everything_is_copied(disk, tmp_path, copied, capsys):
-    assert not can_share(disk / "hf" / "model.safetensors", tmp_path)
+    assert not can_clone(disk / "hf" / "model.safetensors", tmp_path)
     assert main([str(disk / "hf"), str(tmp_path / "nt"), "--tp", "4", "--pp", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["nbytes_cloned"] == 0
     assert tree(tmp_path / "nt") == copied[1](4, 2)
@@ -174,7 +173,7 @@ def test_on_a_network_the_server_copies(tmp_path, copied, monkeypatch):
     monkeypatch.setattr(convert, "file_system_of", lambda path: "nfs4")
     real, moved = os.copy_file_range, []
     monkeypatch.setattr(os, "copy_file_range", lambda *args: moved.append(real(*args)) or moved[-1])
-    done = run_conversion(plan_conversion(Options(copied[0], tmp_path / "nt", Topology(4, 2))))
+    done = run_conversion(plan_conversion(Options(copied[0], tmp_path / "nt", tp=4, pp=2)))
     assert sum(moved) == done.moved.copied and done.num_digests < len(copied[1](4, 2)) - 5
     assert tree(tmp_path / "nt") == copied[1](4, 2)
 
@@ -190,7 +189,7 @@ def test_a_mapping_gives_the_same_result(tmp_path, copied, monkeypatch, reads, h
         return real(descriptor, views, offset, *flags)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    done = run_conversion(plan_conversion(Options(copied[0], tmp_path / "nt", Topology(4, 2), io=how)))
+    done = run_conversion(plan_conversion(Options(copied[0], tmp_path / "nt", tp=4, pp=2, io=how)))
     assert sum(read) == done.moved.strided + reads * done.moved.copied
     assert tree(tmp_path / "nt") == copied[1](4, 2)
     assert all(file["xxh3_128"] for file in manifest_of(tmp_path / "nt")["files"])
@@ -199,7 +198,7 @@ def test_a_mapping_gives_the_same_result(tmp_path, copied, monkeypatch, reads, h
 @pytest.mark.parametrize("how", ["mmap", "pread"])
 def test_a_source_that_shrinks_is_a_clear_error(tmp_path, copied, how):
     shutil.copytree(copied[0], tmp_path / "hf")
-    planned = plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", Topology(4, 2), io=how))
+    planned = plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", tp=4, pp=2, io=how))
 
     def shrink(job):
         os.truncate(tmp_path / "hf" / "model.safetensors", 2**20)

@@ -13,7 +13,6 @@ from stream_reshard.convert.conversion import Options, plan_conversion, run_conv
 from stream_reshard.destination.staging import staging_of
 from stream_reshard.errors import Interrupted, Refused, ResourceError, SourceError
 from stream_reshard.machine.stop import Stop
-from stream_reshard.model.topology import Topology
 from stream_reshard.run import jobs
 from stream_reshard.run.lanes import Lanes
 from stream_reshard.storage import durable, source_file as tensor_file
@@ -29,7 +28,7 @@ def source(tmp_path):
 
 
 def conversion(source, destination, **changes):
-    return plan_conversion(Options(source, destination, Topology(2, 2), **changes))
+    return plan_conversion(Options(source, destination, tp=2, pp=2, **changes))
 
 
 def tree(root):
@@ -55,7 +54,7 @@ def test_a_stopped_run_leaves_nothing_at_dst_and_goes_on(tmp_path, source, numbe
     run_conversion(conversion(source, tmp_path / "whole"))
     destination = tmp_path / "nt"
     with pytest.raises(Interrupted):
-        run_conversion(conversion(source, destination, num_workers=1), stop_after(number))
+        run_conversion(conversion(source, destination, workers=1), stop_after(number))
     assert not destination.exists()
     done = {path: path.stat().st_mtime_ns for path in staging_of(destination).rglob("*.safetensors")}
     assert len(done) >= number
@@ -70,7 +69,7 @@ def test_a_stopped_run_leaves_nothing_at_dst_and_goes_on(tmp_path, source, numbe
 def test_a_cut_off_journal_line_is_done_again(tmp_path, source):
     destination = tmp_path / "nt"
     with pytest.raises(Interrupted):
-        run_conversion(conversion(source, destination, num_workers=1), stop_after(6))
+        run_conversion(conversion(source, destination, workers=1), stop_after(6))
     journal = staging_of(destination) / "stream_reshard.journal"
     journal.write_bytes(journal.read_bytes()[:-9])
     run_conversion(conversion(source, destination))
@@ -129,7 +128,7 @@ def test_what_an_interrupted_run_wrote_counts_as_free(tmp_path, source, monkeypa
     """On a disk that holds one output and no more, the run can still go on."""
     destination = tmp_path / "nt"
     with pytest.raises(Interrupted):
-        run_conversion(conversion(source, destination, num_workers=1), stop_after(12))
+        run_conversion(conversion(source, destination, workers=1), stop_after(12))
     written = sum(path.stat().st_blocks * 512 for path in staging_of(destination).rglob("*"))
     needed = conversion(source, destination).disk_nbytes
     free, real = (needed - written // 2) // 4096, os.statvfs(tmp_path)
@@ -149,7 +148,7 @@ def test_a_name_that_no_file_system_takes_is_one_line(tmp_path, source, capsys):
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_source_that_changes_is_noticed_before_the_commit(tmp_path, source, name):
     """Also after the last of it was read."""
-    plan, seen = conversion(source, tmp_path / "nt", num_workers=1), []
+    plan, seen = conversion(source, tmp_path / "nt", workers=1), []
 
     def change(job):
         seen.append(job)
@@ -179,7 +178,7 @@ def test_a_source_that_shrinks_under_an_open_file_is_a_clear_error(tmp_path, sou
 @pytest.mark.parametrize("code, last", [(errno.ENOSPC, 20), (errno.EIO, 10**9)])
 def test_a_write_that_fails_is_resumable(tmp_path, source, monkeypatch, code, last):
     """A full disk at once; an I/O error when it comes again after the file was written anew."""
-    plan, real, count = conversion(source, tmp_path / "nt", num_workers=1), os.pwritev, []
+    plan, real, count = conversion(source, tmp_path / "nt", workers=1), os.pwritev, []
 
     def failing(*arguments):
         count.append(1)
@@ -199,7 +198,7 @@ def test_a_write_that_fails_is_resumable(tmp_path, source, monkeypatch, code, la
 @pytest.mark.parametrize("call", ["pwritev", "fsync", "close", "rename"])
 def test_an_io_error_is_met_by_writing_the_file_anew(tmp_path, source, monkeypatch, call):
     """Once: after a failed fsync the kernel may have dropped the pages, and a second one would say that all is well."""
-    plan, real, failed = conversion(source, tmp_path / "nt", num_workers=1), getattr(os, call), []
+    plan, real, failed = conversion(source, tmp_path / "nt", workers=1), getattr(os, call), []
 
     def failing(first, *arguments, **below):
         name = first if call == "rename" else os.readlink(f"/proc/self/fd/{first}")

@@ -13,7 +13,6 @@ import xxhash
 from stream_reshard.cli.demo import CONFIG, write_random_source
 from stream_reshard.convert.conversion import Options, plan_conversion, run_conversion
 from stream_reshard.errors import DestinationError, ResourceError
-from stream_reshard.model.topology import Topology
 from stream_reshard.storage import durable
 from stream_reshard.storage.durable import NewFile, exchange, make_folder
 from stream_reshard.storage.folder import Folder
@@ -202,10 +201,10 @@ def test_every_name_is_made_durable_after_the_last_change_in_its_folder(tmp_path
     """A file that is durable under a name that is not is lost in a power cut all the same."""
     write_random_source(tmp_path / "hf", CONFIG | {"num_hidden_layers": 3})
     if direction == "to Nanotron":
-        options = Options(tmp_path / "hf", tmp_path / "out" / "nt", Topology(2, 2), num_workers=2)
+        options = Options(tmp_path / "hf", tmp_path / "out" / "nt", tp=2, pp=2, workers=2)
     else:
-        run_conversion(plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", Topology(2, 2))))
-        options = Options(tmp_path / "nt", tmp_path / "out" / "hf", to="hf", max_shard_nbytes=300_000)
+        run_conversion(plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", tp=2, pp=2)))
+        options = Options(tmp_path / "nt", tmp_path / "out" / "hf", to="hf", max_shard_size=300_000)
     pending = set()
 
     def changing(name, call):

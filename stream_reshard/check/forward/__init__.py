@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from stream_reshard.check.forward.result import Comparison
 from stream_reshard.check.forward.side import Side, open_side
@@ -28,6 +29,8 @@ from stream_reshard.check.forward.tokens import random_tokens, tokens_of
 from stream_reshard.errors import DifferenceError, Problems, Refused, ResourceError, UsageError, quoted
 from stream_reshard.machine import memory
 from stream_reshard.machine.stop import Stop
+from stream_reshard.options import ForwardOptions
+from stream_reshard.report import Reported
 from stream_reshard.storage.dtypes import import_torch
 
 _MAX_BAND_NBYTES = 8 * 2**20
@@ -39,35 +42,11 @@ _PLOT_NBYTES = 64 * 2**20
 """Memory that importing matplotlib and drawing add."""
 
 
-@dataclass(frozen=True)
-class How:
-    """Scope, tolerance and resources of a forward comparison."""
-
-    text: Path | None = None
-    """Text file whose first tokens are read; None: random ones."""
-    num_tokens: int = 128
-    """Limit on the number of tokens."""
-    seed: int = 0
-    """Seed of the random tokens."""
-    tolerance: float = 1e-4
-    """Largest difference that is allowed, relative to the largest value of a token."""
-    dtype: str = "keep"
-    """Dtype to which weights of the source are rounded first; `keep`: that in the copy's manifest, else none."""
-    allow: tuple[str, ...] = ()
-    """`stages`: layers of the copy may stand on other stages than Nanotron's balancing gives them."""
-    max_memory: int = memory.DEFAULT_ALLOWED
-    """Limit on the peak resident set of the process tree, in bytes."""
-    num_threads: int | None = None
-    """Threads that multiply matrices; None: torch's choice."""
-    plot: Path | None = None
-    """Path of the picture to be drawn; None: no picture."""
-
-
-@dataclass(frozen=True)
-class ForwardPlan:
+@dataclass(frozen=True, repr=False)
+class ForwardPlan(Reported):
     """Two checkpoints to be run, and the memory this needs."""
 
-    how: How
+    options: ForwardOptions
     source: Side
     copy: Side
     tokens: tuple[int, ...]
@@ -81,6 +60,18 @@ class ForwardPlan:
     """Bytes that importing torch, and matplotlib, will add."""
     band_nbytes: int
     """Bytes of a stored matrix that are read at a time."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The plan as JSON; sizes in bytes."""
+        from stream_reshard.check.forward.report import plan_facts
+        return plan_facts(self)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The planned work, and the memory it needs, for a person."""
+        from stream_reshard.check.forward.report import plan_lines
+        return tuple(plan_lines(self))
 
     @property
     def num_parts(self) -> int:
@@ -107,44 +98,39 @@ class ForwardPlan:
                 + self.activations_nbytes)
 
 
-def plan_forward(source: Path, copy: Path, how: How = How()) -> ForwardPlan:
+def plan_forward(source: Path, copy: Path, options: ForwardOptions = ForwardOptions()) -> ForwardPlan:
     """Open both folders, find every tensor, choose the tokens; reads headers and configs only, and imports no torch.
 
     Raises Refused or SourceError with everything that keeps the source from being run, Refused with a DifferenceError
     for everything that keeps the copy, UsageError, ResourceError where the limit on memory cannot be kept.
     """
-    _check(how)
-    allowed = min(how.max_memory, memory.machine_limit())
+    _check(options)
+    allowed = options.allowed_memory
     limit = memory.parse_limit(allowed, memory.resident())
     ours = open_side(source, limit)
     try:
-        theirs = open_side(copy, limit, how.allow)
+        theirs = open_side(copy, limit, options.allow)
     except Refused as refused:
         raise Refused(DifferenceError(str(problem)) for problem in refused.problems) from refused
     vocab_size = min(size for size in (ours.vocab_size, theirs.vocab_size, ours.config.vocab_size,
                                        theirs.config.vocab_size) if size is not None)
-    number = min(how.num_tokens, ours.config.max_num_tokens, theirs.config.max_num_tokens)
-    tokens = (random_tokens(number, vocab_size, how.seed) if how.text is None else
-              tokens_of(how.text, (source, copy), number, vocab_size))
-    dtype = how.dtype if how.dtype != "keep" else theirs.dtype
+    number = min(options.tokens, ours.config.max_num_tokens, theirs.config.max_num_tokens)
+    tokens = (random_tokens(number, vocab_size, options.seed) if options.text is None else
+              tokens_of(options.text, (source, copy), number, vocab_size))
+    dtype = options.dtype if options.dtype != "keep" else theirs.dtype
     to_import = 0 if "torch" in sys.modules else memory.TORCH_NBYTES
-    to_import += _PLOT_NBYTES if how.plot and "matplotlib" not in sys.modules else 0
-    return _fitted(ForwardPlan(how, ours, theirs, tuple(tokens), dtype, vocab_size, allowed, memory.resident(),
+    to_import += _PLOT_NBYTES if options.plot and "matplotlib" not in sys.modules else 0
+    return _fitted(ForwardPlan(options, ours, theirs, tuple(tokens), dtype, vocab_size, allowed, memory.resident(),
                                to_import, _MAX_BAND_NBYTES))
 
 
-def _check(how: How) -> None:
+def _check(options: ForwardOptions) -> None:
     """Raises Refused with everything that cannot be done, before any file is opened."""
     problems = Problems()
     if importlib.util.find_spec("torch") is None:
         problems.collect(import_torch, "a forward pass")
-    if how.num_tokens < 2:
-        problems.append(UsageError(f"--tokens {how.num_tokens}: two at least are needed"))
-    if not how.tolerance > 0:
-        problems.append(UsageError(f"--tolerance {how.tolerance:g} is not above 0; rounding alone is a difference"))
-    problems.collect(memory.chosen_workers, how.num_threads, how.max_memory)
-    if how.plot is not None:
-        problems.collect(_check_plot, how.plot)
+    if options.plot is not None:
+        problems.collect(_check_plot, options.plot)
     problems.raise_if_any()
 
 
@@ -182,15 +168,15 @@ def run_forward(plan: ForwardPlan, progress: Callable[[int, int], None] = lambda
     copy = plan.copy.model(Weights(plan.copy.root, bands, stop))
     num_threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(plan.how.num_threads or num_threads)
+        torch.set_num_threads(plan.options.workers or num_threads)
         with stop.awaited():
             comparison = compare(source, copy, plan.tokens, (plan.vocab_size, plan.copy.config.vocab_size),
-                                 plan.how.tolerance, plan.num_head_rows, stop,
+                                 plan.options.tolerance, plan.num_head_rows, stop,
                                  lambda done: progress(done, plan.num_parts))
     finally:
         torch.set_num_threads(num_threads)
     progress(plan.num_parts, plan.num_parts)
-    if plan.how.plot is not None:
+    if plan.options.plot is not None:
         from stream_reshard.check.forward.plot import draw
-        draw(comparison, plan.how.plot)
+        draw(comparison, plan.options.plot)
     return comparison

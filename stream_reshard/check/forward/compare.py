@@ -8,7 +8,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from stream_reshard.check.forward.result import Comparison, Difference, LogitsDifference, Row
+from stream_reshard.check.forward.result import Comparison, Difference, LogitsDifference, StepDifference
 from stream_reshard.check.forward.steps import FINAL_NORM, HIDDEN, Model, Step
 from stream_reshard.errors import DifferenceError
 from stream_reshard.machine.stop import Stop
@@ -21,7 +21,7 @@ def compare(source: Model, copy: Model, tokens: Sequence[int], vocab_sizes: tupl
 
     Raises DifferenceError where they do not go through the same steps.
     """
-    rows: list[Row] = []
+    rows: list[StepDifference] = []
     first: Difference | None = None
     with torch.inference_mode():
         for theirs, ours in zip_longest(source.steps(tokens), copy.steps(tokens)):
@@ -30,7 +30,7 @@ def compare(source: Model, copy: Model, tokens: Sequence[int], vocab_sizes: tupl
             if first is None and found.relative > tolerance:
                 first = found
             if ours.layer is None or ours.name == HIDDEN:
-                rows.append(Row(found, first))
+                rows.append(StepDifference(found, first))
                 first = None
                 progress(len(rows))
         assert ours.name == FINAL_NORM, "a pass ends with the final norm"

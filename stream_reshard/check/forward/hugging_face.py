@@ -55,10 +55,10 @@ class HuggingFaceModel:
             made[part] = self._linear(f"{name}{part}_proj", x)
             yield Step(layer, f"self_attn.{part}_proj", made[part], f"{name}{part}_proj.weight", steps.HALVES)
         turns = config.layers_with_rope[layer]
-        how = f"rope_theta {config.rope_theta:g}, {config.rope_scaling or 'unscaled'}, {steps.HALVES}"
+        options = f"rope_theta {config.rope_theta:g}, {config.rope_scaling or 'unscaled'}, {steps.HALVES}"
         for part in "qk":
             made[part] = self._turned(made[part]) if turns else made[part]
-            yield Step(layer, f"self_attn.{part}_turned", made[part], "", how if turns else "no rotary embedding")
+            yield Step(layer, f"self_attn.{part}_turned", made[part], "", options if turns else "no rotary embedding")
         q, k, v = (made.pop(part).view(len(x), -1, config.head_dim).transpose(0, 1) for part in "qkv")
         out = self._attended(q, k, v, config.windows[layer])
         del q, k, v

@@ -92,9 +92,9 @@ class NanotronModel:
         else:
             window = None
         scaling = "unscaled" if config.rope_interpolation == 1 else f"positions / {config.rope_interpolation:g}"
-        how = f"rope_theta {config.rope_theta:g}, {scaling}, {order}" if turns else "no rotary embedding"
-        yield self._shown(layer, "self_attn.q_turned", [self._in_halves(part) for part in q], "", how)
-        yield self._shown(layer, "self_attn.k_turned", [self._in_halves(part) for part in k], "", how)
+        options = f"rope_theta {config.rope_theta:g}, {scaling}, {order}" if turns else "no rotary embedding"
+        yield self._shown(layer, "self_attn.q_turned", [self._in_halves(part) for part in q], "", options)
+        yield self._shown(layer, "self_attn.k_turned", [self._in_halves(part) for part in k], "", options)
         out = [self._attended(*parts, window) for parts in zip(q, k, v)]
         del q, k, v
         yield self._shown(layer, "self_attn.attention", out, "", f"window {window}")

@@ -5,7 +5,7 @@ import io
 import math
 from pathlib import Path
 
-from stream_reshard.check.forward.result import Comparison, Row
+from stream_reshard.check.forward.result import Comparison, StepDifference
 from stream_reshard.storage.durable import NewFile, make_folder, target_error
 from stream_reshard.storage.folder import Folder
 
@@ -45,7 +45,7 @@ def draw(comparison: Comparison, path: Path) -> None:
         file.commit()
 
 
-def _name(row: Row) -> str:
+def _name(row: StepDifference) -> str:
     return row.output.title if row.output.layer is None else str(row.output.layer)
 
 

@@ -3,18 +3,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from stream_reshard.check.forward import ForwardPlan
 from stream_reshard.check.forward.result import Comparison, Difference
 from stream_reshard.errors import DifferenceError, quoted, shown
 from stream_reshard.machine.memory import human
+from stream_reshard.report import Reported
 
 
 def plan_lines(plan: ForwardPlan) -> Iterator[str]:
     """The planned work, and the memory it needs."""
-    how = plan.how
-    what = f"random tokens, seed {how.seed}" if how.text is None else f"tokens of {shown(how.text)}"
+    options = plan.options
+    what = f"random tokens, seed {options.seed}" if options.text is None else f"tokens of {shown(options.text)}"
     cast = "" if plan.dtype == "keep" else f", SRC rounded to {plan.dtype}"
     yield f"forward  {len(plan.tokens)} {what}, {plan.source.config.num_layers} layers, float32 on CPU{cast}"
     for name, side in (("SRC", plan.source), ("DST", plan.copy)):
@@ -22,6 +24,32 @@ def plan_lines(plan: ForwardPlan) -> Iterator[str]:
     yield (f"memory   reserved {human(plan.reserved)}, libraries {human(plan.to_import)}, tokens "
            f"{human(plan.activations_nbytes)}, matrices by bands of {human(plan.band_nbytes)}; projected "
            f"{human(plan.projected)} of {human(plan.allowed)} allowed")
+
+
+@dataclass(frozen=True, repr=False)
+class ForwardResult(Reported):
+    """Two forward passes, compared."""
+
+    plan: ForwardPlan
+    comparison: Comparison
+    seconds: float
+    peak_nbytes: int
+    """Highest resident set of this process."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Differences by layer and of the logits, as JSON."""
+        return as_json(self.plan, self.comparison, self.seconds, self.peak_nbytes)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Differences by layer and of the logits, for a person."""
+        return tuple(lines(self.plan, self.comparison, self.seconds, self.peak_nbytes))
+
+    @property
+    def difference(self) -> DifferenceError | None:
+        """First step at which the two differ by more than is tolerated; None where they agree."""
+        return finding(self.plan, self.comparison)
 
 
 def lines(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int) -> Iterator[str]:
@@ -69,13 +97,20 @@ def _magnitude(difference: Difference) -> str:
     return f"{difference.largest:.3g}, relative {difference.relative:.3g}"
 
 
+def plan_facts(plan: ForwardPlan) -> dict[str, Any]:
+    """The plan as JSON; sizes in bytes."""
+    options = plan.options
+    return {"tolerance": options.tolerance, "num_tokens": len(plan.tokens),
+            "text": None if options.text is None else str(options.text), "seed": options.seed, "dtype": plan.dtype,
+            "memory": {"allowed": plan.allowed, "reserved": plan.reserved, "projected": plan.projected,
+                       "activations_nbytes": plan.activations_nbytes, "band_nbytes": plan.band_nbytes}}
+
+
 def as_json(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int) -> dict[str, Any]:
     """Plan and outcome as one JSON document; sizes in bytes, null for numbers that are not finite."""
     logits, first = comparison.logits, comparison.first
-    return {
-        "agrees": comparison.agrees, "tolerance": comparison.tolerance,
-        "num_tokens": comparison.num_tokens, "text": None if plan.how.text is None else str(plan.how.text),
-        "seed": plan.how.seed, "dtype": plan.dtype,
+    return plan_facts(plan) | {
+        "agrees": comparison.agrees,
         "first_difference": None if first is None else _facts(first) | {
             "made_by": first.weight, "settings": list(first.settings)},
         "layers": [_facts(row.output) | {"first_difference": row.first.title if row.first else None}
@@ -85,8 +120,6 @@ def as_json(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int
                    "kl_largest": _finite(logits.kl_largest), "num_same_argmax": logits.num_same_argmax},
         "perplexity": {"source": _finite(logits.perplexities[0]), "copy": _finite(logits.perplexities[1]),
                        "copy_with_padding": _finite(logits.perplexity_with_padding)},
-        "memory": {"allowed": plan.allowed, "reserved": plan.reserved, "projected": plan.projected,
-                   "activations_nbytes": plan.activations_nbytes, "band_nbytes": plan.band_nbytes},
         "seconds": seconds, "peak_nbytes": peak}
 
 

@@ -27,7 +27,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Row:
+class StepDifference:
     """A layer, or a step outside of the layers: its output, and the first difference within it."""
 
     output: Difference
@@ -61,7 +61,7 @@ class Comparison:
     num_tokens: int
     tolerance: float
     """Largest `relative` that is tolerated."""
-    rows: tuple[Row, ...]
+    rows: tuple[StepDifference, ...]
     """Embedding, layers, final norm."""
     logits: LogitsDifference
 

@@ -27,11 +27,11 @@ class Settings:
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive int; 1 after a complaint."""
-        return self._positive(key, self._value(key, default), int, 1)
+        return int(self._positive(key, self._value(key, default), int, 1))
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive float; 1 after a complaint."""
-        return self._positive(key, self._value(key, default), float, 1.0)
+        return float(self._positive(key, self._value(key, default), float, 1.0))
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""

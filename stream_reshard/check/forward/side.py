@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TYPE_CHECKING, cast
 
 from stream_reshard.check.forward.hugging_face_config import CONFIG_NAME, HuggingFaceConfig, read_hugging_face_config
 from stream_reshard.check.forward.hugging_face_tensors import HuggingFaceTensors
@@ -88,9 +88,7 @@ def open_side(root: Path, max_nbytes: int, allow: Collection[str] = ()) -> Side:
         side = problems.collect(_open_hugging_face, root, max_nbytes, problems, facts)
     else:
         problems.append(no_checkpoint(root))
-    problems.raise_if_any()
-    assert side is not None, "without problems there is a side"
-    return side
+    return cast(Side, problems.required(side))  # mypy joins the two to object.
 
 
 def _open_hugging_face(root: Path, max_nbytes: int, problems: Problems, facts: Mapping[str, Any]) -> Side:

@@ -13,8 +13,8 @@ from stream_reshard.destination.manifest import MANIFEST_NAME, FileDone
 from stream_reshard.errors import DifferenceError, quoted
 from stream_reshard.formats.hugging_face.unsupported import QUANTIZATION
 from stream_reshard.formats.nanotron.config import NEUTRAL
-from stream_reshard.formats.unsupported import ALLOWABLE
 from stream_reshard.model.parameters import TOKEN_IDS, ModelConfig
+from stream_reshard.options import ALLOWABLE
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 
 _SETTLED_ELSEWHERE = {"vocab_size", "family", "unsaid_ids", *TOKEN_IDS}

@@ -1,7 +1,7 @@
 """A checkpoint as verify sees it, of whatever format: matrices that can be read by rows.
 
 Every parameter is the matrix that Hugging Face stores (a vector is one column), in Hugging Face's order of rows. Pieces
-say how a format keeps it: a box of the matrix, and the box of a stored tensor that holds it. Nothing of the planner
+say options a format keeps it: a box of the matrix, and the box of a stored tensor that holds it. Nothing of the planner
 is used here, neither its slices nor its arithmetic: a wrong plan cannot agree with itself.
 """
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stream_reshard.formats.unsupported import Limit
+from stream_reshard.formats.unsupported import Unsupported
 from stream_reshard.model.box import Box
 from stream_reshard.model.parameters import Model, ModelConfig, Parameter
 from stream_reshard.model.topology import Topology
@@ -76,14 +76,15 @@ class Weight:
     def kept_rows(self, first: int, last: int) -> np.ndarray:
         """Indices at which the format keeps Hugging Face's rows first to last: within a head of d rows, row j of the
         first half stands at 2j, row j of the second at 2j + 1."""
-        rows = np.arange(first, last)
+        rows: np.ndarray = np.arange(first, last)
         if not self.interleaved:
             return rows
         half = self.parameter.shape[self.parameter.dims.index("pair")]
         head, inside = np.divmod(rows, 2 * half)
-        return head * 2 * half + 2 * (inside % half) + inside // half
+        kept: np.ndarray = head * 2 * half + 2 * (inside % half) + inside // half
+        return kept
 
-    def place_of(self, row: int, column: int) -> tuple[StoredTensor, tuple[int, ...]]:
+    def origin_of(self, row: int, column: int) -> tuple[StoredTensor, tuple[int, ...]]:
         """(tensor, index in it) of one element of the matrix, row in Hugging Face's order."""
         row = int(self.kept_rows(row, row + 1)[0])
         for piece in self.pieces:
@@ -122,7 +123,7 @@ class Checkpoint:
     """The vocabulary of a Nanotron model includes its padding."""
     vocab_size: int | None
     """Rows of the embedding without padding, where the folder says it."""
-    extras: Mapping[str, Limit]
+    extras: Mapping[str, Unsupported]
     """Settings beyond the config that change the forward pass, by name."""
     paths: Collection[str]
     """Paths of the weight files."""
@@ -184,8 +185,10 @@ class Opened:
         kept = self.weight.kept_rows(first, last)
         lowest, highest = int(kept.min()), int(kept.max()) + 1
         if (highest - lowest) * (right - left) * ITEMSIZE[self.weight.dtype] <= 2 * self._max_nbytes:
-            return self._kept(lowest, highest, left, right)[kept - lowest]
-        return np.concatenate([self._kept(row, row + 1, left, right) for row in map(int, kept)])
+            rows: np.ndarray = self._kept(lowest, highest, left, right)[kept - lowest]
+        else:
+            rows = np.concatenate([self._kept(row, row + 1, left, right) for row in map(int, kept)])
+        return rows
 
     def _kept(self, first: int, last: int, left: int, right: int) -> np.ndarray:
         """Rows first to last, columns left to right, in the format's order of rows."""

@@ -82,7 +82,7 @@ def _hidden_difference(expected: Opened, theirs: Weight, num_rows: int, copy: Ch
         rows = expected.block(num_rows + first, num_rows + last, left, right).any(axis=1)
         if rows.any():
             row = num_rows + first + int(rows.argmax())
-            tensor, _ = theirs.place_of(row, left)
+            tensor, _ = theirs.origin_of(row, left)
             return DifferenceError(
                 f"{_title(theirs)}: row {row} of the source is not zero ({quoted(tensor.file)}), but "
                 f"{quoted(copy.root)} has a vocabulary of {num_rows} rows; --vocab-size {num_rows} says that what "
@@ -158,7 +158,8 @@ def _as(block: np.ndarray, source: str, target: str) -> np.ndarray:
             {"F16": np.float16, "F32": np.float32}[source])
         return wide.astype({"F32": np.float32, "F64": np.float64}[target]).view(f"u{ITEMSIZE[target]}")
     bits = cast(np.ascontiguousarray(block).data.cast("B"), source, target)
-    return np.frombuffer(bits, f"u{ITEMSIZE[target]}").reshape(block.shape)
+    narrow: np.ndarray = np.frombuffer(bits, f"u{ITEMSIZE[target]}").reshape(block.shape)
+    return narrow
 
 
 def _difference(have: np.ndarray, want: np.ndarray, block: Block, dtype: str, ours: Weight,
@@ -169,13 +170,13 @@ def _difference(have: np.ndarray, want: np.ndarray, block: Block, dtype: str, ou
         return None
     down, right = divmod(int(differs.argmax()), have.shape[1])
     row, column = block[0] + down, block[2] + right
-    tensor, local = ours.place_of(row, column)
+    tensor, local = ours.origin_of(row, column)
     index = (row, column)[:len(ours.parameter.matrix_shape)]
     if theirs is None:
         other = "but it is padding, which must be zero"
     else:
-        place, there = theirs.place_of(row, column)
-        other = f"the source has {_value(want[down, right], dtype)} ({quoted(place.file)}, {list(there)})"
+        origin, there = theirs.origin_of(row, column)
+        other = f"the source has {_value(want[down, right], dtype)} ({quoted(origin.file)}, {list(there)})"
     return DifferenceError(f"{quoted(tensor.file)}: {_title(ours)} {list(index)} is "
                            f"{_value(have[down, right], dtype)} at {list(local)} of the file; {other}")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from stream_reshard.check.weights.checkpoint import matrix_of
 from stream_reshard.errors import quoted
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
-from stream_reshard.formats.nanotron.weight_files import Place
+from stream_reshard.formats.nanotron.weight_files import Rank
 from stream_reshard.model.box import Box, tiling_fault
 from stream_reshard.model.parameters import Parameter
 from stream_reshard.storage.header import StoredTensor
@@ -20,7 +20,7 @@ class HeldFile(NamedTuple):
     path: str
     begin: int
     parameter: str
-    place: Place | None
+    rank: Rank | None
     version: str | None
     dtype: str
     shape: tuple[int, ...]
@@ -33,7 +33,7 @@ class HeldFile(NamedTuple):
         return StoredTensor(self.path, "data", self.dtype, self.shape, self.begin)
 
 
-class Group:
+class FusedFiles:
     """The files of one Nanotron parameter, and the parameters fused in it."""
 
     def __init__(self, fused: list[Parameter], files: list[HeldFile]):
@@ -44,7 +44,7 @@ class Group:
     def faults(self) -> Iterator[str]:
         """Everything that keeps Nanotron from loading what the headers say."""
         split = self.fused[0].split
-        if any((file.place is None) != (split is None) for file in self.files):
+        if any((file.rank is None) != (split is None) for file in self.files):
             yield f"{quoted(self.first)}: {'has no' if split else 'has'} ranks in its name, unlike Nanotron's own file"
         elif len({(file.unsharded_shape, file.dtype) for file in self.files}) > 1:
             yield f"{quoted(self.first)} and its other ranks disagree on unsharded_shape or dtype"
@@ -71,8 +71,8 @@ class Group:
     def _rank_fault(self) -> str | None:
         if self.fused[0].split is None:
             return None
-        ranks = sorted(file.place.tp for file in self.files if file.place)
-        size = max(file.place.num_tp for file in self.files if file.place)
+        ranks = sorted(file.rank.tp for file in self.files if file.rank)
+        size = max(file.rank.num_tp for file in self.files if file.rank)
         if ranks != list(range(size)):
             return f"{quoted(self.first)}: of {size} tensor-parallel ranks there are {ranks}"
         origins = [origin for file in self.files for _, origin in file.pairs]
@@ -83,14 +83,14 @@ class Group:
     def _slice_faults(self, file: HeldFile) -> Iterator[str]:
         """Faults of a rank that holds another part than Nanotron gives it: the tp-th part of each fused parameter, one
         below the other."""
-        if file.place is None:
+        if file.rank is None:
             return
         dim = self._split_dim()
         chunks = self.rows if dim == 0 else [file.unsharded_shape[1]]
         expected, local, begin = [], 0, 0
         for chunk in chunks:
-            part = chunk // file.place.num_tp
-            origin = begin + file.place.tp * part
+            part = chunk // file.rank.num_tp
+            origin = begin + file.rank.tp * part
             expected.append((local, origin, part))
             local, begin = local + part, begin + chunk
         found = [(here.start[dim], there.start[dim], here.shape[dim]) for here, there in file.pairs]
@@ -98,7 +98,7 @@ class Group:
                        for k, n in enumerate(file.unsharded_shape) if k != dim)
         if found != expected or not is_whole:
             yield (f"{quoted(file.path)}: its header takes (local, global, extent) {found} of dim {dim}, but "
-                   f"Nanotron gives tensor-parallel rank {file.place.tp} of {file.place.num_tp} {expected}")
+                   f"Nanotron gives tensor-parallel rank {file.rank.tp} of {file.rank.num_tp} {expected}")
 
     def _split_dim(self) -> int:
         """The dim of the stored array that tensor parallelism splits."""

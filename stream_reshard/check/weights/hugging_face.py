@@ -7,8 +7,9 @@ from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint, Piece, Weight, Weights, matrix_of
 from stream_reshard.errors import Problems, SourceError
-from stream_reshard.formats.hugging_face.folder import HuggingFaceLayout, open_folder
-from stream_reshard.formats.hugging_face.unsupported import limits, quantization_limits
+from stream_reshard.formats.hugging_face.folder import open_folder
+from stream_reshard.formats.hugging_face.layout import HuggingFaceLayout
+from stream_reshard.formats.hugging_face.unsupported import quantization_settings, unsupported_settings
 from stream_reshard.model.box import Box
 from stream_reshard.storage.source_file import same_bytes
 
@@ -21,8 +22,8 @@ def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems) ->
     for tensor, other in layout.tied():
         if not same_bytes(root, tensor, other):
             problems.append(SourceError(f"{tensor.key} differs from {other.key}, to which it is tied"))
-    extras = {limit.name: limit for limit in (*limits(config), *quantization_limits(config))
-              if limit.name != "hidden_act"}
+    extras = {setting.name: setting for setting in (*unsupported_settings(config), *quantization_settings(config))
+              if setting.name != "hidden_act"}
     return Checkpoint(root, layout.model, config.model.vocab_size, extras, layout.shards, _Weights(layout),
                       dtype=_loaded_as(config.raw))
 
@@ -61,4 +62,4 @@ class _Weights(Weights):
         return self._layout.dtype_at(self._numbers[name])
 
     def paths_of(self, name: str) -> tuple[str]:
-        return (self._layout.shards[self._layout.places[self._numbers[name]]],)
+        return (self._layout.shards[self._layout.shard_numbers[self._numbers[name]]],)

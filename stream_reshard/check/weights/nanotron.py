@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint, Piece, Weight, Weights, matrix_of
-from stream_reshard.check.weights.groups import Group, HeldFile
+from stream_reshard.check.weights.groups import FusedFiles, HeldFile
 from stream_reshard.errors import Problems, ResourceError, SourceError, quoted
 from stream_reshard.formats.nanotron.config import (
     METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, interleaves_by_default, read_model_config)
 from stream_reshard.formats.nanotron.folder import not_committed, weight_paths
-from stream_reshard.formats.nanotron.rules import NanotronFormat, stages_of
+from stream_reshard.formats.nanotron.rules import NanotronRules, stages_of
 from stream_reshard.formats.nanotron.weight_files import WeightFile, read_weight_file
 from stream_reshard.model.architectures import build_model
 from stream_reshard.model.box import Box
@@ -40,7 +40,7 @@ MAX_LISTED = 10
 
 
 def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, problems: Problems,
-                  may_be_moved: bool = False, known: Collection[str] | None = None) -> Checkpoint | None:
+                  may_be_moved: bool = False, known: Container[str] | None = None) -> Checkpoint | None:
     """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared. With
     `may_be_moved`, blocks may stand on other stages than Nanotron's balancing gives them. Of files that are not among
     `known`, at most MAX_UNKNOWN headers are read: their presence is a difference already."""
@@ -70,12 +70,12 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
         return None
     is_old = all(file.version in (None, "1.2") for file in files)
     unsaid = ["rope_theta"] if is_old and not config.says_rope_theta else []
-    topology = next((Topology(file.place.num_tp, file.place.num_pp) for file in files if file.place), Topology())
+    topology = next((Topology(file.rank.num_tp, file.rank.num_pp) for file in files if file.rank), Topology())
     return Checkpoint(root, model, vocab_size, config.extras, tuple(file.path for file in files), weights, unsaid, None,
                       topology, interleaved, by_default, len(moved), config.is_whole)
 
 
-def _read_files(root: Path, max_nbytes: int, problems: Problems, known: Collection[str] | None) -> list[HeldFile]:
+def _read_files(root: Path, max_nbytes: int, problems: Problems, known: Container[str] | None) -> list[HeldFile]:
     """The weight files. Raises ResourceError where there are more than the memory has room for."""
     files: list[HeldFile] = []
     common: dict[Any, Any] = {}
@@ -104,15 +104,15 @@ def _held(file: WeightFile, common: dict[Any, Any]) -> HeldFile:
     def once(value: Any) -> Any:
         return common.setdefault(value, value)
 
-    return HeldFile(file.file.path, file.tensor.begin, once(file.parameter), once(file.place), once(file.version),
+    return HeldFile(file.file.path, file.tensor.begin, once(file.parameter), once(file.rank), once(file.version),
                     once(file.tensor.dtype), once(file.tensor.shape), once(file.unsharded_shape), once(file.pairs))
 
 
 def _disagreements(root: Path, files: list[HeldFile], max_nbytes: int) -> Iterator[SourceError]:
     """Contradictions about the whole checkpoint, among the files and with checkpoint_metadata.json."""
-    places = [file.place for file in files if file.place]
-    told: dict[str, set[Any]] = {"version": {file.version for file in files if file.place},
-                                 "tp": {place.num_tp for place in places}, "pp": {place.num_pp for place in places}}
+    ranks = [file.rank for file in files if file.rank]
+    told: dict[str, set[Any]] = {"version": {file.version for file in files if file.rank},
+                                 "tp": {rank.num_tp for rank in ranks}, "pp": {rank.num_pp for rank in ranks}}
     for what, values in told.items():
         if len(values) > 1:
             yield SourceError(f"files with several values of {what} stand together: "
@@ -126,12 +126,12 @@ def _disagreements(root: Path, files: list[HeldFile], max_nbytes: int) -> Iterat
 
 def _wrong_stages(files: list[HeldFile], config: NanotronModelConfig) -> Iterator[SourceError]:
     """Files on another stage than Nanotron gives their block, where all files agree on the number of stages."""
-    sizes = {file.place.num_pp for file in files if file.place}
-    stages = stages_of(config.model, NanotronFormat(Topology(pp=sizes.pop()))) if len(sizes) == 1 else {}
+    sizes = {file.rank.num_pp for file in files if file.rank}
+    stages = stages_of(config.model, NanotronRules(Topology(pp=sizes.pop()))) if len(sizes) == 1 else {}
     for file in files:
         stage = stages.get(file.parameter.split(".pp_block")[0])
-        if file.place and stage is not None and stage != file.place.pp:
-            yield SourceError(f"{quoted(file.path)} is on stage {file.place.pp}, Nanotron's balancing looks for "
+        if file.rank and stage is not None and stage != file.rank.pp:
+            yield SourceError(f"{quoted(file.path)} is on stage {file.rank.pp}, Nanotron's balancing looks for "
                               f"it on stage {stage}")
 
 
@@ -150,7 +150,7 @@ class _Weights(Weights):
             if found is None:
                 problems.append(SourceError(f"{fused[0].nanotron} is missing in {quoted(root)}"))
                 continue
-            faults = list(Group(fused, found).faults())
+            faults = list(FusedFiles(fused, found).faults())
             problems.extend(SourceError(fault) for fault in faults)
             if not faults:
                 self._places |= zip((parameter.name for parameter in fused), ((found, row) for row in _begins(fused)))

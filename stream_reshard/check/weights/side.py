@@ -16,7 +16,7 @@ from stream_reshard.formats.causes import no_checkpoint
 from stream_reshard.formats.hugging_face.config import CONFIG_NAME
 from stream_reshard.formats.nanotron.rules import STAGES
 from stream_reshard.formats.registry import is_nanotron
-from stream_reshard.formats.unsupported import ALLOWABLE
+from stream_reshard.options import ALLOWABLE
 
 
 @dataclass(frozen=True)

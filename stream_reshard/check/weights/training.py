@@ -30,7 +30,7 @@ def training_problems(folder: Folder, checkpoint: Checkpoint, max_nbytes: int, n
         return problems, elsewhere
     content = problems.collect(read_capped, folder.root, CONFIG_YAML, max_nbytes)
     text = problems.collect(_parsed, content) if content is not None else None
-    if text is not None:
+    if content is not None and text is not None:
         problems.extend(problems.collect(lambda: list(_model_problems(text, checkpoint, notes))) or ())
         elsewhere.extend(elsewhere.collect(lambda: list(start_problems(
             folder, content, _below(text, "model").get("init_method"), _below(text, "checkpoints"), notes))) or ())
@@ -88,7 +88,7 @@ def _parsed(content: bytes) -> Mapping[str, Any]:
     """config.yaml, parsed as data. Raises SourceError where it is none."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # It has no types.
         """Refuses merge keys, which let a short text grow without end."""
 
         def flatten_mapping(self, node: Any) -> None:

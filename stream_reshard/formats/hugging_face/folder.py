@@ -71,10 +71,10 @@ def layout_of(root: Path, model: Model, shards: Shards, max_nbytes: int = MAX_HE
     with the model's parameters. Raises Refused."""
     told = shards.index.told(model.firsts[-1])
     found, problems = _Found(model, shards.names), Problems()
-    for place, name in enumerate(shards.names):
+    for shard, name in enumerate(shards.names):
         file = shards.single or problems.collect(read_header, root, name, max_nbytes)
         if file is not None:
-            found.add(place, file)
+            found.add(shard, file)
         if len(problems) > MAX_PROBLEMS or found.num_complaints > _MAX_COMPLAINTS:
             break
     problems.raise_if_any()
@@ -98,41 +98,41 @@ class _Found:
         self.problems = Problems()
         """Of tensors that are not what the model asks for; some of them."""
         self.num_complaints = 0
-        self._places, self._begins, self._codes = (array(kind, [0]) * model.firsts[-1] for kind in "IQB")
+        self._shard_numbers, self._begins, self._codes = (array(kind, [0]) * model.firsts[-1] for kind in "IQB")
         self._sizes = array("Q")
         self._others: dict[str, int] = {}
         """Places of tensors that the model does not have."""
         self._shapes = [model.parameter(first).matrix_shape for first in model.firsts[:-1]]
 
-    def add(self, place: int, file: TensorFile) -> None:
+    def add(self, shard: int, file: TensorFile) -> None:
         """The tensors of one shard."""
         for tensor in file.tensors:
             number = self.model.number_of_tensor(tensor.key)
             if number is None:
-                self._add_other(place, tensor)
+                self._add_other(shard, tensor)
                 continue
             if self._codes[number]:
-                self._note_twin(tensor, self._places[number])
-            self._places[number], self._begins[number] = place, tensor.begin
+                self._note_twin(tensor, self._shard_numbers[number])
+            self._shard_numbers[number], self._begins[number] = shard, tensor.begin
             self._codes[number] = CODES[tensor.dtype] + SPELLING * self.model.spelling_of(number, tensor.key)
             row, _ = self.model.row_of(number)
             if not self.model.is_tied(row) and (tensor.shape != self._shapes[row] or tensor.dtype not in TORCH_DTYPES):
                 self._complain(*_fault(tensor, self._shapes[row]))
         self._sizes.append(file.nbytes)
 
-    def _add_other(self, place: int, tensor: StoredTensor) -> None:
+    def _add_other(self, shard: int, tensor: StoredTensor) -> None:
         if tensor.key in self._others:
             self._note_twin(tensor, self._others[tensor.key])
         if _BUFFER not in tensor.key:
             self._complain(f"unexpected tensor {quoted(tensor.key)} in {tensor.file}: a {self.model.config.family} "
                            f"model of this config does not have it", "tensors are unexpected")
         if len(self._others) < MAX_PROBLEMS + self.model.config.num_hidden_layers:
-            self._others[tensor.key] = place
+            self._others[tensor.key] = shard
 
-    def _note_twin(self, tensor: StoredTensor, place: int) -> None:
+    def _note_twin(self, tensor: StoredTensor, shard: int) -> None:
         if len(self.twins) < MAX_PROBLEMS:
-            both = f"both {self.names[place]} and {tensor.file}"
-            where = both if self.names[place] != tensor.file else f"{tensor.file} under two names"
+            both = f"both {self.names[shard]} and {tensor.file}"
+            where = both if self.names[shard] != tensor.file else f"{tensor.file} under two names"
             self.twins.append(SourceError(f"{quoted(tensor.key)} is in {where}", kind="tensors are there twice"))
 
     def _complain(self, text: str, kind: str) -> None:
@@ -143,8 +143,8 @@ class _Found:
             self.problems[-1].num_more += 1
 
     def differences(self, told: array[int], index: Index) -> Iterator[SourceError]:
-        """Tensors that are not where the index has `told` (per parameter the place and 1, or 0)."""
-        actual = array("I", (code and place + 1 for place, code in zip(self._places, self._codes)))
+        """Tensors that are not where the index has `told` (per parameter 1 + its shard, or 0)."""
+        actual = array("I", (code and shard + 1 for shard, code in zip(self._shard_numbers, self._codes)))
         if index.num_more:
             yield SourceError(f"{INDEX_NAME} names {index.num_more} tensors and more that a {self.model.config.family} "
                               f"model of this config does not have")
@@ -153,8 +153,8 @@ class _Found:
                   and not self.model.is_tied(self.model.row_of(number)[0]))
         others = ((key, index.others.get(key, -1), self._others.get(key, -1))
                   for key in sorted(index.others.keys() | self._others.keys()) if _BUFFER not in key)
-        for key, said, place in islice((row for row in chain(differ, others) if row[1] != row[2]), MAX_PROBLEMS):
-            actual_name = self.names[place] if place >= 0 else "no shard"
+        for key, said, shard in islice((row for row in chain(differ, others) if row[1] != row[2]), MAX_PROBLEMS):
+            actual_name = self.names[shard] if shard >= 0 else "no shard"
             yield SourceError(f"{quoted(key)} is in {actual_name}, but {INDEX_NAME} says "
                               f"{quoted(self.names[said]) if said >= 0 else 'nothing of it'}",
                               kind=f"tensors are not where {INDEX_NAME} says")
@@ -163,14 +163,14 @@ class _Found:
         """Remarks on untrue entries of the index, of tensors that are not read: a tied head, buffers."""
         firsts = self.model.firsts
         tied = ((self.model.parameter(firsts[row]).hugging_face, told[firsts[row]] - 1,
-                 self._places[firsts[row]] if self._codes[firsts[row]] else -1)
+                 self._shard_numbers[firsts[row]] if self._codes[firsts[row]] else -1)
                 for row in self.model.tied_rows)
         others = ((key, index.others.get(key, -1), self._others.get(key, -1))
                   for key in sorted(index.others.keys() | self._others.keys()) if _BUFFER in key)
-        for key, said, place in chain(tied, others):
-            if said != place:
+        for key, said, shard in chain(tied, others):
+            if said != shard:
                 what = "names" if said >= 0 else "does not name"
-                there = f"is in {self.names[place]}" if place >= 0 else "is in no shard"
+                there = f"is in {self.names[shard]}" if shard >= 0 else "is in no shard"
                 yield f"{INDEX_NAME} {what} {quoted(key)}, which {there}; it is not needed"
 
     def missing(self) -> Iterator[SourceError]:
@@ -192,8 +192,8 @@ class _Found:
                    for row in self.model.tied_rows if self._codes[firsts[row]]}
         ignored |= dict.fromkeys(self._others, "follows from config.json")
         notes = (*self._respelled(), *(self._untrue(told, index) if index.shards else ()))
-        return HuggingFaceLayout(root, self.model, self.names, self._sizes, self._places, self._begins, self._codes,
-                                 ignored, notes)
+        return HuggingFaceLayout(root, self.model, self.names, self._sizes, self._shard_numbers, self._begins,
+                                 self._codes, ignored, notes)
 
     def _respelled(self) -> Iterator[str]:
         """Remarks on names that are not the parameters' own: how many, with an example."""

@@ -19,7 +19,7 @@ from typing import Any
 from stream_reshard.errors import Cause, Problems, Refused, SourceError, StreamReshardError, quoted
 from stream_reshard.formats.causes import no_weights, unfinished
 from stream_reshard.formats.hugging_face.config import INDEX_NAME, SINGLE_NAME
-from stream_reshard.model.box import has_twins
+from stream_reshard.model.box import has_duplicates
 from stream_reshard.model.parameters import Model
 from stream_reshard.storage.header import MAX_HEADER_NBYTES, SHARD_NAME, TensorFile, read_header
 from stream_reshard.storage.json_stream import JsonReader, TooLong
@@ -44,7 +44,7 @@ class Index:
     num_tensors: int = 0
     numbers: array[int] = field(default_factory=lambda: array("Q"))
     """Numbers of the parameters that it names, as it comes to them."""
-    places: array[int] = field(default_factory=lambda: array("I"))
+    shard_numbers: array[int] = field(default_factory=lambda: array("I"))
     """The shard of each of them."""
     others: dict[str, int] = field(default_factory=dict)
     """The shard of each tensor that the model does not have."""
@@ -54,8 +54,8 @@ class Index:
     def told(self, num_parameters: int) -> array[int]:
         """For each parameter 1 + the index of its shard; 0 where the index does not name it."""
         told = array("I", [0]) * num_parameters
-        for number, place in zip(self.numbers, self.places):
-            told[number] = place + 1
+        for number, shard in zip(self.numbers, self.shard_numbers):
+            told[number] = shard + 1
         return told
 
 
@@ -125,8 +125,8 @@ def _from_index(root: Path, model: Model | None, max_nbytes: int) -> Shards:
     # Shards by name, whatever the order in which the index came to them.
     order = sorted(range(len(index.shards)), key=index.shards.__getitem__)
     rank = {old: new for new, old in enumerate(order)}
-    index.places = array("I", map(rank.__getitem__, index.places))
-    index.others = {key: rank[place] for key, place in index.others.items()}
+    index.shard_numbers = array("I", map(rank.__getitem__, index.shard_numbers))
+    index.others = {key: rank[shard] for key, shard in index.others.items()}
     index.shards = [index.shards[old] for old in order]
     return Shards(tuple(index.shards), index.num_tensors, None, index)
 
@@ -178,8 +178,9 @@ class _Reading:
     def _refuse_twins(self) -> None:
         """Raises SourceError for a tensor that the index has twice, in different shards."""
         index = self._index
-        for part in range(64 if has_twins(index.numbers) else 0):  # In parts, as has_twins does it.
-            pairs = sorted(number << 32 | at for number, at in zip(index.numbers, index.places) if number & 63 == part)
+        for part in range(64 if has_duplicates(index.numbers) else 0):  # In parts, as has_duplicates does it.
+            pairs = sorted(number << 32 | shard for number, shard in zip(index.numbers, index.shard_numbers)
+                           if number & 63 == part)
             for one, other in zip(pairs, pairs[1:]):
                 if one >> 32 == other >> 32 and one != other and self._model:
                     self._refuse_twin(self._model.parameter(one >> 32).hugging_face)
@@ -195,20 +196,20 @@ class _Reading:
         index, find = self._index, self._model.number_of_tensor if self._model else lambda key: None
         for key, name in entries:
             index.num_tensors += 1
-            place = self._known[name] if isinstance(name, str) and name in self._known else self._place_of(name)
+            shard = self._known[name] if isinstance(name, str) and name in self._known else self._shard_of(name)
             if (number := find(key)) is not None:
                 index.numbers.append(number)
-                index.places.append(place)
+                index.shard_numbers.append(shard)
             elif key in index.others:
-                if index.others[key] != place:
+                if index.others[key] != shard:
                     self._refuse_twin(key)
             elif len(key) <= MAX_KEY_NBYTES and len(index.others) < self._max_others:
-                index.others[key] = place
+                index.others[key] = shard
             else:
                 index.num_more += 1
 
-    def _place_of(self, name: Any) -> int:
-        """The place of a shard that was not met before. Raises Refused where it is no name at all."""
+    def _shard_of(self, name: Any) -> int:
+        """The number of a shard that was not met before. Raises Refused where it is no name at all."""
         if len(self._problems) >= MAX_PROBLEMS:
             return 0
         fault = self._fault_of(name)

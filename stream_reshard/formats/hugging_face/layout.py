@@ -31,7 +31,7 @@ class HuggingFaceLayout(Layout):
     """Their names."""
     sizes: array[int] = field(repr=False)
     """Of each shard, in bytes."""
-    places: array[int] = field(repr=False)
+    shard_numbers: array[int] = field(repr=False)
     """Per parameter the index of its shard."""
     begins: array[int] = field(repr=False)
     """Per parameter the offset of its first byte in the shard."""
@@ -53,7 +53,7 @@ class HuggingFaceLayout(Layout):
         if not self.codes[number]:
             return None
         key = self.model.spellings(number)[self.codes[number] // SPELLING]
-        return StoredTensor(self.shards[self.places[number]], key, self.dtype_at(number),
+        return StoredTensor(self.shards[self.shard_numbers[number]], key, self.dtype_at(number),
                             self.model.parameter(number).matrix_shape, self.begins[number])
 
     def count_dtypes(self) -> dict[str, int]:
@@ -80,11 +80,11 @@ class HuggingFaceLayout(Layout):
     def dtype_at(self, number: int) -> str:
         return str(DTYPES[self.codes[number] % SPELLING])
 
-    def likeness_of(self, number: int) -> int:
+    def storage_class(self, number: int) -> int:
         return self.codes[number]
 
-    def places_of(self, number: int) -> tuple[tuple[int, int], ...]:
-        return ((self.places[number], self.begins[number]),)
+    def locations_of(self, number: int) -> tuple[tuple[int, int], ...]:
+        return ((self.shard_numbers[number], self.begins[number]),)
 
     @property
     def num_groups(self) -> int:
@@ -95,15 +95,15 @@ class HuggingFaceLayout(Layout):
         return len(self.shards)
 
     @cached_property
-    def _by_place(self) -> array[int]:
+    def _by_location(self) -> array[int]:
         """The stored parameters in the order of their bytes."""
         stored = [number for row in self.model.stored_rows for number in self.model.numbers_of(row)]
-        return array("I", sorted(stored, key=lambda number: self.places[number] << 48 | self.begins[number]))
+        return array("I", sorted(stored, key=lambda number: self.shard_numbers[number] << 48 | self.begins[number]))
 
     def group(self, position: int) -> Group:
-        first = bisect_left(self._by_place, position, key=self.places.__getitem__)
-        last = bisect_left(self._by_place, position + 1, key=self.places.__getitem__)
-        return Group(position, position, tuple(self._by_place[first:last]))
+        first = bisect_left(self._by_location, position, key=self.shard_numbers.__getitem__)
+        last = bisect_left(self._by_location, position + 1, key=self.shard_numbers.__getitem__)
+        return Group(position, position, tuple(self._by_location[first:last]))
 
     @property
     def paths(self) -> Iterator[str]:

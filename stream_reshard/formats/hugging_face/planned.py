@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from stream_reshard.formats.hugging_face.index import SINGLE_NAME
+from stream_reshard.formats.hugging_face.config import SINGLE_NAME
 from stream_reshard.formats.layout import Group, Layout, Slice
 from stream_reshard.model.box import Box
 from stream_reshard.storage.dtypes import ITEMSIZE
@@ -54,7 +54,7 @@ class HuggingFaceTarget(Layout):
         for row in model.stored_rows:
             key = model.rows[row].hugging_face
             module = modules.setdefault(key.rpartition(".")[0], row)  # Weight and bias of one follow each other.
-            keys[row] = _place_in_layer(key), module, row
+            keys[row] = _position_in_layer(key), module, row
         layered = sorted((row for row in keys if model.rows[row].per_layer), key=keys.__getitem__)
         order = array("I", (model.firsts[row] for row in keys if row < min(layered)))
         for layer in range(model.config.num_hidden_layers):
@@ -66,15 +66,15 @@ class HuggingFaceTarget(Layout):
     @cached_property
     def _shards(self) -> tuple[array[int], array[int]]:
         """(per shard where in `_order` it begins, per parameter its shard)."""
-        starts, places, nbytes = array("I", [0]), array("I", [0]) * self.model.firsts[-1], 0
+        starts, shard_numbers, nbytes = array("I", [0]), array("I", [0]) * self.model.firsts[-1], 0
         for index, number in enumerate(self._order):
             own = self.model.parameter(number).num_elements * ITEMSIZE[self.dtypes(number)]
             if nbytes and nbytes + own > self.max_shard_nbytes:
                 starts.append(index)
                 nbytes = 0
             nbytes += own
-            places[number] = len(starts) - 1
-        return starts, places
+            shard_numbers[number] = len(starts) - 1
+        return starts, shard_numbers
 
     @property
     def num_groups(self) -> int:
@@ -123,10 +123,10 @@ class HuggingFaceTarget(Layout):
     def dtype_at(self, number: int) -> str:
         return self.dtypes(number)
 
-    def likeness_of(self, number: int) -> str:
+    def storage_class(self, number: int) -> str:
         return self.dtypes(number)
 
-    def places_of(self, number: int) -> tuple[tuple[int, int], ...]:
+    def locations_of(self, number: int) -> tuple[tuple[int, int], ...]:
         return ((self._shards[1][number], self._tensor_of(number).begin),)
 
     def aligned(self, begins: Callable[[Group], Sequence[int]]) -> HuggingFaceTarget:
@@ -143,6 +143,6 @@ class HuggingFaceTarget(Layout):
         return sum(self.model.parameter(number).num_elements * ITEMSIZE[self.dtypes(number)] for number in self._order)
 
 
-def _place_in_layer(key: str) -> int:
+def _position_in_layer(key: str) -> int:
     """Position in its layer of the module that holds a tensor."""
     return next((place for place, name in enumerate(_MODULES) if f".{name}." in key), 0)

@@ -6,13 +6,13 @@ from heapq import nsmallest
 from pathlib import Path
 
 from stream_reshard.errors import Problems, SourceError, StreamReshardError, quoted
-from stream_reshard.formats.base import Source, router_dtype_of
+from stream_reshard.formats.base import Described, Source, router_dtype_of
 from stream_reshard.formats.hugging_face.causes import quantization_of
 from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from stream_reshard.formats.hugging_face.folder import open_folder
 from stream_reshard.formats.hugging_face.index import Shards
 from stream_reshard.formats.hugging_face.layout import HuggingFaceLayout
-from stream_reshard.formats.hugging_face.unsupported import dropped, limits
+from stream_reshard.formats.hugging_face.unsupported import dropped, unsupported_settings
 from stream_reshard.storage.identity import identities_of
 from stream_reshard.storage.small_files import names_in
 from stream_reshard.storage.source_file import same_bytes
@@ -21,7 +21,7 @@ _MAX_LISTED = 16
 """Strays that are named."""
 
 
-def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Source | None:
+def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Described | None:
     """Read config and headers, none of more than `max_nbytes`; everything wrong goes to `problems`. None where not even
     the config makes sense."""
     seen = identities_of(root, (CONFIG_NAME, INDEX_NAME, SINGLE_NAME))
@@ -42,9 +42,12 @@ def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Source
                          f"unquantised: that is left over from training, and is left out")
         notes += _strays(root, layout.shards)
     files = (CONFIG_NAME, *(layout.shards if layout else ()), INDEX_NAME)
-    return Source(root, CONFIG_NAME, config.family, config.model, tuple(limits(config)), tuple(notes), model=model,
-                  layout=layout, identities={name: seen[name] for name in files if name in seen},
-                  router_dtype=router_dtype_of(layout) if layout else None, ignored=layout.ignored if layout else None)
+    described = Described(
+        root=root, config_name=CONFIG_NAME, family=config.family, config=config.model, model=model, notes=tuple(notes),
+        unsupported=tuple(unsupported_settings(config)),
+        identities={name: seen[name] for name in files if name in seen},
+        router_dtype=router_dtype_of(layout) if layout else None, ignored=layout.ignored if layout else None)
+    return described if layout is None else Source(**vars(described), layout=layout)
 
 
 def _strays(root: Path, shards: Collection[str]) -> Iterator[str]:

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import Problems, UsageError, shell_word
-from stream_reshard.formats.base import Source, Target, with_router_dtype
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME
-from stream_reshard.formats.hugging_face.index import INDEX_NAME
+from stream_reshard.formats.base import Described, Source, Target, with_router_dtype
+from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME
 from stream_reshard.formats.hugging_face.planned import DEFAULT_MAX_SHARD_NBYTES, HuggingFaceTarget
-from stream_reshard.formats.layout import Layout
-from stream_reshard.formats.unsupported import Limit
+from stream_reshard.formats.unsupported import Unsupported
 from stream_reshard.machine.memory import human
 from stream_reshard.model.parameters import Model
 from stream_reshard.options import Options, nanotron_flags
 
-_PER_INDEXED = 600
+_INDEX_NBYTES_PER_TENSOR = 600
 """Bytes that one tensor takes while an index is made: its names, an entry, two lines of text."""
 
 _MAX_LISTED = 16
@@ -26,7 +24,7 @@ _MAX_LISTED = 16
 
 
 @dataclass(frozen=True)
-class ToHuggingFace(Target):
+class ToHuggingFace(Target[HuggingFaceTarget]):
     """Shards of a bounded size."""
 
     marker = CONFIG_NAME
@@ -35,20 +33,20 @@ class ToHuggingFace(Target):
     """The safetensors dtype of MoE routers; None where they keep the one they have."""
 
     @classmethod
-    def chosen(cls, options: Options, source: Source) -> ToHuggingFace:
+    def chosen(cls, options: Options, source: Described) -> ToHuggingFace:
         """The target that the flags mean. Raises Refused where one asks for what only Nanotron has."""
         problems = Problems(UsageError(f"{flag} with --to hf: only a Nanotron checkpoint is cut like that")
                             for flag in nanotron_flags(options))
         problems.raise_if_any()
-        return cls(options.max_shard_nbytes, source.router_dtype if options.dtype == "keep" else None)
+        return cls(options.max_shard_size, source.router_dtype if options.dtype == "keep" else None)
 
-    def limits(self, source: Source) -> Iterator[Limit]:
+    def unsupported(self, source: Described) -> Iterator[Unsupported]:
         """Settings that no config.json written here holds; `--allow` drops none from a source's own config.json."""
-        for limit in source.limits:
+        for setting in source.unsupported:
             is_said = source.config_name == CONFIG_NAME
-            yield replace(limit, name=f"{limit.name} in a new config.json") if is_said else limit
+            yield replace(setting, name=f"{setting.name} in a new config.json") if is_said else setting
 
-    def notes(self, source: Source, layout: Layout) -> Iterator[str]:
+    def notes(self, source: Source, layout: HuggingFaceTarget) -> Iterator[str]:
         """Token ids that the source cannot tell."""
         if not source.ids_are_known:
             ids = ", ".join(f"{key} {json.dumps(value)}" for key, value in source.config.token_ids.items())
@@ -65,23 +63,22 @@ class ToHuggingFace(Target):
             dtypes = with_router_dtype(model, dtypes, self.router_dtype)
         return HuggingFaceTarget(root, model, dtypes, self.max_shard_nbytes)
 
-    def documents(self, source: Source, layout: Layout, dtype: str, destination: Path,
+    def documents(self, source: Source, layout: HuggingFaceTarget, dtype: str, destination: Path,
                   companions: Iterable[str]) -> dict[str, bytes]:
-        assert isinstance(layout, HuggingFaceTarget), "it is made by this"
         documents = {CONFIG_NAME: json.dumps(config_of(source, dtype), indent=2, sort_keys=True).encode() + b"\n"}
         if layout.num_files > 1:
             index = {"metadata": {"total_size": layout.total_nbytes}, "weight_map": dict(sorted(layout.weight_map()))}
             documents[INDEX_NAME] = json.dumps(index, indent=2).encode() + b"\n"
         return documents
 
-    def held_nbytes(self, layout: Layout) -> int:
+    def held_nbytes(self, layout: HuggingFaceTarget) -> int:
         """An index names every tensor: as a dict, as text, and as what is written."""
-        return layout.model.num_stored * _PER_INDEXED if layout.num_files > 1 else 0
+        return layout.model.num_stored * _INDEX_NBYTES_PER_TENSOR if layout.num_files > 1 else 0
 
-    def facts(self, layout: Layout) -> dict[str, Any]:
+    def facts(self, layout: HuggingFaceTarget) -> dict[str, Any]:
         return layout.facts | {"max_shard_nbytes": self.max_shard_nbytes}
 
-    def lines(self, layout: Layout, facts: Mapping[str, Any]) -> Iterator[str]:
+    def lines(self, layout: HuggingFaceTarget, facts: Mapping[str, Any]) -> Iterator[str]:
         yield "shard                                                        tensors       bytes"
         for number, file in enumerate(layout.files):
             if number == _MAX_LISTED:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from stream_reshard.errors import quoted
 from stream_reshard.formats.hugging_face.causes import quantization_of
 from stream_reshard.formats.hugging_face.config import UNDERSTOOD, SourceConfig
-from stream_reshard.formats.unsupported import Limit
+from stream_reshard.formats.unsupported import Unsupported
 
 QUANTIZATION = "quantization"
 
@@ -22,74 +22,75 @@ _WITHOUT_EFFECT = frozenset("""
 """Keys that say nothing about the weights or the forward pass."""
 
 
-def limits(config: SourceConfig) -> Iterator[Limit]:
+def unsupported_settings(config: SourceConfig) -> Iterator[Unsupported]:
     """Everything in the config that goes beyond the common settings."""
     yield from _rope_limits(config)
     yield from _attention_limits(config)
     raw, hidden_act = config.raw, config.model.hidden_act
     if raw.get("mlp_bias"):
-        yield Limit("mlp_bias", "mlp_bias is true; Nanotron's MLP has no biases", True)
+        yield Unsupported("mlp_bias", "mlp_bias is true; Nanotron's MLP has no biases", True)
     if hidden_act not in ("silu", "swish"):
-        yield Limit("hidden_act", f"hidden_act is {quoted(hidden_act)}; Nanotron's Llama is known to agree with silu",
-                    hidden_act)
+        yield Unsupported("hidden_act", f"hidden_act is {quoted(hidden_act)}; Nanotron's Llama is known to agree with "
+                                        "silu", hidden_act)
     if config.model.experts is not None:
         yield from _expert_limits(config)
         return
     for key in ("num_local_experts", "num_experts"):
         if raw.get(key):
-            yield Limit("experts", f"{key} is {quoted(raw[key])}; a mixture of experts cannot be converted", raw[key])
+            yield Unsupported("experts", f"{key} is {quoted(raw[key])}; a mixture of experts cannot be converted",
+                              raw[key])
 
 
-def quantization_limits(config: SourceConfig) -> Iterator[Limit]:
+def quantization_settings(config: SourceConfig) -> Iterator[Unsupported]:
     """Settings of a config for quantised weights. Where they are not, nothing keeps them from being converted; but
     transformers would quantise them when it loads them."""
     if method := quantization_of(config.raw):
-        yield Limit(QUANTIZATION, f"config.json says that the weights are quantised ({quoted(method)})", method)
+        yield Unsupported(QUANTIZATION, f"config.json says that the weights are quantised ({quoted(method)})", method)
 
 
-def _expert_limits(config: SourceConfig) -> Iterator[Limit]:
+def _expert_limits(config: SourceConfig) -> Iterator[Unsupported]:
     raw = config.raw
     if raw.get("norm_topk_prob"):
-        yield Limit("norm_topk_prob", "norm_topk_prob is true; Nanotron does not normalise the weights of the chosen "
-                                      "experts", True)
+        yield Unsupported("norm_topk_prob", "norm_topk_prob is true; Nanotron does not normalise the weights of the "
+                                            "chosen experts", True)
     if raw.get("decoder_sparse_step", 1) != 1 or raw.get("mlp_only_layers"):
-        yield Limit("mlp_only_layers", f"decoder_sparse_step is {quoted(raw.get('decoder_sparse_step', 1))}, "
-                                       f"mlp_only_layers {quoted(raw.get('mlp_only_layers', []))}; layers without "
-                                       f"experts are not converted", raw.get("mlp_only_layers"))
+        yield Unsupported("mlp_only_layers", f"decoder_sparse_step is {quoted(raw.get('decoder_sparse_step', 1))}, "
+                                             f"mlp_only_layers {quoted(raw.get('mlp_only_layers', []))}; layers "
+                                             f"without experts are not converted", raw.get("mlp_only_layers"))
     if raw.get("qkv_bias", True) is not True:
-        yield Limit("qkv_bias", "qkv_bias is false; the family has biases on q, k and v", False)
+        yield Unsupported("qkv_bias", "qkv_bias is false; the family has biases on q, k and v", False)
 
 
-def _rope_limits(config: SourceConfig) -> Iterator[Limit]:
+def _rope_limits(config: SourceConfig) -> Iterator[Unsupported]:
     rope, raw = config.rope, config.raw
     kind = rope.get("rope_type", "default")
     if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
-        yield Limit("rope_scaling", f"rope_type is {quoted(kind)}; Nanotron stores rope_scaling and ignores it, so q "
-                                    f"and k would be turned with unscaled frequencies",
-                    {key: value for key, value in rope.items() if key not in ("type", "rope_theta")})
+        yield Unsupported("rope_scaling", f"rope_type is {quoted(kind)}; Nanotron stores rope_scaling and ignores it, "
+                                          f"so q and k would be turned with unscaled frequencies",
+                          {key: value for key, value in rope.items() if key not in ("type", "rope_theta")})
     factor = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if factor not in (None, 1, 1.0):
-        yield Limit("partial_rotary_factor", f"partial_rotary_factor is {quoted(factor)}; Nanotron turns whole heads",
-                    factor)
+        yield Unsupported("partial_rotary_factor", f"partial_rotary_factor is {quoted(factor)}; Nanotron turns whole "
+                          "heads", factor)
 
 
-def _attention_limits(config: SourceConfig) -> Iterator[Limit]:
+def _attention_limits(config: SourceConfig) -> Iterator[Unsupported]:
     raw, model = config.raw, config.model
     head_dim = raw.get("head_dim")
     if head_dim not in (None, model.head_dim):
-        yield Limit("head_dim", f"head_dim is {quoted(head_dim)}; Nanotron only knows hidden_size / "
-                                f"num_attention_heads = {model.head_dim}", head_dim)
+        yield Unsupported("head_dim", f"head_dim is {quoted(head_dim)}; Nanotron only knows hidden_size / "
+                                      f"num_attention_heads = {model.head_dim}", head_dim)
     if raw.get("attention_bias") and not config.family.has_attention_bias:
-        yield Limit("attention_bias", "attention_bias is true; that adds a bias to o_proj, which Nanotron does not "
-                                      "have (and LlamaConfig has no biases at all)", True)
+        yield Unsupported("attention_bias", "attention_bias is true; that adds a bias to o_proj, which Nanotron does "
+                                            "not have (and LlamaConfig has no biases at all)", True)
     for key in ("qk_norm", "use_qk_norm", "qk_layernorm"):
         if raw.get(key):
-            yield Limit("qk_norm", f"{key} is {quoted(raw[key])}; Nanotron has no norms on q and k", raw[key])
+            yield Unsupported("qk_norm", f"{key} is {quoted(raw[key])}; Nanotron has no norms on q and k", raw[key])
     if _has_sliding_window(config):
         said = ", ".join(f"{key} is {quoted(raw[key])}" for key in _WINDOW_KEYS if key in raw)
         said = said or f"sliding_window is not said, which means {_MISTRAL_WINDOW}"
-        yield Limit("sliding_window", f"{said}; Nanotron would attend to everything",
-                    {key: raw.get(key) for key in _WINDOW_KEYS})
+        yield Unsupported("sliding_window", f"{said}; Nanotron would attend to everything",
+                          {key: raw.get(key) for key in _WINDOW_KEYS})
 
 
 def _has_sliding_window(config: SourceConfig) -> bool:

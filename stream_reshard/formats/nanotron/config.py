@@ -9,7 +9,7 @@ from typing import Any
 from stream_reshard.errors import SourceError, quoted
 from stream_reshard.formats.config_reader import ConfigReader
 from stream_reshard.formats.nanotron.rules import MARKERS
-from stream_reshard.formats.unsupported import Limit
+from stream_reshard.formats.unsupported import Unsupported
 from stream_reshard.model.architectures import FAMILIES, Family
 from stream_reshard.model.parameters import TOKEN_IDS, ModelConfig, first_id, parse_token_id
 from stream_reshard.storage.small_files import MAX_JSON_NBYTES, read_json
@@ -68,7 +68,7 @@ class NanotronModelConfig:
     """`vocab_size` is the padded one here: Nanotron keeps no other."""
     rope_interleaved: bool | None
     """True where a head is kept as (pair, half); None where it is not said."""
-    extras: Mapping[str, Limit]
+    extras: Mapping[str, Unsupported]
     """Settings beyond the common ones that change the forward pass, by name."""
     says_rope_theta: bool = True
     """The config gives the base of the rotary embedding. The config of release 0.4 has no such field."""
@@ -98,7 +98,7 @@ def parse_model_config(raw: Mapping[str, Any], name: str) -> NanotronModelConfig
         config = replace(config, unsaid_ids=config.unsaid_ids | {"pad_token_id"})
     interleaved = reader.flag("rope_interleaved", False) if "rope_interleaved" in raw else None
     reader.problems.raise_if_any()
-    extras = {limit.name: limit for limit in _extras(raw, config)}
+    extras = {setting.name: setting for setting in _extras(raw, config)}
     return NanotronModelConfig(config_class, family, config, interleaved, extras, "rope_theta" in raw,
                                "_attn_implementation" in raw)
 
@@ -119,17 +119,17 @@ def _family(raw: Mapping[str, Any], name: str) -> tuple[str, Family]:
     return config_class, FAMILIES[family]
 
 
-def _extras(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[Limit]:
+def _extras(raw: Mapping[str, Any], config: ModelConfig) -> Iterator[Unsupported]:
     neutrals = dict(NEUTRAL)
     if config.experts is not None:
         neutrals.pop("moe_config")
         said, every = raw["moe_config"], list(range(config.num_hidden_layers))
         # Nanotron itself saves the layers one by one (Qwen2Config.__post_init__, nanotron/config/models_config.py).
         if said.get("layers", [-1]) not in ([-1], every) or said.get("enable_shared_expert") is not True:
-            yield Limit("moe_config", f"moe_config has layers {quoted(said.get('layers'))}, enable_shared_expert "
-                                      f"{quoted(said.get('enable_shared_expert'))}; only models whose layers all have "
-                                      f"experts and a shared one are converted", said)
+            yield Unsupported("moe_config", f"moe_config has layers {quoted(said.get('layers'))}, enable_shared_expert "
+                                            f"{quoted(said.get('enable_shared_expert'))}; only models whose layers all "
+                                            f"have experts and a shared one are converted", said)
     for key, neutral in neutrals.items():
         value = raw.get(key, neutral[0])
         if value not in neutral:
-            yield Limit(key, f"{key} is {quoted(value)}", value)
+            yield Unsupported(key, f"{key} is {quoted(value)}", value)

@@ -12,11 +12,11 @@ from textwrap import indent
 from typing import Any
 
 from stream_reshard.formats.nanotron.config import METADATA_NAME, MODEL_CONFIG_NAME, ids_written
-from stream_reshard.formats.nanotron.rules import MARKERS, NanotronFormat
+from stream_reshard.formats.nanotron.rules import MARKERS, NanotronRules
 from stream_reshard.model.parameters import Experts, ModelConfig
 
 
-def nanotron_config(config: ModelConfig, format: NanotronFormat, attention_bias: bool,
+def nanotron_config(config: ModelConfig, format: NanotronRules, attention_bias: bool,
                     vocab_size: int) -> dict[str, Any]:
     """The fields of Nanotron's config class that the model decides; all others keep their defaults."""
     fields: dict[str, Any] = ids_written(config) | {
@@ -47,7 +47,7 @@ def moe_config(experts: Experts) -> dict[str, Any]:
             "token_dispatcher_type": "alltoall"}
 
 
-def checkpoint_metadata(format: NanotronFormat, sequence_length: int) -> dict[str, Any]:
+def checkpoint_metadata(format: NanotronRules, sequence_length: int) -> dict[str, Any]:
     """A checkpoint before its first step. Main's loader insists on data_stages."""
     document: dict[str, Any] = {"version": format.version, "tp": format.topology.tp, "dp": format.topology.dp}
     metas: dict[str, Any] = {"last_train_step": 0, "consumed_train_samples": 0}
@@ -94,7 +94,7 @@ def _escaped(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def config_yaml(config: ModelConfig, format: NanotronFormat, attention_bias: bool, dtype: str, destination: Path,
+def config_yaml(config: ModelConfig, format: NanotronRules, attention_bias: bool, dtype: str, destination: Path,
                 has_tokenizer: bool) -> str:
     """A config.yaml that starts training from the weights alone, with the vocabulary as it is without padding."""
     fields = nanotron_config(config, format, attention_bias, config.vocab_size)
@@ -180,7 +180,7 @@ tokens:
 """
 
 
-def documents(config: ModelConfig, format: NanotronFormat, attention_bias: bool, dtype: str, destination: Path,
+def documents(config: ModelConfig, format: NanotronRules, attention_bias: bool, dtype: str, destination: Path,
               has_tokenizer: bool) -> dict[str, bytes]:
     """Every small file that the tool itself writes, by name."""
     padded = format.padded_vocab(config.vocab_size)

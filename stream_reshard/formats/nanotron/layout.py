@@ -16,7 +16,7 @@ from typing import Any
 
 from stream_reshard.formats.layout import Fill, Group, Layout, Slice
 from stream_reshard.formats.nanotron.ranks import RankFile, RankPart, rank_files
-from stream_reshard.formats.nanotron.rules import NanotronFormat, stages_of
+from stream_reshard.formats.nanotron.rules import NanotronRules, stages_of
 from stream_reshard.model.names import fields_of
 from stream_reshard.storage.header import StoredTensor, TensorFile, placed
 
@@ -46,15 +46,15 @@ class NanotronLayout(Layout):
 
     format = "Nanotron"
     files_word = "files"
-    rules: NanotronFormat
+    rules: NanotronRules
     dtypes: Callable[[int], str]
     """The safetensors dtype of each parameter, by its number; fused parameters must agree."""
     begins: Callable[[Group], Sequence[int]] | None = None
     """Offset in bytes of the data in each file of a group; None where headers are as short as can be."""
     stages: Mapping[str, int] | None = None
     """The stage of each pipeline block, where a checkpoint is there; None where it is Nanotron's own choice."""
-    _ranks: dict[tuple[int, str], tuple[RankFile, ...]] = field(default_factory=dict, repr=False)
-    """By kind of group."""
+    _ranks: dict[Hashable, tuple[RankFile, ...]] = field(default_factory=dict, repr=False)
+    """By storage class of a group."""
     _suffixes: dict[tuple[int, int], list[str]] = field(default_factory=dict, repr=False)
     """By kind and stage."""
 
@@ -113,7 +113,7 @@ class NanotronLayout(Layout):
 
     def _at(self, group: Group) -> tuple[int, int]:
         """(kind, which group of it)."""
-        k = group.kind[0]
+        k = bisect_right(self._first_groups, group.position) - 1
         return k, group.position - self._first_groups[k]
 
     @property
@@ -133,9 +133,10 @@ class NanotronLayout(Layout):
 
     def ranks_of(self, group: Group) -> tuple[RankFile, ...]:
         """Files of a group, one for each rank, without paths."""
-        if (ranks := self._ranks.get(group.kind)) is None:
+        if (ranks := self._ranks.get(group.storage_class)) is None:
             fused = tuple(map(self.model.parameter, group.numbers))
-            ranks = self._ranks[group.kind] = rank_files(fused, group.kind[1], self.rules)
+            ranks = rank_files(fused, self.dtypes(group.numbers[0]), self.rules)
+            self._ranks[group.storage_class] = ranks
         return ranks
 
     def paths_of(self, group: Group) -> list[str]:
@@ -153,12 +154,12 @@ class NanotronLayout(Layout):
                      for rank, path, begin in zip(ranks, self.paths_of(group), begins))
 
     def dtype_at(self, number: int) -> str:
-        return self._group_of(number)[0].kind[1]
+        return self.dtypes(self._group_of(number)[0].numbers[0])
 
-    def likeness_of(self, number: int) -> Hashable:
-        return self._group_of(number)[0].kind
+    def storage_class(self, number: int) -> Hashable:
+        return self._group_of(number)[0].storage_class
 
-    def places_of(self, number: int) -> tuple[tuple[int, int], ...]:
+    def locations_of(self, number: int) -> tuple[tuple[int, int], ...]:
         (group, _), tensors = self._group_of(number), (part.tensor for part in self.slices_of(number))
         k, i = self._at(group)
         first = self._first_files[k] + i * len(self.ranks_of(group))

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from stream_reshard.formats.nanotron.rules import NanotronFormat
+from stream_reshard.formats.nanotron.rules import NanotronRules
 from stream_reshard.model.box import Box
 from stream_reshard.model.parameters import Parameter
 from stream_reshard.model.topology import part_of
@@ -65,7 +65,7 @@ class RankFile:
         return self.file.tensors[0].nbytes
 
 
-def rank_files(fused: Sequence[Parameter], dtype: str, rules: NanotronFormat) -> tuple[RankFile, ...]:
+def rank_files(fused: Sequence[Parameter], dtype: str, rules: NanotronRules) -> tuple[RankFile, ...]:
     """The files of one Nanotron parameter, one per tensor-parallel rank that writes it, and what each holds."""
     first, topology = fused[0], rules.topology
     if first.stacked is not None:
@@ -99,12 +99,12 @@ def _stack(fused: Sequence[Parameter], dtype: str) -> RankFile:
     return RankFile(".safetensors", planned_file("", [(_KEY, dtype, shape)], {}), tuple(parts))
 
 
-def _padded_shape(parameter: Parameter, rules: NanotronFormat) -> tuple[int, ...]:
+def _padded_shape(parameter: Parameter, rules: NanotronRules) -> tuple[int, ...]:
     """The shape with padding: Nanotron pads the vocabulary, nothing else."""
     return tuple(rules.padded_vocab(n) if dim == "vocab" else n for dim, n in zip(parameter.dims, parameter.shape))
 
 
-def _parts(fused: Sequence[Parameter], tp: int, rules: NanotronFormat) -> Iterator[RankPart]:
+def _parts(fused: Sequence[Parameter], tp: int, rules: NanotronRules) -> Iterator[RankPart]:
     """Part of each parameter that rank `tp` holds: the shard is the ranks' parts one below the other, not a part of the
     fused whole (`contiguous_chunks`, nanotron/parallel/sharded_parameters.py)."""
     local_row = global_row = 0
@@ -134,7 +134,7 @@ def _moved_down(box: Box, rows: int) -> Box:
     return box.with_extent(0, box.start[0] + rows, box.stop[0] + rows)
 
 
-def _order(parameter: Parameter, rules: NanotronFormat) -> tuple[tuple[int, ...], ...]:
+def _order(parameter: Parameter, rules: NanotronRules) -> tuple[tuple[int, ...], ...]:
     """The order of dims in the stored matrix: with interleaved rotary embedding a head is (pair, half)."""
     if not rules.rope_interleaved or "half" not in parameter.dims:
         return parameter.matrix
@@ -143,7 +143,7 @@ def _order(parameter: Parameter, rules: NanotronFormat) -> tuple[tuple[int, ...]
     return tuple(tuple(swap.get(dim, dim) for dim in group) for group in parameter.matrix)
 
 
-def _unsharded_shape(fused: Sequence[Parameter], rules: NanotronFormat) -> tuple[int, ...]:
+def _unsharded_shape(fused: Sequence[Parameter], rules: NanotronRules) -> tuple[int, ...]:
     shapes = [_matrix_box(p, Box.whole(padded := _padded_shape(p, rules)), padded).stop for p in fused]
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 

@@ -12,9 +12,6 @@ from stream_reshard.model.topology import Topology
 MARKERS = {"LlamaConfig": "is_llama_config", "Qwen2Config": "is_qwen2_config"}
 """The key by which Nanotron's parser tells its config classes apart."""
 
-VERSIONS = ("1.5", "1.4", "1.2")
-"""Checkpoint format versions this module writes: main, trees from April 2024 on, release 0.4 and before."""
-
 STAGES = "stages"
 """Name in `verify --allow` for blocks on other stages than Nanotron's balancing gives them: its loader finds them,
 but reads every file for it."""
@@ -24,7 +21,7 @@ MAX_TP, MAX_PP = 1024, 4096
 
 
 @dataclass(frozen=True)
-class NanotronFormat:
+class NanotronRules:
     """Everything about a Nanotron checkpoint that the model does not decide."""
 
     topology: Topology
@@ -43,7 +40,7 @@ class NanotronFormat:
         return self.vocab_rows or padded_size(vocab_size, self.topology.tp * self.vocab_multiple)
 
 
-def stages_of(config: ModelConfig, format: NanotronFormat) -> dict[str, int]:
+def stages_of(config: ModelConfig, format: NanotronRules) -> dict[str, int]:
     """The stage of each pipeline block, by its Nanotron name (`decoder.3`).
 
     Costs as in `get_block_compute_costs` (nanotron/models/llama.py, qwen.py), on the padded vocabulary; blocks without
@@ -72,7 +69,7 @@ def uneven_dims(model: Model, tp: int) -> dict[tuple[str, int], str]:
     return uneven
 
 
-def topology_problems(model: Model, format: NanotronFormat) -> Problems:
+def topology_problems(model: Model, format: NanotronRules) -> Problems:
     """Every way in which the model cannot be cut like this, one UsageError each."""
     problems = Problems()
     tp, pp, config = format.topology.tp, format.topology.pp, model.config
@@ -84,13 +81,13 @@ def topology_problems(model: Model, format: NanotronFormat) -> Problems:
     empty = _empty_stages(config, format) if pp <= MAX_PP else [pp - 1]
     if empty:
         usable = [n for n in range(1, min(pp, config.num_hidden_layers + 4)) if not _empty_stages(
-            config, NanotronFormat(Topology(tp, n), vocab_multiple=format.vocab_multiple))]
+            config, NanotronRules(Topology(tp, n), vocab_multiple=format.vocab_multiple))]
         problems.append(UsageError(f"--pp {pp} leaves stage {_listed(empty)} without parameters in Nanotron's own "
                                    f"balancing of {config.num_hidden_layers} layers; --pp can be {_listed(usable)}"))
     return problems
 
 
-def _empty_stages(config: ModelConfig, format: NanotronFormat) -> list[int]:
+def _empty_stages(config: ModelConfig, format: NanotronRules) -> list[int]:
     return sorted(set(range(format.topology.pp)) - set(stages_of(config, format).values()))
 
 

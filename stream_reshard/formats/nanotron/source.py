@@ -10,14 +10,14 @@ from typing import Any
 
 from stream_reshard.destination.manifest import open_manifest
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted
-from stream_reshard.formats.base import Source
+from stream_reshard.formats.base import Described, Source
 from stream_reshard.formats.layout import Group
 from stream_reshard.formats.nanotron.config import (
     METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, interleaves_by_default, read_model_config, with_known_ids)
 from stream_reshard.formats.nanotron.folder import litter_notes, not_committed, weight_paths
 from stream_reshard.formats.nanotron.layout import NanotronLayout
 from stream_reshard.formats.nanotron.ranks import RankFile
-from stream_reshard.formats.nanotron.rules import NanotronFormat, stages_of, uneven_dims
+from stream_reshard.formats.nanotron.rules import NanotronRules, stages_of, uneven_dims
 from stream_reshard.formats.nanotron.weight_files import WeightFile, parse_pairs, parse_shape, read_weight_file
 from stream_reshard.model.architectures import build_model
 from stream_reshard.model.parameters import Model
@@ -26,8 +26,15 @@ from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.identity import identities_of
 
 
+@dataclass(frozen=True, kw_only=True)
+class NanotronSource(Source):
+    """A Nanotron checkpoint that can be converted."""
+
+    layout: NanotronLayout
+
+
 def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
-                  is_exact: bool = True) -> Source | None:
+                  is_exact: bool = True) -> Described | None:
     """Read config and headers, none of more than `max_nbytes`; everything wrong goes to `problems`. None where not even
     the config makes sense. `vocab_size`: rows of the embedding without padding, where a user says it; where it
     need not be exact, padding counts."""
@@ -49,13 +56,14 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     known_ids = with_known_ids(config.model, config.family, facts.get("token_ids"))
     model_config = replace(known_ids or config.model, vocab_size=size or config.model.vocab_size)
     rules = format_of(config, files) if files else None
-    return Source(root, MODEL_CONFIG_NAME, config.family, model_config, tuple(config.extras.values()),
-                  (*litter_notes(root), *_notes(layout)) if layout else (),
-                  rules.rope_interleaved if rules else False, config.config_class, layout.model if layout else None,
-                  layout,
-                  seen | {path: file.identity for path, file in (files.by_path if files else {}).items()
-                          if file.identity},
-                  facts.get("router_dtype"), known_ids is not None)
+    opened = {path: file.identity for path, file in (files.by_path if files else {}).items() if file.identity}
+    described = Described(
+        root=root, config_name=MODEL_CONFIG_NAME, family=config.family, config=model_config,
+        model=layout.model if layout else None,
+        unsupported=tuple(config.extras.values()), notes=(*litter_notes(root), *_notes(layout)) if layout else (),
+        rope_interleaved=rules.rope_interleaved if rules else False, config_class=config.config_class,
+        identities=seen | opened, router_dtype=facts.get("router_dtype"), ids_are_known=known_ids is not None)
+    return described if layout is None else NanotronSource(**vars(described), layout=layout)
 
 
 def _facts_of(root: Path, max_nbytes: int) -> Mapping[str, Any]:
@@ -96,7 +104,7 @@ class WeightFiles:
     @property
     def stages(self) -> dict[str, int]:
         """The stage of each pipeline block, by its Nanotron name. A block without sharded parameters is on none."""
-        return {file.parameter.split(".pp_block")[0]: file.place.pp for file in self.by_path.values() if file.place}
+        return {file.parameter.split(".pp_block")[0]: file.rank.pp for file in self.by_path.values() if file.rank}
 
 
 def read_weight_files(root: Path, max_nbytes: int) -> WeightFiles:
@@ -121,7 +129,7 @@ def scan(root: Path, max_nbytes: int, problems: Problems) -> dict[str, WeightFil
 
 def agreeing(root: Path, by_path: Mapping[str, WeightFile]) -> WeightFiles:
     """The same files, of one topology and version. Raises Refused where there are several of either."""
-    sizes = {(file.place.num_tp, file.place.num_pp) for file in by_path.values() if file.place}
+    sizes = {(file.rank.num_tp, file.rank.num_pp) for file in by_path.values() if file.rank}
     versions = {file.version for file in by_path.values() if file.version}
     problems = Problems()
     for what, values in (("topologies (TP, PP)", sizes), ("format versions", versions)):
@@ -158,14 +166,14 @@ def layout_of_files(root: Path, config: NanotronModelConfig, vocab_size: int, fi
     return replace(bare, begins=_Begins(bare, files))
 
 
-def format_of(config: NanotronModelConfig, files: WeightFiles) -> NanotronFormat:
+def format_of(config: NanotronModelConfig, files: WeightFiles) -> NanotronRules:
     """Format of a Nanotron checkpoint, by its config and files."""
     interleaved = bool(config.rope_interleaved) or interleaves_by_default(config, {files.version})
-    return NanotronFormat(files.topology, config.config_class, files.version, interleaved,
+    return NanotronRules(files.topology, config.config_class, files.version, interleaved,
                           vocab_rows=config.model.vocab_size)
 
 
-def _check_sizes(model: Model, rules: NanotronFormat, files: WeightFiles) -> None:
+def _check_sizes(model: Model, rules: NanotronRules, files: WeightFiles) -> None:
     """Raises SourceError where the config's sizes cannot be those of these files: nothing large may be derived from
     it."""
     tp, experts, rows = rules.topology.tp, model.config.experts, rules.padded_vocab(model.config.vocab_size)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted, shell_word
-from stream_reshard.formats.base import Source, Target, with_router_dtype
-from stream_reshard.formats.layout import Group, Layout
+from stream_reshard.formats.base import Described, Source, Target, with_router_dtype
+from stream_reshard.formats.layout import Group
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME, ids_written
 from stream_reshard.formats.nanotron.documents import documents
 from stream_reshard.formats.nanotron.layout import NanotronLayout
-from stream_reshard.formats.nanotron.rules import NanotronFormat, topology_problems
-from stream_reshard.formats.unsupported import Limit
+from stream_reshard.formats.nanotron.rules import NanotronRules, topology_problems
+from stream_reshard.formats.unsupported import Unsupported
 from stream_reshard.machine.memory import human
 from stream_reshard.model.parameters import TOKEN_IDS, Model
 from stream_reshard.options import Options
@@ -24,22 +24,22 @@ RELEASE_04_ROPE_THETA = 10000.0
 
 
 @dataclass(frozen=True)
-class ToNanotron(Target):
+class ToNanotron(Target[NanotronLayout]):
     """Rank files of one topology."""
 
     marker = MODEL_CONFIG_NAME
-    rules: NanotronFormat
+    rules: NanotronRules
 
     @classmethod
-    def chosen(cls, options: Options, source: Source) -> ToNanotron:
+    def chosen(cls, options: Options, source: Described) -> ToNanotron:
         """The target that the flags choose for this source. Raises Refused."""
         family, problems = source.family, Problems()
-        kept = source.config_class if options.version != "1.2" else None
-        name = (kept or family.nanotron_configs[0]) if options.config_class == "auto" else options.config_class
+        kept = source.config_class if options.checkpoint_version != "1.2" else None
+        name = (kept or family.nanotron_configs[0]) if options.nanotron_config == "auto" else options.nanotron_config
         if name not in family.nanotron_configs:
             problems.append(UsageError(f"--nanotron-config {name} cannot express {family.name} (it has no attention "
                                        f"biases); use {' or '.join(family.nanotron_configs)}"))
-        if options.version == "1.2":
+        if options.checkpoint_version == "1.2":
             if name != "LlamaConfig":
                 problems.append(UsageError(f"--checkpoint-version 1.2: release 0.4 has no {name}; use 1.5"))
             if options.rope == "neox":
@@ -48,18 +48,19 @@ class ToNanotron(Target):
         if options.vocab_multiple < 1:
             problems.append(UsageError(f"--vocab-multiple {options.vocab_multiple}: it is at least 1"))
         problems.raise_if_any()
-        by_default = options.version == "1.2" or source.rope_interleaved
+        by_default = options.checkpoint_version == "1.2" or source.rope_interleaved
         interleaved = by_default if options.rope == "auto" else options.rope == "interleaved"
-        return cls(NanotronFormat(options.topology, name, options.version, interleaved, options.vocab_multiple))
+        return cls(NanotronRules(options.topology, name, options.checkpoint_version, interleaved,
+                                 options.vocab_multiple))
 
-    def limits(self, source: Source) -> Iterator[Limit]:
-        yield from source.limits
+    def unsupported(self, source: Described) -> Iterator[Unsupported]:
+        yield from source.unsupported
         theta = source.config.rope_theta
         if self.rules.version == "1.2" and theta != RELEASE_04_ROPE_THETA:
-            yield Limit("rope_theta", f"rope_theta is {theta:g}; release 0.4, which reads format 1.2, only knows "
-                                      f"{RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5", theta)
+            yield Unsupported("rope_theta", f"rope_theta is {theta:g}; release 0.4, which reads format 1.2, only knows "
+                                            f"{RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5", theta)
 
-    def notes(self, source: Source, layout: Layout) -> Iterator[str]:
+    def notes(self, source: Source, layout: NanotronLayout) -> Iterator[str]:
         """Token ids that Nanotron's configs do not hold as the source says them."""
         written = ids_written(source.config)
         for key in TOKEN_IDS:
@@ -83,16 +84,15 @@ class ToNanotron(Target):
                                       f"tensor with {first} weights; choose one with --dtype")
         return layout
 
-    def documents(self, source: Source, layout: Layout, dtype: str, destination: Path,
+    def documents(self, source: Source, layout: NanotronLayout, dtype: str, destination: Path,
                   companions: Iterable[str]) -> dict[str, bytes]:
         has_tokenizer = any(name.startswith("tokenizer") for name in companions)
         return documents(source.config, self.rules, source.family.has_attention_bias, dtype, destination, has_tokenizer)
 
-    def facts(self, layout: Layout) -> dict[str, Any]:
-        assert isinstance(layout, NanotronLayout), "it is made by this"
+    def facts(self, layout: NanotronLayout) -> dict[str, Any]:
         return layout.facts | {"dp": self.rules.topology.dp, "stages": _stage_table(layout)}
 
-    def lines(self, layout: Layout, facts: Mapping[str, Any]) -> Iterator[str]:
+    def lines(self, layout: NanotronLayout, facts: Mapping[str, Any]) -> Iterator[str]:
         yield "stage    blocks                                             files       bytes"
         for row in facts["stages"]:
             yield f"{row['stage']:<8} {blocks_text(row['blocks']):<48} {row['files']:>7} {human(row['nbytes']):>11}"
@@ -115,8 +115,8 @@ def _stage_table(layout: NanotronLayout) -> list[dict[str, Any]]:
     examples: dict[Any, Group] = {}
     counts: Counter[tuple[int, Any]] = Counter()
     for group in layout.groups():
-        examples.setdefault(group.kind, group)
-        counts[layout.stage_of(group), group.kind] += 1
+        examples.setdefault(group.storage_class, group)
+        counts[layout.stage_of(group), group.storage_class] += 1
     for (stage, kind), count in counts.items():
         ranks = layout.ranks_of(examples[kind])
         rows[stage]["files"] += count * len(ranks)

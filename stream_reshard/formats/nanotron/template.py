@@ -8,12 +8,11 @@ from itertools import islice
 from pathlib import Path
 
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted
-from stream_reshard.formats.base import Source
+from stream_reshard.formats.base import Described, Source
 from stream_reshard.formats.differences import layout_differences
-from stream_reshard.formats.layout import Layout
 from stream_reshard.formats.nanotron.layout import NanotronLayout
 from stream_reshard.formats.nanotron.rules import STAGES, padded_size
-from stream_reshard.formats.nanotron.source import open_nanotron
+from stream_reshard.formats.nanotron.source import NanotronSource, open_nanotron
 from stream_reshard.formats.nanotron.target import ToNanotron
 from stream_reshard.model.architectures import Family
 from stream_reshard.model.parameters import TOKEN_IDS, Model, ModelConfig
@@ -33,22 +32,19 @@ class LikeTemplate(ToNanotron):
     template: NanotronLayout
 
     @classmethod
-    def of(cls, options: Options, source: Source, max_nbytes: int) -> LikeTemplate:
-        """Read the headers of the template, none of more than `max_nbytes`. Raises Refused where it makes no sense, is
-        of another model, or a flag asks for something else than it has."""
-        problems, root = Problems(), options.template
-        assert root is not None, "it is asked for"
-        problems.extend(_flag_problems(options))
+    def chosen_like(cls, root: Path, options: Options, source: Described, max_nbytes: int) -> LikeTemplate:
+        """Read the headers of the template at `root`, none of more than `max_nbytes`. Raises Refused where it makes no
+        sense, is of another model, or a flag asks for something else than it has."""
+        problems = Problems(_flag_problems(options))
         opened = open_nanotron(root, max_nbytes, None, problems, is_exact=False)
         if opened is not None:
             problems.extend(_model_problems(root, opened, source.family, source.config))
-        problems.raise_if_any()
-        assert opened and isinstance(opened.layout, NanotronLayout), "otherwise there are problems"
-        rules, vocab_size = opened.layout.rules, source.config.vocab_size
-        rows = rules.padded_vocab(opened.config.vocab_size)
+        template = problems.required(opened if isinstance(opened, NanotronSource) else None)
+        rules, vocab_size = template.layout.rules, source.config.vocab_size
+        rows = rules.padded_vocab(template.config.vocab_size)
         multiple = next(n for n in range(1, rows + 1) if padded_size(vocab_size, rules.topology.tp * n) == rows)
         return cls(replace(rules, topology=replace(rules.topology, dp=options.topology.dp), vocab_multiple=multiple),
-                   opened.layout)
+                   template.layout)
 
     def problems(self, model: Model) -> Problems:
         return Problems()  # It has been cut like this already.
@@ -56,9 +52,8 @@ class LikeTemplate(ToNanotron):
     def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> NanotronLayout:
         return NanotronLayout(root, model, self.rules, self.template.dtypes, stages=self.template.stages)
 
-    def notes(self, source: Source, layout: Layout) -> Iterator[str]:
+    def notes(self, source: Source, layout: NanotronLayout) -> Iterator[str]:
         """Differences of the template from the choices of this tool, tensor by tensor."""
-        assert isinstance(layout, NanotronLayout) and source.layout, "it is made by this"
         yield from super().notes(source, layout)
         own = NanotronLayout(layout.root, layout.model, replace(self.rules, vocab_rows=None, vocab_multiple=1),
                              source.layout.dtype_at)
@@ -68,8 +63,7 @@ class LikeTemplate(ToNanotron):
         if num_more := sum(1 for _ in differences):
             yield f"and {num_more} more; `diff` with a conversion without --template lists all"
 
-    def accepted(self, layout: Layout) -> Iterator[str]:
-        assert isinstance(layout, NanotronLayout), "it is made by this"
+    def accepted_differences(self, layout: NanotronLayout) -> Iterator[str]:
         if layout.moved_blocks:
             yield STAGES
 
@@ -87,7 +81,7 @@ def _flag_problems(options: Options) -> Iterator[UsageError]:
         yield UsageError("--dtype with --template: the template decides that")
 
 
-def _model_problems(root: Path, template: Source, family: Family, config: ModelConfig) -> Iterator[SourceError]:
+def _model_problems(root: Path, template: Described, family: Family, config: ModelConfig) -> Iterator[SourceError]:
     """Problems where the template is a checkpoint of another model."""
     if template.family.rows != family.rows:
         yield SourceError(f"{quoted(root)} holds a {template.family.name} model, the source is {family.name}")
@@ -95,6 +89,6 @@ def _model_problems(root: Path, template: Source, family: Family, config: ModelC
         mine, theirs = getattr(template.config, field.name), getattr(config, field.name)
         if mine != theirs and field.name not in _MAY_DIFFER:
             yield SourceError(f"{quoted(root)}: {field.name} is {quoted(mine)}, in the source {quoted(theirs)}")
-    rows = template.layout.facts["vocab_rows"] if template.layout else config.vocab_size
+    rows = template.layout.facts["vocab_rows"] if isinstance(template, Source) else config.vocab_size
     if rows < config.vocab_size:
         yield SourceError(f"{quoted(root)}: its embedding has {rows} rows, the source needs {config.vocab_size}")

@@ -36,7 +36,7 @@ MAX_PAIRS = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class Rank:
     """Coordinates of a sharded file on the parallel axes, as its name gives them."""
 
     pp: int
@@ -52,7 +52,7 @@ class WeightFile:
     file: TensorFile
     parameter: str
     """Dotted name, below `model.`."""
-    place: Place | None
+    rank: Rank | None
     """None where the file holds the whole parameter for every rank."""
     version: str | None
     """Format version in the header; None where the file is not sharded."""
@@ -68,16 +68,16 @@ class WeightFile:
         return self.file.tensors[0]
 
 
-def parse_path(path: str) -> tuple[str, Place | None]:
-    """(parameter, place) of a path below the checkpoint's root. Raises SourceError for what Nanotron does not write."""
+def parse_path(path: str) -> tuple[str, Rank | None]:
+    """(parameter, rank) of a path below the checkpoint's root. Raises SourceError for what Nanotron does not write."""
     *folders, name = path.split("/")
     match = _FILE_NAME.fullmatch(name)
     if tuple(folders[:2]) != WEIGHTS_FOLDER or not folders[2:] or not all(map(_FOLDER.fullmatch, folders)) or not match:
         raise SourceError(f"{quoted(path)} is not a file that Nanotron writes")
-    place = Place(*map(int, match.groups()[1:])) if match[2] else None
-    if place and not (place.pp < place.num_pp and place.tp < place.num_tp):
+    rank = Rank(*map(int, match.groups()[1:])) if match[2] else None
+    if rank and not (rank.pp < rank.num_pp and rank.tp < rank.num_tp):
         raise SourceError(f"{quoted(path)} names a rank past the number of ranks")
-    return ".".join([*folders[2:], match[1]]), place
+    return ".".join([*folders[2:], match[1]]), rank
 
 
 def read_weight_file(root: Path, path: str, max_nbytes: int) -> WeightFile:
@@ -89,11 +89,11 @@ def read_weight_file(root: Path, path: str, max_nbytes: int) -> WeightFile:
 def parse_weight_file(file: TensorFile) -> WeightFile:
     """The file as its name and header tell it. Raises SourceError where they make no sense, or not with each other."""
     try:
-        parameter, place = parse_path(file.path)
+        parameter, rank = parse_path(file.path)
         if [tensor.key for tensor in file.tensors] != ["data"]:
             raise SourceError("its header must name one tensor, data")
         shape, metadata = file.tensors[0].shape, dict(file.metadata)
-        if place is None:
+        if rank is None:
             if metadata:
                 raise SourceError("a file without ranks in its name must have no header fields")
             return WeightFile(file, parameter, None, None, shape, ((Box.whole(shape), Box.whole(shape)),))
@@ -107,7 +107,7 @@ def parse_weight_file(file: TensorFile) -> WeightFile:
                               f"may be anything; known are {', '.join(KNOWN_VERSIONS)}")
         unsharded = parse_shape(metadata["unsharded_shape"])
         pairs = parse_pairs(metadata["local_global_slices_pairs"], shape, unsharded)
-        return WeightFile(file, parameter, place, metadata["version"], unsharded, pairs)
+        return WeightFile(file, parameter, rank, metadata["version"], unsharded, pairs)
     except SourceError as error:
         if str(error).startswith(quoted(file.path)):
             raise

@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from stream_reshard.check.weights.agreement import WITHOUT_EFFECT
 from stream_reshard.check.weights.checkpoint import Checkpoint
@@ -13,58 +12,27 @@ from stream_reshard.check.weights.side import Side
 from stream_reshard.errors import UsageError, quoted
 from stream_reshard.formats.nanotron.config import METADATA_NAME, NEUTRAL
 from stream_reshard.formats.nanotron.rules import STAGES
-from stream_reshard.formats.unsupported import ALLOWABLE
-from stream_reshard.machine import memory
+from stream_reshard.options import ALLOWABLE, VerifyOptions
 from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES
 
 PADDING = "padding"
 """Name in `allow` for padding rows that are not zero: Nanotron itself leaves them to chance."""
 
 
-@dataclass(frozen=True)
-class How:
-    """Scope and resources of the comparison of two checkpoints."""
-
-    max_memory: int = memory.DEFAULT_ALLOWED
-    """Limit on the peak resident set of the process tree, in bytes."""
-    num_workers: int | None = None
-    """Parts that are compared at the same time. None: as many as measured best."""
-    quick: bool = False
-    """Compare structure, configs and digests only; no weight of the source is read."""
-    sample: float = 1.0
-    """Part of the weights that is compared, above 0; below 1, digests of tensor files are left out too."""
-    seed: int = 0
-    """Chooses the sample."""
-    dtype: str = "keep"
-    """Dtype to which the source is cast first; `keep`: the one that the copy's manifest says, else none."""
-    vocab_size: int | None = None
-    """Rows of the embedding without padding, of a Nanotron source that does not say it."""
-    allow: tuple[str, ...] = ()
-    """Names of settings that may differ, beside those that the copy's manifest accepts and the copy does not state."""
-    edited: tuple[str, ...] = ()
-    """Paths of files in the copy that were edited on purpose: their digests are not compared."""
-    ignored: tuple[str, ...] = ()
-    """Paths in the copy that are not part of it."""
-    name: Path | None = None
-    """Final path of the copy; None: its present path."""
-    plan: memory.MemoryPlan | None = None
-    """Memory plan of a run that read or wrote both folders itself; their small files then need no cap."""
-
-
-def check_names(other: Side, how: How) -> None:
+def check_names(other: Side, options: VerifyOptions) -> None:
     """Raises UsageError for names that mean nothing: what they should have let through would be missed."""
     names = dict.fromkeys([*ALLOWABLE, *NEUTRAL, *WITHOUT_EFFECT, PADDING, STAGES, CONFIG_YAML, METADATA_NAME])
-    for name in how.allow:
+    for name in options.allow:
         if name not in names:
             raise UsageError(f"--allow {quoted(name)}: the names are {', '.join(names)}")
-    for path in how.edited:
+    for path in options.edited:
         if not os.path.lexists(other.root / path):
             raise UsageError(f"--edited {quoted(path)}: there is no such file in {quoted(other.root)}")
 
 
-def with_vocabulary(original: Side, how: How) -> Side:
+def with_vocabulary(original: Side, options: VerifyOptions) -> Side:
     """The source with as many rows of the embedding as a user says. Raises UsageError where that cannot be."""
-    checkpoint, told = original.checkpoint, how.vocab_size
+    checkpoint, told = original.checkpoint, options.vocab_size
     if checkpoint is None or told is None:
         return original
     if not checkpoint.is_nanotron:
@@ -76,14 +44,14 @@ def with_vocabulary(original: Side, how: How) -> Side:
     return replace(original, checkpoint=replace(checkpoint, vocab_size=told))
 
 
-def rule_of(source: Checkpoint, copy: Checkpoint, other: Side, how: How, block_nbytes: int) -> Rule:
-    return Rule(block_nbytes, true_vocab_size(source, copy), cast_to(other, how), how.sample, how.seed,
-                PADDING not in how.allow, source.vocab_size is not None)
+def rule_of(source: Checkpoint, copy: Checkpoint, other: Side, options: VerifyOptions, block_nbytes: int) -> Rule:
+    return Rule(block_nbytes, true_vocab_size(source, copy), cast_to(other, options), options.sample, options.seed,
+                PADDING not in options.allow, source.vocab_size is not None)
 
 
-def cast_to(other: Side, how: How) -> str | None:
+def cast_to(other: Side, options: VerifyOptions) -> str | None:
     """The safetensors dtype that the source is cast to; None where it is compared as it is."""
-    return SAFETENSORS_DTYPES.get(how.dtype if how.dtype != "keep" else other.dtype)
+    return SAFETENSORS_DTYPES.get(options.dtype if options.dtype != "keep" else other.dtype)
 
 
 def true_vocab_size(source: Checkpoint, copy: Checkpoint) -> int:

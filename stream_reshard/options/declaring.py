@@ -1,0 +1,157 @@
+"""Declaring options: a field of a dataclass holds everything that flags, the interface and documents need."""
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from stream_reshard.errors import Problems, UsageError, quoted
+
+T = TypeVar("T")
+Own = TypeVar("Own", bound="Declared")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One declared choice."""
+
+    help: str
+    """Meaning, without the default; a `%` is doubled."""
+    metavar: str = ""
+    """Word for the value in a usage line."""
+    least: int | None = None
+    """Smallest int that is taken."""
+    parse: Callable[[str], Any] | None = None
+    """Value of a text that a user wrote. Raises UsageError."""
+    shown: str = ""
+    """Default as a person reads it; "" where it is the value itself."""
+    name: str = ""
+    kind: Any = None
+    """Type without None: bool, int, float, str, Path, tuple[str, ...] or a Literal."""
+    is_optional: bool = False
+    default: Any = None
+
+    @property
+    def flag(self) -> str:
+        """The option on a command line."""
+        return flag_of(self.name)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that are taken; () where any of the type is."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def text(self) -> str:
+        """Meaning and default."""
+        shown = self.shown or (str(self.default) if self.default not in (None, False, ()) else "")
+        return f"{self.help} (default {shown})" if shown else self.help
+
+    def value_of(self, said: Any) -> Any:
+        """The value that a user means: a text where a size or a part is wanted, a path in any form, one name instead of
+        several. Raises UsageError."""
+        if self.parse is not None and isinstance(said, str):
+            return self.parse(said)
+        if self.kind is Path and isinstance(said, (str, PathLike)):
+            if not fspath(said):
+                raise UsageError(f"{self.flag}: the path is empty")
+            return Path(said)
+        if get_origin(self.kind) is tuple:
+            return (said,) if isinstance(said, str) else tuple(said)
+        return said
+
+    def check(self, value: Any) -> None:
+        """Raises UsageError for a value that the option does not take."""
+        if value is None and self.is_optional:
+            return
+        if self.choices:
+            if value not in self.choices:
+                raise UsageError(f"{self.flag} {quoted(value)}: choose {_listed(self.choices)}"
+                                 f"{did_you_mean(str(value), self.choices)}")
+        elif not self._is_of_kind(value):
+            raise UsageError(f"{self.flag} {quoted(value)} is not {_WORDS.get(self.kind, 'a list of names')}")
+        elif self.least is not None and value < self.least:
+            raise UsageError(f"{self.flag} {value}: it is at least {self.least}")
+
+    def _is_of_kind(self, value: Any) -> bool:
+        if get_origin(self.kind) is tuple:
+            return isinstance(value, tuple) and all(isinstance(word, str) for word in value)
+        if self.kind is float:
+            return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
+
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+
+_KEY = "option"
+
+
+def option(default: T, help: str, *, metavar: str = "", least: int | None = None,
+           parse: Callable[[str], Any] | None = None, shown: str = "") -> T:
+    """A field that declares an option; the parameters are those of `Option`."""
+    return field(default=default, metadata={_KEY: Option(help, metavar, least, parse, shown)})
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A value whose fields are options. No value that an option does not take ever exists."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError with a line for every wrong choice."""
+        problems = Problems()
+        for own in options_of(type(self)):
+            problems.collect(own.check, getattr(self, own.name))
+        _raise_all(problems)
+
+    @classmethod
+    def of(cls: type[Own], **said: Any) -> Own:
+        """The options that a user means (`Option.value_of`). Raises UsageError with a line for every wrong choice."""
+        problems, values = Problems(), dict(said)
+        for own in options_of(cls):
+            if said.get(own.name) is not None:
+                values[own.name] = problems.collect(own.value_of, said[own.name])
+        _raise_all(problems)
+        return cls(**values)
+
+
+def _raise_all(problems: Problems) -> None:
+    if problems:
+        raise UsageError("\n".join(map(str, problems)))
+
+
+def options_of(cls: type[Declared]) -> tuple[Option, ...]:
+    """The options that a class declares, its own first."""
+    return tuple(sorted(_options_of(cls), key=lambda own: own.name not in cls.__annotations__))
+
+
+def _options_of(cls: type[Declared]) -> Iterator[Option]:
+    hints = get_type_hints(cls)
+    for own in fields(cls):
+        if _KEY in own.metadata:
+            kinds = [kind for kind in _members(hints[own.name]) if kind is not type(None)]
+            yield replace(own.metadata[_KEY], name=own.name, kind=kinds[0], default=own.default,
+                          is_optional=len(kinds) < len(_members(hints[own.name])))
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def did_you_mean(word: str, known: tuple[str, ...]) -> str:
+    """The end of a message that names the known word nearest to a wrong one, if any is near."""
+    import difflib
+    near = difflib.get_close_matches(word.lower(), known, 1)
+    near = near or [name for name in known if name.startswith(word.lower()) or word.lower().startswith(name)][:1]
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _listed(words: tuple[str, ...]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))

@@ -1,0 +1,32 @@
+"""Memory and workers: options of every command that reads weights."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stream_reshard.machine import memory
+from stream_reshard.machine.kernel import num_cores
+from stream_reshard.options.declaring import Declared, option
+
+Dtype = Literal["keep", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources(Declared):
+    """Memory and workers of any command that reads weights."""
+
+    max_memory: int = option(memory.DEFAULT_ALLOWED, "limit on the peak resident set of the whole process tree, the "
+                             "interpreter included", metavar="SIZE", parse=memory.parse_nbytes, least=1, shown="512MiB")
+    workers: int | None = option(None, "jobs that move bytes at the same time; they share --max-memory, and the result "
+                                 "does not depend on them", metavar="N", least=1,
+                                 shown="an eighth of the cores that control groups grant, 1 to 8")
+
+    @property
+    def allowed_memory(self) -> int:
+        """`max_memory`, but never more than the machine has, in bytes."""
+        return min(self.max_memory, memory.machine_limit())
+
+    @property
+    def num_workers(self) -> int:
+        """`workers`, or what measured best."""
+        return self.workers or memory.default_workers(self.allowed_memory, num_cores())
