@@ -32,7 +32,7 @@ _VERSION_MADE, _VERSION_NEEDED = 0x031E, 45
 _ID_NBYTES = 40
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class NewRecord:
     """A record of a file to be written."""
 

@@ -59,7 +59,7 @@ class NoEnd(ValueError):
     """A file that does not end as a zip file does, in words."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Member:
     """A member of a zip file."""
 
@@ -80,7 +80,7 @@ class _Directory:
     num_members: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Entry:
     """A member as the central directory describes it."""
 
