@@ -21,8 +21,8 @@ from stream_reshard.storage.torch_values import StorageReference, TensorReferenc
 from stream_reshard.storage.zip_file import Member, NoEnd, NoRoom, ReadAt, read_members
 
 MAX_PICKLE_NBYTES = 32 * 2**20
-"""Cap on data.pkl and on the directory: 100,000 tensors take some 11 MB. Reading takes some 20 times as much memory, and
-for a hostile file at most 40 times."""
+"""Cap on data.pkl and on the directory: 100,000 tensors take some 11 MB. Reading takes some 20 times as much memory; of
+a hostile file at most 40 times."""
 
 _VERSIONS = range(1, 11)
 """Of the container (caffe2/serialize/versions.h, kMinSupportedFileFormatVersion to kMaxSupportedFileFormatVersion)."""
