@@ -195,7 +195,7 @@ def test_golden_masters_share_one_storage():
     ("big", "'big' endian", SourceError), ("cut", "cut off", Cause), ("pointer", "Git LFS pointer", Cause),
     ("page", "a page of HTML", Cause), ("empty", "is empty", Cause), ("noise", "no zip file", SourceError),
     ("absent", "No such file", SourceError), ("folder", "not a file", SourceError), ("link", "a link to", Cause),
-    ("protocol 4", "protocol 2", SourceError), ("version", "its version is '11'", SourceError)])
+    ("long", "version has 99 bytes, the limit is 64", SourceError), ("protocol 4", "protocol 2", SourceError), ("version", "its version is '11'", SourceError)])
 def test_other_files_are_told_with_a_cure(content, words, kind, tmp_path):
     path = tmp_path / "state.pt"
     whole = saved({"a": some("int8", 3)}, tmp_path, "whole.pt").read_bytes()
@@ -210,6 +210,7 @@ def test_other_files_are_told_with_a_cure(content, words, kind, tmp_path):
         "page": lambda: path.write_text("<!DOCTYPE html><html></html>"), "noise": lambda: path.write_bytes(b"\x01\xfe" * 999),
         "absent": lambda: None, "folder": path.mkdir, "link": lambda: path.symlink_to(tmp_path / "nowhere"),
         "protocol 4": lambda: torch.save([1], path, pickle_protocol=4),
+        "long": lambda: path.write_bytes(changed(whole, "version", b"3" * 99)),
         "version": lambda: path.write_bytes(changed(whole, "version", b"11"))}
     makers[content]()
     with pytest.raises(kind) as error:
@@ -237,6 +238,14 @@ def test_a_damaged_pickle_is_told(tmp_path):
     content[at] ^= 1
     path.write_bytes(content)
     with pytest.raises(SourceError, match="damaged: its CRC-32"):
+        read(path)
+
+
+def test_a_file_that_shrinks_meanwhile_is_told(tmp_path, monkeypatch):
+    path = saved({"a": some("int8", 3)}, tmp_path)
+    whole = torch_file.os.pread
+    monkeypatch.setattr(torch_file.os, "pread", lambda *place: whole(*place)[:-1])
+    with pytest.raises(SourceError, match="did it change meanwhile"):
         read(path)
 
 

@@ -136,6 +136,16 @@ PICKLES = {
     "shape in a list": (P + tensor(shape=b"]K\3a") + b".", "not plain sizes"),
     "nine dims": (P + tensor(shape=b"(" + b"K\1" * 9 + b"t", strides=b"(" + b"K\1" * 9 + b"t") + b".", "more than 8 dims"),
     "more dims than strides": (P + tensor(shape=b"K\1K\3\x86") + b".", "not plain sizes"),
+    "tensor of a number": (P + TENSOR + b"(K\1K\0))\x89" + ORDERED + b"tR.", "no storage with a dtype"),
+    "tensor of bytes": (P + tensor().replace(b"torch\nFloat", b"torch.storage\nUntyped") + b".", "no storage with a dtype"),
+    "no dtype": (P + tensor(hooks=ORDERED + b"K\1").replace(b"_v2", b"_v3") + b".", "no dtype that is known"),
+    "dtype that is a class": (P + tensor(hooks=ORDERED + b"ctorch\nFloatStorage\n").replace(b"_v2", b"_v3") + b".", "no dtype that"),
+    "dtype of another storage": (P + tensor(hooks=ORDERED + b"ctorch\nuint16\n").replace(b"_v2", b"_v3") + b".", "no storage of bytes"),
+    "dict of something": (P + ORDERED[:-2] + b"]\x85R.", "an OrderedDict is made of something"),
+    "hooks of a parameter": (P + b"ctorch._utils\n_rebuild_parameter\n" + tensor() + b"\x88}\x87R.", "a parameter has hooks"),
+    "device": (P + tensor().replace(b"cpu", b"CPU") + b".", "elements on 'CPU'"),
+    "number past the end": (P + b"J\0", "cut off, or takes"), "float past the end": (P + b"G1234", "cut off, or takes"),
+    "tuple of too few": (P + b"N\x86.", "cut off, or takes"), "name past the end": (P + b"cos", "a name of more than"),
     "hooks": (P + tensor(hooks=b"}") + b".", "has hooks"),
     "hooks that are filled": (P + tensor(hooks=ORDERED + b"K\1K\1s") + b".", "has hooks"),
     "bits of a view": (P + tensor(hooks=ORDERED + b"}X\4\0\0\0conj\x88s") + b".", "conjugate"),
@@ -175,23 +185,23 @@ def nested(opener, depth, closer=b""):
     return P + opener * depth + b"N" + closer * depth + b"."
 
 
-def doubled(levels, how=b"\x86"):
+def doubled(levels):
     """A tree in which each value is twice in the next: 2 to the power of `levels` values in a few bytes."""
-    return P + b"Nq\0" + b"".join(b"h%ch%c%sq%c" % (i, i, how, i + 1) for i in range(levels)) + b"."
+    return P + b"N" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(levels)) + b"."
 
 
 NUM = 200_000
 BOMBS = {
     "lists in lists": nested(b"](", NUM, b"e"), "tuples in tuples": P + b"N" + b"\x85" * NUM + b".",
     "dicts in dicts": P + b"}K\1" * NUM + b"N" + b"s" * NUM + b".", "marks": P + b"(" * NUM + b".",
-    "doubled tuples": doubled(60), "doubled lists": P + b"]q\0" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b".",
+    "doubled tuples": doubled(60), "doubled lists": P + b"](]q\0" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b"e.",
     "doubled in a call": doubled(60)[:-1] + b")R.", "doubled as a key": P + b"}" + doubled(60)[2:-1] + b"Ns.",
     "doubled as a storage": doubled(60)[:-1] + b"Q.",
     "doubled as a numel": P + tensor(numel=doubled(60)[2:-1]) + b".",
     "doubled as a shape": P + tensor(shape=doubled(60)[2:-1]) + b".",
     "deep by turns": P + b"](Nq\0" + b"".join(b"j" + struct.pack("<I", i) + b"\x85r" + struct.pack("<I", i + 1) for i in range(300)) + b"e.",
     "empty lists": P + b"(" + b"]" * NUM + b"t.", "empty dicts": P + b"(" + b"}" * NUM + b"t.",
-    "ordered dicts": P + b"(ccollections\nOrderedDict\nq\0" + b"h\0)R" * NUM + b"t.",
+    "ordered dicts": P + b"(" + ORDERED[:-2] + b"q\0)R" + b"h\0)R" * NUM + b"t.",
     "tuples": P + b"(" + b"N\x85" * NUM + b"t.",
     "memo": P + b"(" + b"".join(b"Nr" + struct.pack("<I", i * 20011 % 2**32) for i in range(NUM)) + b"t.",
     "far memo": P + b"Nr\xff\xff\xff\xff.", "numbers": P + b"(" + b"K\1" * NUM + b"t.",
@@ -217,6 +227,30 @@ def test_bombs_cost_what_their_bytes_cost(case):
     assert time.process_time() - started < 10
     refused = case not in ("numbers", "memo", "far memo", "texts", "keys", "integers")
     assert (result is None) == refused or case == "integers"
+
+
+def test_records_beyond_all_numbers(tmp_path):
+    """Two that are as long as a file can say, one behind the other."""
+    path = saved([torch.ones(3)], tmp_path)
+    made = Zip(path.read_bytes())
+    del made.records[2:]
+    size = 2**64 - 60
+    spoiled(0, size=2**32 - 1, packed=2**32 - 1)(made)
+    spoiled(0, 3, size=2**32 - 1, packed=2**32 - 1)(made)
+    spoiled(1, offset=2**32 - 1)(made)
+    set_part(0, 4, wide(struct.pack("<QQ", size, size)))(made)
+    set_part(1, 4, wide(struct.pack("<Q", size + 44)))(made)
+    path.write_bytes(bytes(made))
+    with pytest.raises(SourceError, match="overlaps what begins at"):
+        read(path)
+
+
+@pytest.mark.parametrize("content, words", [(b"PK\3\4", "too few for a zip file"), (b"PK\3\4" + bytes(21), "cut off"),
+                                            (b"PK\5\6" + bytes(18), "an empty zip file")])
+def test_short_files_are_refused(content, words, tmp_path):
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(SourceError, match=words):
+        read(tmp_path / "state.pt")
 
 
 class Zip:
