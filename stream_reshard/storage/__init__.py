@@ -12,4 +12,16 @@
 - json_text:   JSON of others, its faults named by key and line
 - json_stream: a JSON object too large to be parsed at once
 - stand_ins:   things that stand in place of a file, told by their first bytes
+
+and the files of torch.save, read and written without torch:
+
+- torch_file:        a .pt file: its values, and where the bytes of its tensors stand
+- torch_writer:      the bytes of a .pt file around those of its tensors
+- torch_values:      tensors and storages as such a file names them
+- torch_names:       the names that it may use, and what is made of them
+- restricted_pickle: its values, read by an interpreter that calls nothing
+- pickle_writer:     its values, written
+- value_tree:        walks through them, in bounded time
+- zip_file:          its container, read by byte ranges
+- crc32:             checksums of pieces, combined
 """
