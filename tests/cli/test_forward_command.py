@@ -11,8 +11,7 @@ from running import call
 from stream_reshard import api
 from stream_reshard.errors import Interrupted, Refused
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("transformers")
 
 WORDS = ["never", "half", "a", "checkpoint", "is", "left", "of", "what", "was", "whole"]
 
@@ -41,6 +40,7 @@ def forward(capsys):
 
 
 def loss_of_transformers(folder, tokens):
+    import torch
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_any_two_formats_are_compared(pair, tmp_path, forward, flags):
         assert code == 0 and said["agrees"], err
 
 
-def test_a_cast_is_taken_over_or_shows_itself(pair, tmp_path, forward):
+def test_a_cast_is_taken_over_or_shows_itself(pair, tmp_path, forward, torch):
     """By default the source is rounded as the conversion rounded it; --dtype float32 shows what rounding costs."""
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
@@ -100,7 +100,7 @@ def test_a_cast_is_taken_over_or_shows_itself(pair, tmp_path, forward):
     assert (code, said["dtype"]) == (0, "bfloat16")
 
 
-def test_the_router_is_not_rounded_with_the_rest(tmp_path, forward):
+def test_the_router_is_not_rounded_with_the_rest(tmp_path, forward, torch):
     """Nanotron keeps it in float32, so a cast leaves it out."""
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "bf16", *PLAIN["qwen2_moe"]), dtype=torch.float32)
