@@ -174,7 +174,7 @@ def test_flags_that_make_no_sense(pair, capsys, flags, code, words):
 @pytest.mark.parametrize("flags", [("--text", "x"), ("--tokens", 5), ("--tolerance", 1), ("--plot", "x.png")], ids=str)
 def test_flags_of_a_forward_pass_alone_mean_nothing(pair, capsys, flags):
     assert call("verify", *pair, *flags) == 2
-    assert f"{flags[0]} means nothing without --forward" in capsys.readouterr().err
+    assert f"{flags[0]} has no effect without --forward" in capsys.readouterr().err
 
 
 def test_a_long_text_is_cut_between_letters(pair, tmp_path, forward):
