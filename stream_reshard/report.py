@@ -1,4 +1,4 @@
-"""Report: a plan or an outcome in the one shape that all results have: facts for programs, lines for people."""
+"""Report: the shape of every plan and outcome: facts for programs, lines for people."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -7,17 +7,17 @@ from typing import Any
 
 
 class Reported(ABC):
-    """A plan or an outcome."""
+    """A plan or an outcome, as facts and lines."""
 
     @property
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Everything, as JSON takes it; sizes in bytes."""
+        """All facts, for JSON; sizes in bytes."""
 
     @property
     @abstractmethod
     def lines(self) -> tuple[str, ...]:
-        """The facts for a person, line by line."""
+        """The facts as lines of text, for a person."""
 
     def __repr__(self) -> str:
         first = " ".join(self.lines[0].split()) if self.lines else "nothing"
@@ -28,7 +28,7 @@ class Reported(ABC):
 
 
 class Report(Reported):
-    """The outcome of a command that makes nothing."""
+    """The outcome of a command that writes no checkpoint."""
 
     def __init__(self, facts: dict[str, Any], lines: tuple[str, ...]):
         self._facts, self._lines = facts, lines

@@ -1,4 +1,4 @@
-"""The command line: flags to `api`, results to stdout, progress and messages to stderr, errors to exit codes."""
+"""The commands: flags to `api`, results to stdout, progress and messages to stderr, errors to exit codes."""
 from __future__ import annotations
 
 import argparse
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from stream_reshard.check.forward.report import ForwardResult
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Signals that ask a run to stop; batch systems send the last one some time before the limit."""
+"""Signals that ask a run to stop; batch systems send SIGUSR1 some time before the time limit."""
 
 
 def _choices(arguments: argparse.Namespace, options: type[Declared]) -> dict[str, Any]:
-    """The declared options among the flags, by name."""
+    """The values of the declared options, by name."""
     return {own.name: getattr(arguments, own.name) for own in options_of(options)}
 
 
@@ -40,22 +40,22 @@ def _planned(arguments: argparse.Namespace, stop: Stop) -> api.Conversion:
 
 def _print(arguments: argparse.Namespace, report: Reported) -> None:
     if arguments.json:
-        _say(json.dumps(report.facts, indent=1))
+        _print_result(json.dumps(report.facts, indent=1))
     elif not arguments.quiet:
-        _say(str(report))
+        _print_result(str(report))
 
 
-def _say(text: str) -> None:
-    """Print to stdout. Raises ResourceError where it takes nothing more."""
+def _print_result(text: str) -> None:
+    """Print to stdout. Raises ResourceError if that fails."""
     try:
         print(text, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # What is left in the buffer goes there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # The rest of the buffer is written there.
         raise ResourceError(f"standard output: {error.strerror}") from error
 
 
-def _tell(text: str) -> None:
-    """Print to stderr. Where nobody listens the exit code has to do."""
+def _print_message(text: str) -> None:
+    """Print to stderr. A failure is ignored: the exit code holds the outcome."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -63,7 +63,7 @@ def _tell(text: str) -> None:
 
 
 def _bar(total: int, quiet: bool, **look: Any) -> Any:
-    """A progress bar; None when stderr is no terminal."""
+    """A progress bar; None if stderr is no terminal."""
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         return None
     from tqdm import tqdm
@@ -74,7 +74,7 @@ def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
     """`SRC DST`: plan, print the plan, run it, print the summary."""
     conversion = _planned(arguments, stop)
     if not (arguments.json or arguments.quiet or (conversion.is_done and not arguments.overwrite)):
-        _say(str(conversion))
+        _print_result(str(conversion))
     bar = _bar(conversion.plan.nbytes, arguments.quiet, unit="B", unit_scale=True)
 
     def advance(done: int, total: int) -> None:
@@ -97,13 +97,13 @@ def convert_command(arguments: argparse.Namespace, stop: Stop) -> None:
 
 
 def _resume_command(arguments: argparse.Namespace) -> str:
-    """The command that takes up an interrupted run: the same, but for what would throw it away."""
+    """The command that resumes an interrupted run: its own, without flags that would discard its files."""
     kept = [word for word in arguments.argv if word not in ("--restart", "--break-lock")]
     return " ".join(map(shell_word, ["python", "-m", "stream_reshard", *kept]))
 
 
 def plan_command(arguments: argparse.Namespace, stop: Stop) -> None:
-    """`plan SRC [DST]`: everything up to and without the writing."""
+    """`plan SRC [DST]`: print the plan, and write nothing."""
     _print(arguments, _planned(arguments, stop))
 
 
@@ -125,11 +125,11 @@ def verify_command(arguments: argparse.Namespace, stop: Stop) -> None:
 
 
 def _refuse_forward_flags(arguments: argparse.Namespace) -> None:
-    """Raises UsageError for a flag that means nothing without --forward."""
+    """Raises UsageError for a flag that has no effect without --forward."""
     shared = {own.name for own in options_of(VerifyOptions)}
     for own in options_of(ForwardOptions):
         if own.name not in shared and not arguments.forward and getattr(arguments, own.name) != own.default:
-            raise UsageError(f"{own.flag} means nothing without --forward")
+            raise UsageError(f"{own.flag} has no effect without --forward; add it, or leave {own.flag} out")
 
 
 def _raise_other_than_differences(found: Problems) -> None:
@@ -146,7 +146,7 @@ def _verified(arguments: argparse.Namespace, stop: Stop) -> Report:
 def _planned_forward(arguments: argparse.Namespace) -> Any:
     plan = api.plan_forward(arguments.source, arguments.destination, **_choices(arguments, ForwardOptions))
     if not (arguments.json or arguments.quiet):
-        _say(str(plan))
+        _print_result(str(plan))
     return plan
 
 
@@ -157,7 +157,7 @@ def _run_forward(arguments: argparse.Namespace, plan: Any, stop: Stop) -> Forwar
 
 @contextmanager
 def _counted(quiet: bool, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A function for what is done and the total of it, which moves a progress bar where there is one."""
+    """A function of (done, total) that moves a progress bar, if there is one."""
     bar = _bar(0, quiet, unit=unit)
 
     def advance(done: int, total: int) -> None:
@@ -173,12 +173,12 @@ def _counted(quiet: bool, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def inspect_command(arguments: argparse.Namespace, stop: Stop) -> None:
-    """`inspect DIR`."""
+    """`inspect DIR`: print the contents of a folder."""
     _print(arguments, api.inspect(arguments.source, values=arguments.values, stop=stop))
 
 
 def diff_command(arguments: argparse.Namespace, stop: Stop) -> None:
-    """`diff A B`."""
+    """`diff A B`: print the differences of two layouts."""
     report = api.diff(arguments.source, arguments.destination)
     _print(arguments, report)
     if not report.facts["same"]:
@@ -186,7 +186,7 @@ def diff_command(arguments: argparse.Namespace, stop: Stop) -> None:
 
 
 def demo_command(arguments: argparse.Namespace, stop: Stop) -> None:
-    """`demo`."""
+    """`demo`: convert and verify a small Llama."""
     from stream_reshard.cli.demo import demo
     _print(arguments, demo(arguments.quiet or arguments.json, stop))
 
@@ -197,8 +197,8 @@ _RUN = {"convert": convert_command, "plan": plan_command, "verify": verify_comma
 
 @contextmanager
 def _listening(stop: Stop) -> Iterator[None]:
-    """Let signals ask for a stop: between blocks while files are written, at once while nothing is. A second one ends
-    the process as it stands, which costs the files under way and nothing else."""
+    """Let signals request a stop: between blocks while files are written, else at once. A second signal ends the
+    process immediately; only the unfinished files are lost."""
     def handle(number: int, frame: object) -> None:
         if stop.signal_number:
             os._exit(128 + number)
@@ -206,7 +206,7 @@ def _listening(stop: Stop) -> Iterator[None]:
         if not stop.is_awaited:
             raise stop.interruption()
 
-    # What is ignored stays ignored: nohup means it, and so does a shell for what it runs in the background.
+    # Signals that nohup, or a shell for its background jobs, had ignored stay ignored.
     before = {number: signal.signal(number, handle) for number in _SIGNALS
               if signal.getsignal(number) is not signal.SIG_IGN}
     try:
@@ -229,18 +229,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except StreamReshardError as error:
         for line in str(error).splitlines():
-            _tell(f"error: {line}")
+            _print_message(f"error: {line}")
         if error.hint:
-            _tell(error.hint)
+            _print_message(error.hint)
         return error.exit_code
     except OSError as error:
-        _tell("error: " + (f"{quoted(error.filename)}: " if error.filename else "") + (error.strerror or str(error)))
+        name = f"{quoted(error.filename)}: " if error.filename else ""
+        _print_message(f"error: {name}{error.strerror or error}")
         return ResourceError.exit_code
 
 
 def _mend_streams() -> None:
-    """Have three streams that take every text. One that was closed leads nowhere: the next file that is opened would
-    have its number, and messages would be written into that. Characters that an encoding lacks are escaped."""
+    """Make the three standard streams accept every text. A closed one becomes /dev/null: else the next file that is
+    opened would get its number, and messages. Characters that the encoding of a stream lacks are escaped."""
     for number in range(3):
         try:
             os.fstat(number)

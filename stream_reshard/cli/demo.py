@@ -1,4 +1,4 @@
-"""The demo: a small Llama with random weights, converted to TP=2 PP=2 and verified. Needs no download and no torch."""
+"""The demo: a small Llama with random weights, converted to TP=2 PP=2 and verified, without a download or torch."""
 from __future__ import annotations
 
 import json
@@ -22,7 +22,7 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_
 
 
 def write_random_source(root: Path, config: dict[str, Any], seed: int = 0) -> None:
-    """A Hugging Face folder of this config, in bfloat16, one shard, with seeded random weights of a usual size."""
+    """Write a Hugging Face folder of one shard: the config, and seeded random bfloat16 weights of usual magnitude."""
     import numpy as np
     root.mkdir(parents=True, exist_ok=True)
     (root / CONFIG_NAME).write_text(json.dumps(config, indent=2))
@@ -37,7 +37,7 @@ def write_random_source(root: Path, config: dict[str, Any], seed: int = 0) -> No
 
 
 def demo(quiet: bool, stop: Stop | None = None) -> Report:
-    """Make, convert, verify, in a temporary folder; the facts are those of `verify`."""
+    """Make, convert and verify the model in a temporary folder; the facts are those of `verify`."""
     with tempfile.TemporaryDirectory(prefix="stream_reshard_demo_") as folder:
         source, destination = Path(folder) / "llama", Path(folder) / "nanotron"
         write_random_source(source, CONFIG)

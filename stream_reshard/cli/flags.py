@@ -1,4 +1,4 @@
-"""The flags of every command, made of the declared options. Their meaning is for `options` to say."""
+"""The flags of every command, made from the options that `options` declares."""
 from __future__ import annotations
 
 import argparse
@@ -10,19 +10,19 @@ from stream_reshard.options import ForwardOptions, Options, VerifyOptions
 from stream_reshard.options.declaring import Declared, Option, options_of
 
 COMMANDS = ("plan", "verify", "inspect", "diff", "demo")
-"""The words that may stand in front; without one of them it is a conversion."""
+"""Words that name a command; a command line that begins with none of them is a conversion."""
 
 _OPTIONS: dict[str, tuple[type[Declared], ...]] = {
     "convert": (Options,), "plan": (Options,), "verify": (VerifyOptions, ForwardOptions)}
-"""The options of each command; of two with one name the first is taken."""
+"""The options of each command; of two options of one name, the first is taken."""
 
 _FOLDERS = {
     "convert": [("source", "SRC", "a folder of Hugging Face safetensors shards, or a Nanotron checkpoint"),
                 ("destination", "DST", "the folder to be made; it must be absent or empty")],
     "plan": [("source", "SRC", "a folder of Hugging Face safetensors shards, or a Nanotron checkpoint"),
-             ("destination", "DST", "the folder that would be made")],
-    "verify": [("source", "SRC", "the checkpoint that is right, of either format"),
-               ("destination", "DST", "the checkpoint to compare with it, of either format")],
+             ("destination", "DST", "the folder that the conversion would make")],
+    "verify": [("source", "SRC", "the checkpoint to compare with, of either format"),
+               ("destination", "DST", "the checkpoint to be verified, of either format")],
     "inspect": [("source", "DIR", "a checkpoint folder of either format")],
     "diff": [("source", "A", "a checkpoint folder of either format"),
              ("destination", "B", "another one of the same model")],
@@ -38,15 +38,15 @@ other commands: plan SRC [DST], verify SRC DST, inspect DIR, diff A B, demo; eac
 
 _DESCRIPTIONS = {
     "convert": "Cut a Hugging Face checkpoint for Nanotron's tensor, pipeline and data parallelism, in bounded memory.",
-    "plan": "Say what a conversion would do and need; write nothing.",
+    "plan": "Show the work of a conversion and the memory and disk that it needs; nothing is written.",
     "verify": "Prove that two folders hold the same model: every weight, through the headers of the files themselves.",
-    "inspect": "Say what a checkpoint folder holds.",
-    "diff": "Say in what the layouts of two checkpoints differ, tensor by tensor; no weight is read.",
+    "inspect": "Show the contents of a checkpoint folder.",
+    "diff": "List the differences between the layouts of two checkpoints, tensor by tensor; no weight is read.",
     "demo": "Make a small Llama, convert it to TP=2 PP=2, and verify the result. Needs no download."}
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser of a command; "convert" is the one without a word."""
+    """The parser of a command; "convert" is the command without a word."""
     name = "stream-reshard" + ("" if command == "convert" else f" {command}")
     parser = argparse.ArgumentParser(prog=name, description=_DESCRIPTIONS[command], allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -59,8 +59,8 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     for own in options_in(command).values():
         _add(parser, own)
     if command == "verify":
-        parser.add_argument("--forward", action="store_true", help="also run both over the same tokens, layer by layer "
-                            "in float32, and compare the outcome; needs the extra [torch]")
+        parser.add_argument("--forward", action="store_true", help="also run both models over the same tokens, layer "
+                            "by layer in float32, and compare the results; needs the extra [torch]")
     if command == "inspect":
         parser.add_argument("--values", action="store_true", help="read every weight, and count NaN and infinities")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
@@ -93,7 +93,7 @@ def _add(parser: argparse.ArgumentParser, own: Option) -> None:
 
 
 def _folder(text: str) -> Path:
-    """A path; an empty one is a variable that nobody set, not the working folder."""
+    """A path. An empty one is refused: it comes from an unset variable, and does not mean the working folder."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text)

@@ -1,4 +1,4 @@
-"""Reports for a person and as JSON: the plan, the summary of a run."""
+"""The plan and the outcome of a conversion: for a person, and as JSON."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from stream_reshard.run.output import Done
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 
 _MAX_LISTED = 16
-"""Files that go along and are named."""
+"""Limit on companions that are named; the rest are counted."""
 
 
 def as_json(conversion: Conversion) -> dict[str, Any]:
@@ -73,12 +73,12 @@ class Result(Reported):
     peak_nbytes: int
     """Highest resident set of this process."""
     io: Mapping[str, int]
-    """Bytes that the kernel counted during the run (proc_pid_io(5)): rchar, wchar, read_bytes, write_bytes."""
+    """Bytes by the kernel's counters during the run (proc_pid_io(5)): rchar, wchar, read_bytes, write_bytes."""
     done: Done
 
     @property
     def already_done(self) -> bool:
-        """True where the destination held this very output before, and was not to be made anew."""
+        """True if the destination held this output before the run, and was kept."""
         return self.done.was_finished and not self.conversion.options.overwrite
 
     @property
@@ -86,72 +86,55 @@ class Result(Reported):
         """The plan and its outcome, as JSON; sizes in bytes."""
         if self.already_done:
             return as_json(self.conversion) | {"already_done": True}
-        return summary(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done)
+        done = self.done
+        return as_json(self.conversion) | {
+            "seconds": round(self.seconds, 3), "peak_nbytes": self.peak_nbytes, "num_files_kept": done.num_kept,
+            "leftovers": list(map(str, done.leftovers)), "num_digests": done.num_digests,
+            "nbytes_cloned": done.moved.cloned, "nbytes_copied": done.moved.copied,
+            "nbytes_strided": done.moved.strided, "num_overflowed": done.moved.num_overflowed, "io": dict(self.io),
+            "verified": self.conversion.options.verify, "next": self._next_step[1]}
 
     @property
     def lines(self) -> tuple[str, ...]:
         """Summary of the run, for a person."""
-        if self.already_done:
-            return tuple(_done_lines(self.conversion))
-        return tuple(_summary_lines(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done))
+        word, command = self._next_step
+        return (*(self._already_done_lines() if self.already_done else self._summary()), f"{word:<8} {command}")
 
+    @property
+    def _next_step(self) -> tuple[str, str]:
+        """(word, command) that a user wants to run next."""
+        return self.conversion.target.next_step(self.conversion.output.destination)
 
-def summary(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int], done: Done) -> dict[str, Any]:
-    """Summary of a finished run, as JSON; sizes in bytes. `io`: counts of the kernel during the run."""
-    return as_json(conversion) | {"seconds": round(seconds, 3), "peak_nbytes": peak, "num_files_kept": done.num_kept,
-                                  "leftovers": list(map(str, done.leftovers)), "num_digests": done.num_digests,
-                                  "nbytes_cloned": done.moved.cloned, "nbytes_copied": done.moved.copied,
-                                  "nbytes_strided": done.moved.strided,
-                                  "num_overflowed": done.moved.num_overflowed, "io": dict(io),
-                                  "verified": conversion.options.verify,
-                                  "next": next_step(conversion)[1]}
+    def _summary(self) -> Iterator[str]:
+        conversion, done, memory = self.conversion, self.done, self.conversion.memory
+        options, plan = conversion.options, conversion.plan
+        yield (f"done     {plan.target.num_files} files, {human(plan.nbytes)} in {self.seconds:.1f} s "
+               f"({human(plan.nbytes / max(self.seconds, 1e-9))}/s), durable in {shown(options.destination)}")
+        yield from (f"left     {shown(path)}: the old checkpoint could not be removed" for path in done.leftovers)
+        if done.num_kept:
+            yield f"resumed  {done.num_kept} files were kept from an earlier run, each with the digest in its journal"
+        yield self._moved_line()
+        if done.moved.num_overflowed:
+            yield (f"overflow {done.moved.num_overflowed} weights were too large for {options.dtype} and are infinite "
+                   f"now; choose another --dtype")
+        if options.verify:
+            yield "verified every weight, header and file against the source, before the commit: all equal"
+        yield (f"memory   peak {human(self.peak_nbytes)} measured, {human(memory.projected)} projected, "
+               f"{human(memory.allowed)} allowed")
 
+    def _moved_line(self) -> str:
+        moved, io = self.done.moved, self.io
+        line = f"moved    {human(moved.cloned)} cloned, {human(moved.copied)} copied, {human(moved.strided)} rearranged"
+        if io:
+            line += f"; {human(io['rchar'])} read and {human(io['wchar'])} written by calls"
+        num_without = self.conversion.plan.target.num_files - self.done.num_kept - self.done.num_digests
+        if num_without > 0:
+            line += f"; {num_without} files have no digest" + (
+                ", as they share blocks (--digests all reads them)" if moved.cloned else "")
+        return line
 
-def _summary_lines(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int],
-                   done: Done) -> Iterator[str]:
-    memory, plan = conversion.memory, conversion.plan
-    yield (f"done     {plan.target.num_files} files, {human(plan.nbytes)} in {seconds:.1f} s "
-           f"({human(plan.nbytes / max(seconds, 1e-9))}/s), durable in "
-           f"{shown(conversion.options.destination)}")
-    yield from (f"left     {shown(path)}: the old checkpoint could not be removed" for path in done.leftovers)
-    if done.num_kept:
-        yield f"resumed  {done.num_kept} files were kept from an earlier attempt, each with the digest in its journal"
-    yield _moved_line(conversion, io, done)
-    if done.moved.num_overflowed:
-        yield (f"overflow {done.moved.num_overflowed} weights were too large for {conversion.options.dtype} and are "
-               f"infinite now; choose another --dtype")
-    if conversion.options.verify:
-        yield "verified every weight, header and file against the source, before the commit: all equal"
-    yield (f"memory   peak {human(peak)} measured, {human(memory.projected)} projected, "
-           f"{human(memory.allowed)} allowed")
-    yield _next_line(conversion)
-
-
-def _moved_line(conversion: Conversion, io: Mapping[str, int], done: Done) -> str:
-    moved = done.moved
-    line = f"moved    {human(moved.cloned)} cloned, {human(moved.copied)} copied, {human(moved.strided)} rearranged"
-    if io:
-        line += f"; {human(io['rchar'])} read and {human(io['wchar'])} written by calls"
-    num_without = conversion.plan.target.num_files - done.num_kept - done.num_digests
-    if num_without > 0:
-        line += f"; {num_without} files have no digest" + (
-            ", as they share blocks (--digests all reads them)" if moved.cloned else "")
-    return line
-
-
-def _done_lines(conversion: Conversion) -> Iterator[str]:
-    proof = "and equals the source" if conversion.options.verify else "`verify` proves it"
-    yield (f"done     {shown(conversion.options.destination)} holds this conversion already, complete; {proof}, "
-           f"--overwrite makes it anew")
-    yield _next_line(conversion)
-
-
-def next_step(conversion: Conversion) -> tuple[str, str]:
-    """(word, command) that a user wants to run next."""
-    assert conversion.options.destination is not None, "it was written"
-    return conversion.target.next_step(conversion.options.destination.resolve())
-
-
-def _next_line(conversion: Conversion) -> str:
-    word, command = next_step(conversion)
-    return f"{word:<8} {command}"
+    def _already_done_lines(self) -> Iterator[str]:
+        options = self.conversion.options
+        proof = "and equals the source" if options.verify else "`verify` proves it"
+        yield (f"done     {shown(options.destination)} holds this conversion already, complete; {proof}, --overwrite "
+               f"makes it anew")
