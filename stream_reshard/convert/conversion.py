@@ -106,7 +106,7 @@ class Conversion(Reported):
         """The output at the destination. Raises UsageError for a plan without one."""
         options = self.options
         if options.destination is None:
-            raise UsageError("the plan has no destination, so it cannot be run; plan with DST")
+            raise UsageError("the plan has no destination, so it cannot be run; give one to api.plan")
         destination = real_path(options.destination)
         texts = self.target.documents(self.source, self.plan.target, self.dtype, destination, self.companions)
         accepted = {*options.allow, *self.target.accepted_differences(self.plan.target)}

@@ -34,7 +34,7 @@ class HeldFile(NamedTuple):
 
 
 def group_faults(fused: list[Parameter], files: list[HeldFile]) -> Iterator[str]:
-    """Reasons why Nanotron does not load the parameters `fused` in one of its own as the headers of its files say."""
+    """Faults of the files of one Nanotron parameter by Nanotron's own rules; `fused`: the parameters in it."""
     first, split = quoted(files[0].path), fused[0].split
     if any((file.rank is None) != (split is None) for file in files):
         yield f"{first}: {'has no' if split else 'has'} ranks in its name, unlike Nanotron's own file"
