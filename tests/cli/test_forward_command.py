@@ -158,7 +158,7 @@ def test_not_a_number_is_a_difference(pair, tmp_path, forward):
 
 
 @pytest.mark.parametrize("flags, code, words", [
-    (("--tokens", 1), 2, "--tokens 1: two at least"), (("--tolerance", 0), 2, "--tolerance 0 is not above 0"),
+    (("--tokens", 1), 2, "--tokens 1: it is at least 2"), (("--tolerance", 0), 2, "--tolerance 0 is not above 0"),
     (("--tolerance", "nan"), 2, "--tolerance nan is not above 0"), (("--workers", 0), 2, "--workers 0"),
     (("--plot", "/no/such/folder/x.png"), 2, "--plot"), (("--plot", "x.jpg"), 2, "the name of a .png file"),
     (("--text", "/no/such/text"), 2, "No such file"), (("--text", "/dev/zero"), 2, "it is not a file"),
