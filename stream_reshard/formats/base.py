@@ -26,6 +26,8 @@ class Described:
     """Name of the file that describes the model."""
     family: Family
     config: ModelConfig
+    model: Model | None = None
+    """The model; None where the weights are far from enough for it."""
     unsupported: tuple[Unsupported, ...]
     """Settings beyond `config` that change the forward pass."""
     notes: tuple[str, ...] = ()
@@ -49,12 +51,8 @@ class Described:
 class Source(Described):
     """A checkpoint that can be converted: its config and its headers are read, and agree."""
 
+    model: Model
     layout: Layout
-
-    @property
-    def model(self) -> Model:
-        """The model in the checkpoint."""
-        return self.layout.model
 
 
 OwnLayout = TypeVar("OwnLayout", bound=Layout)
