@@ -34,7 +34,7 @@ class Slice:
     """Elements of the parameter, in the parameter's coordinates."""
     tensor: StoredTensor
     place: Box
-    """The same elements, in the tensor's coordinates."""
+    """Elements of the tensor, in the tensor's coordinates; as many as `region` has."""
     order: tuple[tuple[int, ...], ...]
     """For each dim of the tensor, the parameter's dims merged into it, outermost first; () where `place` has extent 1.
     ((0, 2, 1), (3,)) is a matrix: its rows run through dims 0, 2, 1 of the parameter, its columns through dim 3."""
