@@ -1,11 +1,11 @@
 """Formats: one folder each; any source goes with any target.
 
-- hugging_face, nanotron: the formats; none imports another
-- registry:      the format of a folder, and opening it
-- base:          Source, Target
-- layout:        Slice, Fill, Group, Layout: the words in which every format says what is where
-- config_reader: values taken out of a config, and complaints about them
+- hugging_face, nanotron: the formats; neither imports the other
+- registry:      recognizing the format of a folder, and opening it
+- base:          Described, Source, Target
+- layout:        Slice, Fill, Group, Layout: the terms in which every format states what is where
+- config_reader: values of a config, and problems with them
 - unsupported:   settings that another format cannot express
 - differences:   differences between two layouts, in words
-- causes:        folders that are no checkpoint, and why
+- causes:        reasons why a folder is no checkpoint
 """

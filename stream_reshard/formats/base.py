@@ -1,4 +1,4 @@
-"""Source: a checkpoint opened to be converted. Target: a format, with everything that was chosen of it."""
+"""Source: a checkpoint opened for a conversion. Target: a format to be written, with its options."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -18,40 +18,42 @@ from stream_reshard.storage.identity import Identity
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """A checkpoint as its config describes it, whether its weights can be opened or are refused: a user sees at once
-    what else is wrong."""
+    """A checkpoint as its config describes it. Its weights may be refused: the other checks run nevertheless, so that a
+    user sees all problems at once."""
 
     root: Path
     config_name: str
-    """The file that says what the model is."""
+    """Name of the file that describes the model."""
     family: Family
     config: ModelConfig
+    model: Model | None = None
+    """The model; None where the weights are far from enough for it."""
     unsupported: tuple[Unsupported, ...]
     """Settings beyond `config` that change the forward pass."""
     notes: tuple[str, ...] = ()
     """Remarks about the checkpoint for the user."""
     rope_interleaved: bool = False
-    """A head is kept as (pair, half)."""
+    """Heads are stored as (pair, half)."""
     config_class: str | None = None
-    """Nanotron's config class, where the checkpoint names one."""
-    model: Model | None = None
-    """The model that the config describes; None where the files beside it cannot be it."""
+    """Nanotron's config class; None where the checkpoint names none."""
     identities: Mapping[str, Identity] = field(default_factory=dict)
-    """Everything that says what the weights are, by path, as it was before it was read."""
+    """Identities of the configs, the index and the weight files, by path, each taken before the file was read."""
     router_dtype: str | None = None
-    """The safetensors dtype of MoE routers before Nanotron, which keeps them in float32; None where it is not known."""
+    """The safetensors dtype of the MoE routers in the Hugging Face checkpoint; None where unknown. (Nanotron keeps
+    routers in float32.)"""
     origin: Mapping[str, str] | None = None
     """Repository and commit on the hub that the folder is a snapshot of, where its cache shows them."""
     ids_are_known: bool = True
-    """False where the token ids are no more than what Nanotron's config could hold of those of the model."""
+    """False where the token ids come from Nanotron's config, which has room for only one id per purpose."""
     ignored: Mapping[str, str] | None = None
     """Stored tensors that hold no parameter, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source(Described):
-    """A checkpoint that can be converted: headers and configs are read, and make sense."""
+    """A checkpoint that can be converted: its config and its headers are read, and agree."""
 
+    model: Model
     layout: Layout
 
 
@@ -68,7 +70,7 @@ OwnLayout = TypeVar("OwnLayout", bound=Layout)
 
 
 class Target(ABC, Generic[OwnLayout]):
-    """A format to be written, with its choices."""
+    """A format to be written, with its options."""
 
     marker: ClassVar[str]
     """The file whose presence makes a folder a checkpoint."""
@@ -78,16 +80,16 @@ class Target(ABC, Generic[OwnLayout]):
         return source.unsupported
 
     def notes(self, source: Source, layout: OwnLayout) -> Iterable[str]:
-        """Remarks about the choices for the user."""
+        """Remarks for the user about this target."""
         return ()
 
     def accepted_differences(self, layout: OwnLayout) -> Iterable[str]:
-        """Names (as in `verify --allow`) of deviations in the layout that the user chose."""
+        """Names (as in `verify --allow`) of differences in the layout that the user has accepted."""
         return ()
 
     @abstractmethod
     def problems(self, model: Model) -> Problems:
-        """Every way in which the model cannot be cut as was chosen."""
+        """Options that do not fit the model."""
 
     @abstractmethod
     def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> OwnLayout:
@@ -96,19 +98,19 @@ class Target(ABC, Generic[OwnLayout]):
     @abstractmethod
     def documents(self, source: Source, layout: OwnLayout, dtype: str, destination: Path,
                   companions: Iterable[str]) -> dict[str, bytes]:
-        """The small files beside the weights, by name; `companions` are copied there."""
+        """The documents, by name. `companions`: names of the companions that the destination gets."""
 
     def held_nbytes(self, layout: OwnLayout) -> int:
-        """Bytes of memory that the documents take, beyond a little."""
+        """Bytes of memory that large documents take; 0 where all documents are small."""
         return 0
 
     @abstractmethod
     def facts(self, layout: OwnLayout) -> dict[str, Any]:
-        """The choices, for JSON."""
+        """Facts about the target, for JSON."""
 
     @abstractmethod
     def lines(self, layout: OwnLayout, facts: Mapping[str, Any]) -> Iterator[str]:
-        """A table of what goes where, for a person; `facts` are those above."""
+        """A table of the files for a person. `facts`: the result of the method `facts`."""
 
     @abstractmethod
     def next_step(self, destination: Path) -> NextStep:
@@ -116,21 +118,21 @@ class Target(ABC, Generic[OwnLayout]):
 
 
 def routers(model: Model) -> list[range]:
-    """Numbers of the parameters that Nanotron keeps in float32, row by row."""
-    return [model.numbers_of(row) for row, own in enumerate(model.rows) if own.is_float32]
+    """Numbers of the MoE routers, which Nanotron keeps in float32, row by row."""
+    return [model.numbers_of(index) for index, row in enumerate(model.rows) if row.is_float32]
 
 
 def router_dtype_of(layout: Layout) -> str | None:
-    """The safetensors dtype that all routers have in a layout; None where they differ or there are none."""
+    """The safetensors dtype of all routers in a layout; None where they differ or there are none."""
     dtypes = {layout.dtype_at(number) for numbers in routers(layout.model) for number in numbers}
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
-def with_router_dtype(model: Model, dtypes: Callable[[int], str], own: str) -> Callable[[int], str]:
-    """The same dtypes by number, but `own` for what Nanotron keeps in float32."""
+def with_router_dtype(model: Model, dtypes: Callable[[int], str], router_dtype: str) -> Callable[[int], str]:
+    """The dtype of each parameter by its number: `router_dtype` for routers, `dtypes` for all others."""
     numbers = routers(model)
-    return partial(_with_own, numbers, dtypes, own) if numbers else dtypes
+    return partial(_dtype, numbers, router_dtype, dtypes) if numbers else dtypes
 
 
-def _with_own(numbers: Sequence[range], dtypes: Callable[[int], str], own: str, number: int) -> str:
-    return own if any(number in part for part in numbers) else dtypes(number)
+def _dtype(routers: Sequence[range], router_dtype: str, dtypes: Callable[[int], str], number: int) -> str:
+    return router_dtype if any(number in numbers for numbers in routers) else dtypes(number)

@@ -1,12 +1,11 @@
-"""Reasons why a path is no checkpoint, or a folder holds no weights that are read here: the one cause, and its cure.
+"""Reasons why a path is no checkpoint, or a folder has no readable weights: the one cause, and its cure.
 
-These run when opening failed. They look at names, and at the beginning of a few small files; weights are not read.
+These functions run after opening failed. They read names and the beginnings of a few small files, no weights.
 """
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
@@ -27,7 +26,7 @@ _CACHE_NAME = re.compile(r"models--([\w.\-]+?)--([\w.\-]+)", re.ASCII)
 _ADAPTER_CONFIG = "adapter_config.json"
 
 _UNFINISHED = ("*.incomplete", "*.aria2", "*.part", "*.crdownload", "*.!qB", "*.filepart")
-"""Names of files that a download has not finished, or of the notes that it keeps beside them until then."""
+"""Names of files of an unfinished download, or of the records that a downloader keeps beside them."""
 
 _OTHER_FORMATS = (
     ("*.gguf", "GGUF files of llama.cpp", "take the repository with safetensors, or let transformers read it: "
@@ -39,12 +38,15 @@ _OTHER_FORMATS = (
     ("*.distcp", "a distributed checkpoint of PyTorch", "save the model with save_pretrained where it was trained"),
     ("*.onnx", "an ONNX model", "take the repository with safetensors"),
     ("*.nemo", "a NeMo archive", "export it to Hugging Face with NeMo first"))
-"""Names of weights in formats that are not read here, what they are, and what to do."""
+"""(name pattern, noun phrase, cure) of weights in formats that are not read here."""
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 _MAX_LISTED = 5
+"""Folders that are named in a message."""
+
 _MAX_NAMES = 10**5
+"""Names that are read of a folder."""
 
 
 def no_checkpoint(root: Path) -> SourceError:
@@ -58,7 +60,7 @@ def no_checkpoint(root: Path) -> SourceError:
 
 
 def no_weights(root: Path) -> SourceError:
-    """Reason why a folder with a config.json, but neither model.safetensors nor its index, holds no weights for us."""
+    """Reason why a folder with config.json has neither model.safetensors nor its index."""
     names = _names(root)
     for name in (SINGLE_NAME, INDEX_NAME):
         if cause := dangling(root, name):
@@ -73,13 +75,13 @@ def no_weights(root: Path) -> SourceError:
     more = f"; {left}" if (left := unfinished(root)) else ""
     if shards:
         return SourceError(f"{quoted(root)} holds {len(shards)} shards such as {quoted(shards[0])}, but no "
-                           f"{INDEX_NAME}{more or '; download it, it tells which tensor is where'}")
+                           f"{INDEX_NAME}{more or '; download it: it names the shard of each tensor'}")
     return SourceError(f"{quoted(root)} holds neither {SINGLE_NAME} nor {INDEX_NAME}: it is not a Hugging Face "
                        f"checkpoint{more or ', or its weights are still to be downloaded'}")
 
 
 def unfinished(root: Path) -> str | None:
-    """Words on what an unfinished download left in a folder, or in the cache beside it."""
+    """A clause that names a file of an unfinished download, in the folder or its download cache; None without one."""
     folders = [root, root / ".cache" / "huggingface" / "download"]
     if root.parent.name == "snapshots":
         folders.append(root.parent.parent / "blobs")
@@ -91,15 +93,15 @@ def unfinished(root: Path) -> str | None:
 
 
 def above(root: Path) -> Cause | None:
-    """The cause where the folder above is the checkpoint that was meant, such as of `original`, `model`, `onnx`."""
+    """The cause where the parent folder is a checkpoint, as that of `original`, `model` or `onnx` is; else None."""
     parent = Path(os.path.abspath(root)).parent
     if any(os.path.isfile(parent / marker) for marker in _MARKERS):
-        return Cause(f"{quoted(root)} is a part of a checkpoint; the folder above is the whole: give {quoted(parent)}")
+        return Cause(f"{quoted(root)} is a part of a checkpoint, not the whole: give {quoted(parent)}")
     return None
 
 
 def _names(folder: Path) -> list[str]:
-    """Names in a folder. Raises SourceError where it may not be read."""
+    """Names in a folder, sorted. Raises SourceError where the folder may not be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entry.name for entry in islice(entries, _MAX_NAMES) if not entry.name.startswith("._"))
@@ -121,28 +123,32 @@ def _no_folder(root: Path) -> SourceError:
     if match := _HUB_ID.fullmatch(text):
         return Cause(f"{quoted(root)} is not a folder; if it is a model on the Hugging Face Hub, download it first: "
                      f"hf download {match[1]} --local-dir {shell_word(match[1].split('/')[1])}")
-    return SourceError(f"{quoted(root)} is not a folder: there is none of this name")
+    return SourceError(f"{quoted(root)} is not a folder: it does not exist")
 
 
 def _cache_folder(root: Path) -> Cause | None:
-    """A folder of huggingface_hub's cache above its snapshots (models--org--name, and blobs, refs, snapshots in it)."""
-    whole = next((path for path in (root, root.parent) if _CACHE_NAME.fullmatch(path.name)), None)
-    if whole is None or not (whole / "snapshots").is_dir():
+    """The cause for a model's folder in huggingface_hub's cache (models--org--name), or for its blobs, refs, snapshots.
+
+    Names the snapshot of the main branch, or else the newest one.
+    """
+    model = next((path for path in (root, root.parent) if _CACHE_NAME.fullmatch(path.name)), None)
+    if model is None or not (snapshots := model / "snapshots").is_dir():
         return None
     try:
-        commit = read_capped(whole, "refs/main", 100, 100).decode("ascii", "replace").strip()
+        commit = read_capped(model, "refs/main", 100, 100).decode("ascii", "replace").strip()
     except StreamReshardError:
         commit = ""
-    found = [commit] if commit and "/" not in commit and (whole / "snapshots" / commit).is_dir() else sorted(
-        _folders(whole / "snapshots"), key=lambda name: (whole / "snapshots" / name).stat().st_mtime)
-    if not found:
+    if not commit or "/" in commit or not (snapshots / commit).is_dir():
+        commits = (name for name in _names(snapshots) if os.path.isdir(snapshots / name))
+        commit = max(commits, key=lambda name: ((snapshots / name).stat().st_mtime, name), default="")
+    if not commit:
         return Cause(f"{quoted(root)} is a folder of the Hugging Face cache without a snapshot: download it again")
     return Cause(f"{quoted(root)} is a folder of the Hugging Face cache; its snapshots are the checkpoints: give "
-                 f"{quoted(whole / 'snapshots' / found[-1])}")
+                 f"{quoted(snapshots / commit)}")
 
 
 def _foreign(root: Path, names: list[str]) -> Cause | None:
-    """Weights of another kind, by the names in a folder: a LoRA adapter, Meta's own format, GGUF and others."""
+    """The cause where the names in a folder are those of a LoRA adapter, or of weights in another format; else None."""
     if _ADAPTER_CONFIG in names:
         return _adapter(root)
     consolidated = next((name for name in names if fnmatch(name, "consolidated*.pth")), None)
@@ -156,9 +162,9 @@ def _foreign(root: Path, names: list[str]) -> Cause | None:
             f"{quoted(root)} holds the original format of Mistral (consolidated.safetensors, params.json); download "
             f"the shards in the format of Hugging Face (model*.safetensors, config.json), or convert it with "
             f"convert_mistral_weights_to_hf.py of transformers' repository")
-    for pattern, what, cure in _OTHER_FORMATS:
+    for pattern, weights, cure in _OTHER_FORMATS:
         if name := next((name for name in names if fnmatch(name, pattern)), None):
-            return Cause(f"{quoted(root)} holds {what} ({quoted(name)}), which are not read here; {cure}")
+            return Cause(f"{quoted(root)} holds {weights} ({quoted(name)}), which cannot be read here; {cure}")
     return None
 
 
@@ -172,19 +178,16 @@ def _adapter(root: Path) -> Cause:
                  f"peft.AutoPeftModelForCausalLM.from_pretrained(SRC).merge_and_unload().save_pretrained(NEW)")
 
 
-def _folders(root: Path) -> Iterator[str]:
-    return (name for name in _names(root) if os.path.isdir(root / name))
-
 
 def _elsewhere(root: Path, names: list[str]) -> Cause | None:
-    """The cause where the checkpoint stands in a folder below, or the folder is a part of one."""
-    found = [name for name in names[:1000] if any(os.path.isfile(root / name / marker) for marker in _MARKERS)]
-    if len(found) == 1:
-        return Cause(f"{quoted(root)} is not a checkpoint, but its folder {quoted(found[0])} is one: give "
-                     f"{quoted(root / found[0])}")
-    if found:
-        found.sort(key=lambda name: (len(name), name) if name.isdigit() else (0, name))
-        more = f" and {len(found) - _MAX_LISTED} more" if len(found) > _MAX_LISTED else ""
-        last = ", ".join(map(quoted, found[-_MAX_LISTED:]))
+    """The cause where folders in this one are checkpoints, or the parent folder is one; else None."""
+    inner = [name for name in names[:1000] if any(os.path.isfile(root / name / marker) for marker in _MARKERS)]
+    if len(inner) == 1:
+        return Cause(f"{quoted(root)} is not a checkpoint, but its folder {quoted(inner[0])} is one: give "
+                     f"{quoted(root / inner[0])}")
+    if inner:
+        inner.sort(key=lambda name: (len(name), name) if name.isdigit() else (0, name))
+        more = f" and {len(inner) - _MAX_LISTED} more" if len(inner) > _MAX_LISTED else ""
+        last = ", ".join(map(quoted, inner[-_MAX_LISTED:]))
         return Cause(f"{quoted(root)} is not a checkpoint, but its folders {last}{more} are: give one of them")
     return above(root)

@@ -1,4 +1,4 @@
-"""Values taken out of a config, of either format, and the complaints about them."""
+"""Values of a config of either format, and problems with them."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -9,21 +9,21 @@ from stream_reshard.model.architectures import Family
 from stream_reshard.model.parameters import TOKEN_IDS, Experts, ModelConfig, TokenId, parse_token_id
 
 MAX_LAYERS = 10**5
-"""No list in a config that has an entry per layer is longer."""
+"""Limit on a list with an entry per layer; no model has so many layers."""
 
 MAX_EXPERTS = 4096
-"""No model has more in a layer."""
+"""Limit on the experts of a layer; no model has so many."""
 
 MAX_NUMBER = 1 << 48
-"""Numbers in a config stay below this, as sizes in a header do; infinities do not."""
+"""Numbers in a config must be smaller, as sizes in a header must; this also refuses infinity."""
 
 
 class ConfigReader:
-    """Takes values out of a config, and collects what is wrong with them."""
+    """Reads values of a config, and collects problems with them."""
 
     def __init__(self, raw: Mapping[str, Any], name: str, defaults: Mapping[str, Any] = {}, is_nanotron: bool = False):
-        """`name` is that of the file, for messages; `defaults` are values of keys that are absent. Nanotron has some
-        keys of its own."""
+        """`name`: of the file, for messages. `defaults`: values of absent keys. `is_nanotron`: the keys are Nanotron's,
+        some of which differ from those of transformers."""
         self.raw, self.name, self.defaults, self.is_nanotron = raw, name, defaults, is_nanotron
         self.problems = Problems()
         self.rope = self._rope()
@@ -42,7 +42,7 @@ class ConfigReader:
         return self.positive(key, value, kind)
 
     def positive(self, key: str, value: Any, kind: type[int] | type[float]) -> Any:
-        """`value` as a number of this kind that Nanotron can hold; 1 after a complaint."""
+        """`value` as a number of this kind; 1 after a problem."""
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < MAX_NUMBER:
             self.complain(f"{key} is {quoted(value)}, not a positive {kind.__name__}")
             return 1
@@ -56,7 +56,7 @@ class ConfigReader:
         return bool(value)
 
     def token_id(self, key: str) -> TokenId:
-        """A token id, several as a tuple, or None for null; the default where the key is absent."""
+        """The ids of a special token; the default where the key is absent."""
         try:
             return parse_token_id(self.raw.get(key, self.defaults.get(key)))
         except ValueError as error:
@@ -64,7 +64,8 @@ class ConfigReader:
             return None
 
     def _rope(self) -> Mapping[str, Any]:
-        """Both spellings in one; where both are there, rope_scaling wins, as in transformers 5."""
+        """`rope_parameters` of transformers 5 and `rope_scaling` of transformers 4 in one; a key of rope_scaling
+        overrides one of rope_parameters, as in transformers 5."""
         rope: dict[str, Any] = {}
         for key in ("rope_parameters", "rope_scaling"):
             part = self.raw.get(key) or {}
@@ -85,7 +86,7 @@ class ConfigReader:
         return float(self.positive("rope_theta", value, float))
 
     def model_config(self, family: Family) -> ModelConfig:
-        """Settings of a model of this family, out of the config. Complaints are collected in `problems`."""
+        """The settings of a model of this family. Problems are collected in `problems`."""
         heads = self.number("num_attention_heads", int)
         config = ModelConfig(
             family=family.name,
@@ -112,14 +113,14 @@ class ConfigReader:
         return config
 
     def _initializer_range(self) -> float:
-        """The one float that may be 0: it is the width of random weights, of which a checkpoint has none."""
+        """The width of random weights. A checkpoint has none, so this float, unlike others, may be 0."""
         value = self.raw.get("initializer_range")
         is_zero = value == 0 and not isinstance(value, bool)
         return 0.0 if is_zero else self.number("initializer_range", float, 0.02)
 
     def _no_rope_layer(self, family: Family) -> int | None:
-        """Interval of the layers without rotary embedding. transformers gives it as such, or as a list in which 0 is
-        such a layer (SmolLM3Config)."""
+        """Interval of the layers without rotary embedding. transformers gives the interval, or a list with an entry per
+        layer: 0 for a layer without rotary embedding (SmolLM3Config)."""
         if self.is_nanotron:
             return None if self.raw.get("no_rope_layer") is None else self.number("no_rope_layer", int)
         if family.name != "smollm3":
@@ -132,12 +133,12 @@ class ConfigReader:
             return None
         interval = kinds.index(0) + 1 if 0 in kinds else None
         if interval and kinds != [int((layer + 1) % interval != 0) for layer in range(len(kinds))]:
-            self.complain("no_rope_layers names layers that are not every n-th; Nanotron only knows an interval")
+            self.complain("no_rope_layers is not every n-th layer; Nanotron only has an interval")
         return interval
 
     def _experts(self, family: Family) -> Experts | None:
-        """The mixture of experts: Nanotron's `moe_config` (MoEConfig, nanotron/config/models_config.py) or
-        transformers' own keys (Qwen2MoeConfig)."""
+        """The mixture of experts, by `moe_config` of Nanotron (MoEConfig, nanotron/config/models_config.py) or the keys
+        of transformers (Qwen2MoeConfig)."""
         if not any(row.is_stacked for row in family.rows):
             return None
         raw = self.raw.get("moe_config") if self.is_nanotron else self.raw
@@ -152,14 +153,16 @@ class ConfigReader:
                           0.0 if raw.get("router_aux_loss_coef") == 0 else
                           reader.number("router_aux_loss_coef", float, 0.01))
         self.problems.extend(reader.problems)
-        if experts.num_experts > MAX_EXPERTS or experts.num_experts_per_tok > experts.num_experts:
+        if experts.num_experts > MAX_EXPERTS:
+            self.complain(f"num_experts is {experts.num_experts}, more than {MAX_EXPERTS}")
+        elif experts.num_experts_per_tok > experts.num_experts:
             self.complain(f"{experts.num_experts_per_tok} of {experts.num_experts} experts are chosen")
         return experts
 
     def _check_rope_layers(self, config: ModelConfig) -> None:
         if config.no_rope_layer and config.num_hidden_layers % config.no_rope_layer:
             self.complain(f"num_hidden_layers {config.num_hidden_layers} is not a multiple of {config.no_rope_layer}: "
-                          f"Nanotron wants that where every {config.no_rope_layer}th layer has no rotary embedding")
+                          f"Nanotron requires it, as every {config.no_rope_layer}th layer has no rotary embedding")
 
     def _check_heads(self, config: ModelConfig) -> None:
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads

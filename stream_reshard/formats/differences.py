@@ -8,32 +8,32 @@ from stream_reshard.formats.layout import Layout, Slice
 
 
 def layout_differences(one: Layout, other: Layout) -> Iterator[str]:
-    """Differences between two layouts of one model: as a whole, then parameter by parameter."""
-    for key, mine in one.facts.items():
-        if key in other.facts and mine != other.facts[key]:
-            yield f"{key}: {quoted(mine)} and {quoted(other.facts[key])}"
-    is_alike = {key: one.facts.get(key) for key in ("format", "tp", "pp")} == {
-        key: other.facts.get(key) for key in ("format", "tp", "pp")}
+    """Differences between two layouts of one model: facts first, then parameter by parameter."""
+    for key, value in one.facts.items():
+        if key in other.facts and value != other.facts[key]:
+            yield f"{key}: {quoted(value)} and {quoted(other.facts[key])}"
+    are_comparable = all(one.facts.get(key) == other.facts.get(key) for key in ("format", "tp", "pp"))
     names = {parameter.name: None for layout in (one, other) for parameter in layout.model.stored()}
     for name in names:
-        mine, theirs = one.slices.get(name, ()), other.slices.get(name, ())
-        if not mine or not theirs:
-            yield f"{name}: only in {quoted((one if mine else other).root)}"
-        elif mine[0].tensor.dtype != theirs[0].tensor.dtype:
-            yield f"{name}: {mine[0].tensor.dtype} and {theirs[0].tensor.dtype}"
-        if is_alike and mine and theirs:
-            yield from (f"{name}: {text}" for text in _explained(mine, theirs))
+        left, right = one.slices.get(name, ()), other.slices.get(name, ())
+        if not left or not right:
+            yield f"{name}: only in {quoted((one if left else other).root)}"
+            continue
+        if left[0].tensor.dtype != right[0].tensor.dtype:
+            yield f"{name}: {left[0].tensor.dtype} and {right[0].tensor.dtype}"
+        if are_comparable:
+            yield from (f"{name}: {text}" for text in _slice_differences(left, right))
 
 
-def _explained(mine: tuple[Slice, ...], theirs: tuple[Slice, ...]) -> Iterator[str]:
-    """Differences between the places of one parameter."""
-    if len(mine) != len(theirs):
-        yield f"in {len(mine)} pieces and in {len(theirs)}"
+def _slice_differences(left: tuple[Slice, ...], right: tuple[Slice, ...]) -> Iterator[str]:
+    """Differences between the slices of one parameter."""
+    if len(left) != len(right):
+        yield f"in {len(left)} slices and in {len(right)}"
         return
-    for here, there in zip(mine, theirs):
-        if here.tensor.file != there.tensor.file:
-            yield f"in {quoted(here.tensor.file)} and in {quoted(there.tensor.file)}"
-        elif here.tensor.shape != there.tensor.shape:
-            yield f"{quoted(here.tensor.file)} has the shape {here.tensor.shape} and {there.tensor.shape}"
-        elif (here.region, here.place, here.order) != (there.region, there.place, there.order):
-            yield f"{quoted(here.tensor.file)} holds other elements, or in another order"
+    for one, other in zip(left, right):
+        if one.tensor.file != other.tensor.file:
+            yield f"in {quoted(one.tensor.file)} and in {quoted(other.tensor.file)}"
+        elif one.tensor.shape != other.tensor.shape:
+            yield f"{quoted(one.tensor.file)} has the shape {one.tensor.shape} and {other.tensor.shape}"
+        elif (one.region, one.place, one.order) != (other.region, other.place, other.order):
+            yield f"{quoted(one.tensor.file)} holds other elements, or in another order"

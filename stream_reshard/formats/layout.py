@@ -1,9 +1,9 @@
-"""Slice, Fill, Group, Layout: the words in which every format says what is where."""
+"""Slice, Fill, Group, Layout: the terms in which every format states what is where."""
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,18 +26,18 @@ def offset_in(shape: tuple[int, ...], index: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Slice:
-    """A region of a parameter (global) and its place in a stored tensor (local): Nanotron's own words."""
+    """A region of a parameter and its place in a stored tensor. (Nanotron calls them global and local.)"""
 
     parameter: str
     """Name of the parameter."""
     region: Box
-    """Elements of the parameter, in its own coordinates."""
+    """Elements of the parameter, in the parameter's coordinates."""
     tensor: StoredTensor
     place: Box
-    """Their place, in the coordinates of the tensor; as many elements as `region`."""
+    """Elements of the tensor, in the tensor's coordinates; as many as `region` has."""
     order: tuple[tuple[int, ...], ...]
-    """For each dim of the tensor the parameter's dims that it runs through, outermost first; () where `place` holds one
-    index. ((0, 2, 1), (3,)) is a matrix whose rows run through dims 0, 2, 1."""
+    """For each dim of the tensor, the parameter's dims merged into it, outermost first; () where `place` has extent 1.
+    ((0, 2, 1), (3,)) is a matrix: its rows run through dims 0, 2, 1 of the parameter, its columns through dim 3."""
 
     @cached_property
     def strides(self) -> tuple[int, ...]:
@@ -51,31 +51,29 @@ class Slice:
 
     @property
     def nesting(self) -> tuple[int, ...]:
-        """The parameter's dims from the outermost to the innermost one in the tensor."""
+        """The parameter's dims, from the outermost to the innermost in the tensor."""
         return tuple(dim for group in self.order for dim in group)
 
     def offset_of(self, region: Box) -> int:
-        """Offset in the tensor of the first element of `region` (in the parameter's coordinates), in elements."""
+        """Offset of the first element of `region` (a box of the parameter) in the tensor, in elements."""
         inner = region.seen_from(self.region)
         corner = offset_in(self.tensor.shape, self.place.start)
         return corner + sum(a * step for a, step in zip(inner.start, self.strides))
 
     def extent_of(self, region: Box) -> tuple[int, int]:
-        """(start, stop) of the stretch of the tensor from the first to past the last element of `region`, in elements.
-
-        Exact where the region is contiguous in the tensor; otherwise elements of others stand in between.
-        """
+        """(start, stop) of the shortest stretch of the tensor that holds all of `region`, in elements. It also holds
+        other elements, unless the region is contiguous in the tensor."""
         start = self.offset_of(region)
         return start, start + sum((n - 1) * step for n, step in zip(region.shape, self.strides)) + 1
 
 
 @dataclass(frozen=True)
 class Fill:
-    """Elements of a stored tensor that hold no weight: padding is declared, never a leftover. Filled with zeros."""
+    """A place that holds padding: zeros instead of weights. A layout lists its padding; it is never a remainder."""
 
     tensor: StoredTensor
     place: Box
-    """In the coordinates of the tensor; contiguous there."""
+    """Elements of the tensor, contiguous in it."""
 
 
 class Group(NamedTuple):
@@ -84,17 +82,17 @@ class Group(NamedTuple):
     position: int
     """Index of the group in its layout."""
     storage_class: Hashable
-    """Groups with equal keys are stored alike; only names, and offsets of the data in files, differ."""
+    """Groups with equal keys are stored alike; only names and offsets differ."""
     numbers: tuple[int, ...]
-    """The parameters, in the order of their places."""
+    """The parameters, in the order of their places in the files."""
 
 
 @dataclass(frozen=True, eq=False)
 class Layout(ABC):
-    """Place of every parameter in the files of one checkpoint. A format is a module that makes one.
+    """The place of every parameter in the files of one checkpoint. Each format has its own subclasses.
 
-    A large model has a million slices, so none is held: a layout knows how to derive those of one parameter, or the
-    files of one group. Parameters go by their numbers in the model.
+    A large model has a million slices, so they are not kept: a layout derives the slices of one parameter, or the files
+    of one group, when asked. Parameters are given by their numbers in the model.
     """
 
     format: ClassVar[str]
@@ -106,20 +104,20 @@ class Layout(ABC):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Facts about the layout beyond its model: format, and the choices that decide which file holds what."""
+        """Facts about the layout, for JSON: its format, and the choices that decide which file holds what."""
         return {"format": self.format}
 
     @abstractmethod
     def slices_of(self, number: int) -> tuple[Slice, ...]:
-        """Slices that hold each element of a parameter exactly once; () where none is stored."""
+        """Slices that hold each element of a parameter exactly once; () for a parameter that is not stored."""
 
     def fills_of(self, number: int) -> tuple[Fill, ...]:
-        """The padding that stands beside the elements of a parameter."""
+        """The padding in the tensors of a parameter."""
         return ()
 
     @abstractmethod
     def dtype_at(self, number: int) -> str:
-        """The safetensors dtype that the elements of a parameter have here."""
+        """The safetensors dtype of a stored parameter."""
 
     @abstractmethod
     def storage_class(self, number: int) -> Hashable:
@@ -127,7 +125,7 @@ class Layout(ABC):
 
     @abstractmethod
     def locations_of(self, number: int) -> tuple[tuple[int, int], ...]:
-        """(which file, where the tensor begins in it, in bytes) of each slice of a parameter."""
+        """(index of the file, offset of the tensor in it in bytes) of each slice of a parameter."""
 
     @property
     @abstractmethod
@@ -151,12 +149,14 @@ class Layout(ABC):
         """The files of a group."""
 
     def aligned(self, begins: Callable[[Group], Sequence[int]]) -> Layout:
-        """The same layout, still to be written, with the data of the files of each group beginning at these bytes."""
-        raise TypeError(f"{self.format} files that are there already begin where they begin")
+        """A layout whose data begin at other offsets in the files. `begins`: offset per file of a group, in bytes. Only
+        for layouts that are still to be written."""
+        raise TypeError(f"the files of {type(self).__name__} exist; the offset of their data cannot be chosen")
 
     @property
     def most_files(self) -> int:
-        """Files of a group, or files that hold a part of one parameter, at most."""
+        """The largest number of files in a group, which is also the largest number of files with parts of one
+        parameter."""
         return 1
 
     @property
@@ -170,9 +170,9 @@ class Layout(ABC):
         return (path for group in self.groups() for path in self.paths_of(group))
 
     @property
-    def files(self) -> Collection[TensorFile]:
-        """Every file, each derived when its turn comes."""
-        return _Files(self)
+    def files(self) -> Iterator[TensorFile]:
+        """Every file, group by group."""
+        return (file for group in self.groups() for file in self.files_of(group))
 
     @property
     def nbytes(self) -> int:
@@ -180,42 +180,25 @@ class Layout(ABC):
         return sum(file.nbytes for file in self.files)
 
     def tensors(self) -> Iterator[StoredTensor]:
-        """Every tensor that holds parameters, file by file."""
+        """Every tensor of the parameters, file by file."""
         return (tensor for file in self.files for tensor in file.tensors)
 
     @property
     def slices(self) -> Mapping[str, tuple[Slice, ...]]:
-        """The slices of each parameter that is stored, by name."""
+        """The slices of each stored parameter, by name."""
         return _SlicesByName(self)
 
 
-class _Files(Collection[TensorFile]):
-    """The files of a layout."""
-
-    def __init__(self, layout: Layout):
-        self._layout = layout
-
-    def __len__(self) -> int:
-        return self._layout.num_files
-
-    def __iter__(self) -> Iterator[TensorFile]:
-        return (file for group in self._layout.groups() for file in self._layout.files_of(group))
-
-    def __contains__(self, file: object) -> bool:
-        return any(file == other for other in self)
-
-
 class _SlicesByName(Mapping[str, tuple[Slice, ...]]):
-    """The slices of a layout, by the names of the parameters; one that has none is absent."""
+    """The slices of a layout, by name of a parameter; a parameter without slices is absent."""
 
     def __init__(self, layout: Layout):
         self._layout = layout
 
     def __getitem__(self, name: str) -> tuple[Slice, ...]:
-        found = self._layout.slices_of(self._layout.model.number_of(name))
-        if not found:
+        if not (slices := self._layout.slices_of(self._layout.model.number_of(name))):
             raise KeyError(name)
-        return found
+        return slices
 
     def __iter__(self) -> Iterator[str]:
         return (parameter.name for parameter in self._layout.model.stored() if parameter.name in self)

@@ -1,4 +1,4 @@
-"""The formats: what a folder holds, opened as what it is."""
+"""The format of a folder, and opening a checkpoint of either format."""
 from __future__ import annotations
 
 import os
@@ -15,17 +15,17 @@ from stream_reshard.storage.small_files import check_readable, dangling, misplac
 
 def open_any(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
              is_exact: bool = True) -> Described | None:
-    """Open a checkpoint of either format; see `open_nanotron`. Raises SourceError for a folder that is closed to us."""
+    """Open a checkpoint of either format; see `open_nanotron`. Raises SourceError for a folder that may not be read."""
     check_readable(root)
     if is_nanotron(root):
         return open_nanotron(root, max_nbytes, vocab_size, problems, is_exact)
     if vocab_size is not None and os.path.isfile(root / CONFIG_NAME):
-        problems.append(UsageError("--vocab-size is for a Nanotron checkpoint, which keeps no count of its true rows"))
+        problems.append(UsageError("--vocab-size is for a Nanotron source only; config.json gives vocab_size"))
     return open_hugging_face(root, max_nbytes, problems)
 
 
 def is_nanotron(root: Path) -> bool:
-    """True where a folder holds a Nanotron checkpoint, or what is left of one: weights decide, else the config."""
+    """True for a folder with a Nanotron checkpoint or remains of one: by its folder of weights, else by its config."""
     if os.path.isdir(root / "model" / "model"):
         return True
     return not os.path.isfile(root / CONFIG_NAME) and (os.path.isdir(root / "model")
@@ -33,30 +33,30 @@ def is_nanotron(root: Path) -> bool:
 
 
 LATEST_NAME = "latest.txt"
-"""Beside the folders of steps, Nanotron's trainer keeps the number of the last one in it (trainer.py)."""
+"""A file beside the folders of steps, in which Nanotron's trainer keeps the number of the last step (trainer.py)."""
 
 _MAX_LATEST_NBYTES = 1000
 
 
 def followed(root: Path, is_copy: bool = False) -> tuple[Path, list[str]]:
-    """The folder of the checkpoint, and what is told where it is not `root` itself.
+    """The folder of the checkpoint, and a note if it is not `root` itself. Raises SourceError.
 
-    Nanotron follows latest.txt (`parse_ckpt_path`, nanotron/serialize/main.py): it holds the number of a step, whose
-    folder stands beside it. Nanotron does so even where the folder is a checkpoint itself; that is refused here, as
-    there are two then, but for a copy, whose extra files are for `verify` to find. Raises SourceError.
+    latest.txt holds the number of a step, whose folder is beside the file. Nanotron follows it (`parse_ckpt_path`,
+    nanotron/serialize/main.py) even where `root` itself is a checkpoint; that is ambiguous, and is refused here. With
+    `is_copy` it is not refused: `verify` reports latest.txt as an extra file.
     """
     if not os.path.isdir(root):
         return root, []
-    is_theirs = is_nanotron(root)
-    is_own = is_theirs or os.path.isfile(root / CONFIG_NAME)
-    if is_own and (is_copy or not is_theirs):
+    has_nanotron = is_nanotron(root)
+    is_checkpoint = has_nanotron or os.path.isfile(root / CONFIG_NAME)
+    if is_checkpoint and (is_copy or not has_nanotron):
         return root, []
     if not os.path.exists(root / LATEST_NAME):
-        if (cause := dangling(root, LATEST_NAME)) and not is_own:
+        if (cause := dangling(root, LATEST_NAME)) and not is_checkpoint:
             raise cause
         return root, []
     step = _latest(root)
-    if is_own:
+    if is_checkpoint:
         raise Cause(f"{quoted(root)} holds a checkpoint and {LATEST_NAME}, and Nanotron would take the folder {step} "
                     f"that it names; give that folder, or remove {LATEST_NAME}")
     if not os.path.isdir(root / step):
@@ -67,7 +67,7 @@ def followed(root: Path, is_copy: bool = False) -> tuple[Path, list[str]]:
 
 
 def _latest(root: Path) -> str:
-    """The name of the folder that latest.txt names. Nanotron takes whatever Python's int() takes."""
+    """Name of the folder in latest.txt. Nanotron accepts any text that Python's int() accepts."""
     text = read_capped(root, LATEST_NAME, _MAX_LATEST_NBYTES, _MAX_LATEST_NBYTES).decode("utf-8", "backslashreplace")
     try:
         return str(int(text))

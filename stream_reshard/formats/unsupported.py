@@ -1,7 +1,7 @@
-"""Settings of a config that no other format here can express.
+"""Settings of a config that another format cannot express.
 
-Each has a name. Where the weights fit all the same, `--allow NAME` converts them; where they do not (a bias that has
-no counterpart, another head size) nothing does.
+Each has a name. Where the weights fit nevertheless, `--allow NAME` accepts the setting. Where they do not fit (a bias
+without a counterpart, another head size), no option does.
 """
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from stream_reshard.options import ALLOWABLE
 
 @dataclass(frozen=True)
 class Unsupported:
-    """One thing that cannot be expressed elsewhere."""
+    """A setting that another format cannot express."""
 
     name: str
-    """Name for `--allow`, where the setting may be allowed."""
+    """Name of the setting; `--allow` accepts it if it is in ALLOWABLE."""
     text: str
-    """The setting, and its fate in a conversion."""
+    """The setting, and the reason why it cannot be converted."""
     value: Any = None
-    """Whole value of the setting: two configs agree where these are equal."""
+    """Complete value of the setting, by which two configs are compared."""
 
 
 def unsupported_problems(settings: Iterable[Unsupported], allowed: Collection[str], name: str) -> Problems:
-    """The settings that `--allow` does not accept, one SourceError each; unknown names are UsageErrors. `name` is that
+    """A SourceError for each setting that is not allowed, and a UsageError for each unknown name in `allowed`. `name`:
     of the config file."""
     problems = Problems()
     for word in allowed:

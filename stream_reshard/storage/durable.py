@@ -87,7 +87,7 @@ class NewFile:
         self.mode = mode & folder.access.files
         self._digest: Any = xxhash.xxh3_128()
         self._position = 0
-        """End of the digested bytes; -1 once bytes came out of order or did not pass through this process."""
+        """End of the digested bytes; -1 once bytes came out of order or bypassed this process."""
         self._descriptor = -1
 
     def __enter__(self) -> NewFile:
@@ -112,7 +112,7 @@ class NewFile:
             return os.open(self.temp, flags, self.mode, dir_fd=self.folder.descriptor)
 
     def _reserve(self) -> None:
-        """Set the final size and allocate its blocks; a file system without fallocate allocates them with each write."""
+        """Set the final size and allocate its blocks; without fallocate each write allocates those that it fills."""
         if self.nbytes and not fallocate(self._descriptor, self.nbytes):
             os.ftruncate(self._descriptor, self.nbytes)
 

@@ -1,4 +1,4 @@
-"""StoredTensor, TensorFile: a safetensors file as its header tells it; reading a header strictly, packing one.
+"""StoredTensor, TensorFile: the contents of a safetensors file by its header; strict reading and packing of headers.
 
 The format: 8 bytes with the header's length n (little endian), n bytes of JSON, then the tensors' bytes without gaps
 (https://github.com/huggingface/safetensors, section Format).
@@ -21,20 +21,25 @@ from stream_reshard.storage.json_text import strict_json
 from stream_reshard.storage.small_files import misplaced, open_regular, read_error
 
 MAX_HEADER_NBYTES = 25_000_000
-"""The cap that huggingface_hub sets; parsing takes some 14 times a header's size in memory."""
+"""Limit of huggingface_hub; parsing a usual header takes some 14 times its size in memory."""
 
 BLOCK_NBYTES = 4096
-"""Size of the blocks that file systems share between files: that of a memory page, wherever they can share."""
+"""Size of the blocks that file systems clone: that of a memory page, on all that can clone."""
 
 MIN_CLONED_NBYTES = 2 * BLOCK_NBYTES
-"""Shorter stretches are copied: between two ragged edges there may be no whole block, and a call for one costs more."""
+"""Shorter stretches are copied: they may hold no whole block, and for a single one the call costs more than a copy."""
 
 MAX_DIMS = 8
-"""No weight has more."""
+"""Most dims of a tensor; no weight has more."""
 
 NO_HEADER = "files have no header that can be read"
 
 _MAX_INTEGER = 1 << 48
+
+_WORD = r"[A-Za-z0-9_][A-Za-z0-9_.\-+=@,() ]*"
+
+SHARD_NAME = re.compile(rf"(?:{_WORD}/)*{_WORD}\.safetensors")
+"""Path of a shard below the folder, with forward slashes; no part of it begins with a dot."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,11 @@ class StoredTensor:
     key: str
     """Its name in that file's header."""
     dtype: str
-    """Under its safetensors name, such as BF16."""
+    """Name of safetensors, such as BF16."""
     shape: tuple[int, ...]
     """Extent per dim, in elements."""
     begin: int
-    """Offset of its first byte in the file, in bytes, the header included."""
+    """First byte in the file, the header included."""
 
     @property
     def itemsize(self) -> int:
@@ -59,7 +64,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes in the file."""
+        """Its size, in bytes."""
         return math.prod(self.shape) * self.itemsize
 
 
@@ -72,7 +77,7 @@ class TensorFile:
     tensors: tuple[StoredTensor, ...]
     """In the order of their bytes."""
     metadata: tuple[tuple[str, str], ...] = ()
-    """The header's `__metadata__`; absent and empty are the same to a reader."""
+    """The header's `__metadata__`; empty also if it is absent."""
 
     @property
     def nbytes(self) -> int:
@@ -82,17 +87,16 @@ class TensorFile:
 
 def pack_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str],
                 begin: int = 0) -> bytes:
-    """The first bytes of a file that holds these (key, dtype, shape), up to the first tensor's data.
+    """The bytes of a file of tensors (key, dtype, shape) before the data of the first tensor.
 
-    Deterministic: keys in the given order, no spaces, padded with spaces to a multiple of 8 bytes, or up to byte
-    `begin` where that is more.
+    Deterministic: keys in the given order, JSON without spaces, padded with spaces to a multiple of 8 bytes, or up to
+    byte `begin` of the file if that is more.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)}
-    first = 0
+    end = 0
     for key, dtype, shape in tensors:
-        last = first + math.prod(shape) * ITEMSIZE[dtype]
-        table[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [first, last]}
-        first = last
+        offset, end = end, end + math.prod(shape) * ITEMSIZE[dtype]
+        table[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * max(-len(text) % 8, begin - 8 - len(text))
     return len(text).to_bytes(8, "little") + text
@@ -100,7 +104,7 @@ def pack_header(tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: M
 
 def planned_file(path: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]],
                  metadata: Mapping[str, str]) -> TensorFile:
-    """The file that `pack_header` begins, with every tensor's place in it."""
+    """The file of tensors (key, dtype, shape) that begins with `pack_header` of them."""
     begin = len(pack_header(tensors, metadata))
     stored = []
     for key, dtype, shape in tensors:
@@ -110,24 +114,23 @@ def planned_file(path: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]],
 
 
 def placed(file: TensorFile, path: str, begin: int) -> TensorFile:
-    """The same file under another path, with a header that is padded until its data begin at byte `begin`."""
+    """`file` under another path, with a header padded so that the data begin at byte `begin`."""
     shift = begin - file.tensors[0].begin
     return TensorFile(path, tuple(StoredTensor(path, tensor.key, tensor.dtype, tensor.shape, tensor.begin + shift)
                                   for tensor in file.tensors), file.metadata)
 
 
 def header_of(file: TensorFile) -> bytes:
-    """The first bytes of a planned file, up to where its first tensor begins."""
+    """The bytes of a planned file before the data of its first tensor."""
     return pack_header([(tensor.key, tensor.dtype, tensor.shape) for tensor in file.tensors], dict(file.metadata),
                        file.tensors[0].begin)
 
 
 def read_header(root: Path, path: str, max_nbytes: int = MAX_HEADER_NBYTES) -> TensorFile:
-    """Read and check the header of `root / path`, of at most `max_nbytes`; see `parse_header`.
+    """Read and check the header of `root / path`, of at most `max_nbytes` (the room in memory); see `parse_header`.
 
-    Raises SourceError, with the file's name, also where the file is shorter or longer than the header says; Cause where
-    something else stands in its place, or it is cut off; ResourceError where the header has more than `max_nbytes`,
-    which the memory has room for.
+    Raises, with the file's name: Cause if something else stands in place of the file, or it is cut off; SourceError for
+    any other fault; ResourceError if the header is longer than `max_nbytes`.
     """
     try:
         with open_regular(root / path) as stream:
@@ -136,7 +139,7 @@ def read_header(root: Path, path: str, max_nbytes: int = MAX_HEADER_NBYTES) -> T
     except OSError as error:
         fault: StreamReshardError = read_error(quoted(path), error)
     except _Malformed as error:
-        fault = error.told(path)
+        fault = error.as_error(path)
     except _NoRoom as error:
         raise ResourceError(f"{quoted(path)}: {error}") from error
     except SourceError as error:
@@ -146,17 +149,16 @@ def read_header(root: Path, path: str, max_nbytes: int = MAX_HEADER_NBYTES) -> T
 
 
 def parse_header(path: str, text: bytes, size: int, full: Path | None = None) -> TensorFile:
-    """The tensors of a file of `size` bytes, from its header without the 8 bytes of its length. `full` is where the
-    file stands, if anywhere.
+    """The tensors of a file of `size` bytes, from the JSON text of its header. `full`: the file's path on disk, if any.
 
-    Our own strict reading and safetensors' must both accept it. Raises SourceError, with the file's name, for anything
-    the format forbids, and for what it should: a key that occurs twice, an unknown field, a header that does not start
-    with `{`, bytes after the last tensor.
+    Both the reader below and that of safetensors must accept the header. Raises SourceError, with the file's name, for
+    anything that the format forbids, also if other readers accept it: a key that occurs twice, an unknown field, a
+    header that does not start with `{`, bytes after the last tensor.
     """
     try:
         file = _parsed(path, text, size)
     except _CutOff as error:
-        raise error.told(path) from error
+        raise error.as_error(path) from error
     except (_Malformed, ValueError, RecursionError) as error:
         raise SourceError(f"{quoted(path)}: not a valid safetensors header: {error}") from error
     _check_with_library(path, text, size, full)
@@ -164,29 +166,30 @@ def parse_header(path: str, text: bytes, size: int, full: Path | None = None) ->
 
 
 class _Malformed(Exception):
-    """A fault of a header, in words."""
+    """A fault of a header; its text does not name the file."""
 
-    def told(self, path: str) -> SourceError:
-        """The error a user sees."""
+    def as_error(self, path: str) -> SourceError:
+        """The error for the user, with the file's name."""
         return SourceError(f"{quoted(path)}: {self}")
 
 
 class _CutOff(_Malformed):
-    """A file that ends too early."""
+    """A file that is shorter than its header requires."""
 
     def __init__(self, what: str, wanted: int, size: int):
         super().__init__(f"cut off: {what} {wanted} bytes, the file has {size}; {wanted - size} bytes are missing, "
                          f"download it again")
 
-    def told(self, path: str) -> SourceError:
+    def as_error(self, path: str) -> SourceError:
         return Cause(f"{quoted(path)}: {self}", kind="files are cut off")
 
 
 class _NoRoom(Exception):
-    """That a header is too long for the memory there is, in words."""
+    """A header that is too long for the allowed memory."""
 
 
 def _header_text(prefix: bytes, size: int, max_nbytes: int, read: Callable[[int], bytes]) -> bytes:
+    """The JSON text of a header, from the first 8 bytes of a file of `size` bytes and a function that reads on."""
     if len(prefix) < 8:
         raise _Malformed(f"{size} bytes are too few for a safetensors file")
     length = int.from_bytes(prefix, "little")
@@ -201,22 +204,23 @@ def _header_text(prefix: bytes, size: int, max_nbytes: int, read: Callable[[int]
 
 
 def _parsed(path: str, text: bytes, size: int) -> TensorFile:
+    """Raises _Malformed, or an error of the JSON reader."""
     if text[:1] != b"{":
         raise _Malformed("it does not start with '{'")
     table = strict_json(text)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _Malformed("__metadata__ holds something else than strings")
+        raise _Malformed("__metadata__ must be an object of strings")
     if not table:
         raise _Malformed("it names no tensor")
     begin = 8 + len(text)
     entries = sorted(((key, *_entry(key, value)) for key, value in table.items()), key=lambda entry: entry[3:])
     tensors, end = [], 0
-    for key, dtype, shape, first, last in entries:
-        if first != end:
-            raise _Malformed(f"{quoted(key)} begins at byte {first} of the data, the one before it ends at {end}")
-        tensors.append(StoredTensor(path, key, dtype, shape, begin + first))
-        end = last
+    for key, dtype, shape, offset, stop in entries:
+        if offset != end:
+            raise _Malformed(f"{quoted(key)} begins at byte {offset} of the data, the tensor before it ends at {end}")
+        tensors.append(StoredTensor(path, key, dtype, shape, begin + offset))
+        end = stop
     if begin + end > size:
         raise _CutOff("the header describes", begin + end, size)
     if begin + end < size:
@@ -225,7 +229,7 @@ def _parsed(path: str, text: bytes, size: int) -> TensorFile:
 
 
 def _entry(key: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """(dtype, shape, first byte, past the last byte) of one tensor, checked against each other."""
+    """(dtype, shape, begin, end) of one tensor, checked against each other; byte 0 is where the data begin."""
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _Malformed(f"{quoted(key)} must have dtype, shape and data_offsets, and nothing else")
     shape, offsets, dtype = value["shape"], value["data_offsets"], value["dtype"]
@@ -243,28 +247,23 @@ def _entry(key: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _check_with_library(path: str, text: bytes, size: int, full: Path | None) -> None:
-    """Let safetensors judge the same bytes, in an anonymous sparse file of the right size: it maps what it opens, and
-    touching a mapping of a file that somebody cuts meanwhile would kill the process. Under a limit on file sizes
-    (ulimit -f) that cannot be made, and the file itself is judged."""
+    """Raises SourceError if safetensors refuses the header. It maps the file that it opens, and a mapped file that
+    somebody cuts off would kill the process: so it gets a copy in an anonymous sparse file of `size` bytes. A limit on
+    file sizes (ulimit -f) can forbid that; safetensors then reads the file at `full`."""
     from safetensors import SafetensorError, safe_open
     descriptor = os.memfd_create("header", os.MFD_CLOEXEC)
     try:
         try:
             os.write(descriptor, len(text).to_bytes(8, "little") + text)
             os.ftruncate(descriptor, size)
-            judged: str | Path = f"/proc/self/fd/{descriptor}"
+            opened: str | Path = f"/proc/self/fd/{descriptor}"
         except OSError as error:
             if full is None or error.errno != errno.EFBIG:
                 raise
-            judged = full
-        with safe_open(judged, framework="np"):
+            opened = full
+        with safe_open(opened, framework="np"):
             pass
     except (SafetensorError, OSError) as error:
         raise SourceError(f"{quoted(path)}: safetensors refuses it: {error}") from error
     finally:
         os.close(descriptor)
-
-_WORD = r"[A-Za-z0-9_][A-Za-z0-9_.\-+=@,() ]*"
-
-SHARD_NAME = re.compile(rf"(?:{_WORD}/)*{_WORD}\.safetensors")
-"""A path below the folder, with forward slashes; no part of it begins with a dot."""

@@ -1,8 +1,9 @@
-"""JSON that somebody else wrote: what is wrong with it is named by its key, line and column."""
+"""JSON made by others: each fault is reported with its key, line and column."""
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,53 +13,63 @@ from stream_reshard.errors import quoted
 _KEY = re.compile(r'"([^"\\\n]{1,200})"\s*:')
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]', re.DOTALL)
 _LONG_NUMBER = re.compile(r"\d{4301}")
-"""Numbers of which Python refuses to make an int (sys.set_int_max_str_digits)."""
+"""A number with more digits than Python converts to int (sys.set_int_max_str_digits)."""
 
 Path = tuple[str, ...]
 """The keys that lead to a value, the outermost first; positions in lists are left out."""
 
-
-MAX_DOUBTS = 10
-"""Doubtful values that are described; of more only how many."""
+MAX_DOUBTFUL = 10
+"""Doubtful values that are described; the rest is only counted."""
 
 
 @dataclass
-class Doubts:
-    """Values on which readers of JSON disagree: keys that occur twice with different values, numbers that are none."""
+class DoubtfulValues:
+    """Values on which readers of JSON disagree: keys that occur twice with different values, NaN and infinities."""
 
+    entries: list[tuple[Path, str]] = field(default_factory=list)
+    """(keys that lead to the value, fault) of each; at most `MAX_DOUBTFUL`."""
     texts: list[str] = field(default_factory=list)
-    """Descriptions of the values, with key and line; at most `MAX_DOUBTS`."""
+    """The entries described, with key and line."""
     num_more: int = 0
+    """Number of further doubtful values."""
+
+    def add(self, entry: tuple[Path, str]) -> None:
+        """Add an entry, or only count it. Equal neighbours, such as the NaNs of one list, are one entry."""
+        if len(self.entries) < MAX_DOUBTFUL and entry not in self.entries:
+            self.entries.append(entry)
+        elif entry != self.entries[-1]:
+            self.num_more += 1
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        seen: set[str] = set()
-        twin = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {quoted(twin)} occurs twice")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {quoted(next(key for key in counts if counts[key] > 1))} occurs twice")
     return table
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number that may stand there")
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def strict_json(text: bytes) -> Any:
-    """JSON without the extensions of Python's reader: no NaN or Infinity, no key twice. Raises ValueError."""
+    """A value by the standard alone: NaN, Infinity and duplicate keys are refused. Raises ValueError."""
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_no_twins, parse_constant=_no_constant)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_reject_duplicate_keys,
+                          parse_constant=_reject_constant)
     except RecursionError as error:
         raise ValueError(str(error)) from error
 
 
-class _Twins(dict[str, Any]):
-    """An object in which `keys_` occur twice with different values; the last one counts, as for Python's reader."""
+class _WithDuplicates(dict[str, Any]):
+    """An object that holds the last value of each key, as Python's reader does."""
 
-    keys_: tuple[str, ...]
+    duplicates: tuple[str, ...]
+    """Keys that occur twice with different values."""
 
 
-def _last_of_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _noting_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) == len(pairs):
         return table
@@ -70,23 +81,40 @@ def _last_of_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             differing[key] = None
     if not differing:
         return table
-    twins = _Twins(table)
-    twins.keys_ = tuple(differing)
-    return twins
+    noted = _WithDuplicates(table)
+    noted.duplicates = tuple(differing)
+    return noted
 
 
-def read_json_text(content: bytes, matters: Container[str] | None) -> tuple[Any, Doubts, Doubts]:
-    """The value of a text as Python's reader reads it, after a byte order mark if there is one; what is doubtful in it
-    below the outermost keys that matter (None: all do), and what is so below others. Raises ValueError with key, line
-    and column where the text is no JSON."""
+def read_json_text(content: bytes, matters: Container[str] | None) -> tuple[Any, DoubtfulValues, DoubtfulValues]:
+    """(value, doubtful values that matter, doubtful values that do not). Those below the outermost keys in `matters`
+    matter; with None all do. A byte order mark is skipped. Raises ValueError, with key, line and column, for text that
+    is not JSON."""
+    text = _decoded(content)
+    value = _parsed(text)
+    faults, others = DoubtfulValues(), DoubtfulValues()
+    for path, fault in _doubtful(value):
+        does_matter = matters is None or not path or path[0] in matters
+        (faults if does_matter else others).add((path, fault))
+    found = faults.entries + others.entries
+    lines = _lines(text, {path for path, _ in found}) if found else {}
+    for doubtful in (faults, others):
+        doubtful.texts = [_described(path, fault, lines) for path, fault in doubtful.entries]
+    return value, faults, others
+
+
+def _decoded(content: bytes) -> str:
     try:
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = content[:error.start].decode("utf-8-sig", "replace")
         raise ValueError(f"it is not UTF-8: byte {content[error.start]:#x} in "
                          f"{position_in(before, len(before))}") from error
+
+
+def _parsed(text: str) -> Any:
     try:
-        value = json.loads(text, object_pairs_hook=_last_of_twins)
+        return json.loads(text, object_pairs_hook=_noting_duplicates)
     except json.JSONDecodeError as error:
         raise ValueError(syntax_fault(error, position_in(text, error.pos))) from error
     except RecursionError as error:
@@ -95,31 +123,17 @@ def read_json_text(content: bytes, matters: Container[str] | None) -> tuple[Any,
         found = _LONG_NUMBER.search(text)
         raise ValueError(f"a number has too many digits in "
                          f"{position_in(text, found.start() if found else 0)}") from error
-    wrong: list[tuple[Path, str]] = []
-    others: list[tuple[Path, str]] = []
-    faults, notes = Doubts(), Doubts()
-    for path, what in _doubtful(value):
-        does_matter = matters is None or path[:1] == () or path[0] in matters
-        kept, doubts = (wrong, faults) if does_matter else (others, notes)
-        if len(kept) < MAX_DOUBTS and (path, what) not in kept:
-            kept.append((path, what))
-        elif (path, what) != kept[-1]:
-            doubts.num_more += 1
-    lines = _lines(text, {path for path, _ in wrong + others}) if wrong or others else {}
-    faults.texts = [_described(path, what, lines) for path, what in wrong]
-    notes.texts = [_described(path, what, lines) for path, what in others]
-    return value, faults, notes
 
 
 def syntax_fault(error: json.JSONDecodeError, where: str) -> str:
-    """Fault of a text that ends with what was parsed."""
+    """A syntax error in words; `where` is its position. The parsed text must be all that there is."""
     is_cut = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
     return f"{error.msg.removesuffix(' at')} in {where}{'; it is cut off, download it again' if is_cut else ''}"
 
 
 def position_in(text: str, at: int, line: int = 1, column: int = 1) -> str:
-    """Place of a character, for people: line, column, and the last key before it. The text begins in `line` and
-    `column`."""
+    """Position of a character, in words: line, column, and the last key before it. `line` and `column` are those of the
+    text's first character."""
     newline = text.rfind("\n", 0, at)
     column = at - newline if newline >= 0 else column + at
     keys = _KEY.findall(text, max(0, at - 1000), at)
@@ -128,7 +142,7 @@ def position_in(text: str, at: int, line: int = 1, column: int = 1) -> str:
 
 
 def _doubtful(value: Any) -> Iterator[tuple[Path, str]]:
-    """(keys that lead there, what it is) of everything in a value on which readers disagree."""
+    """(keys that lead to it, fault) of every doubtful value in a value."""
     waiting: list[tuple[Path, Iterator[tuple[str | int, Any]]]] = [((), iter([(0, value)]))]
     while waiting:
         above, entries = waiting[-1]
@@ -137,22 +151,21 @@ def _doubtful(value: Any) -> Iterator[tuple[Path, str]]:
         if part is None:
             waiting.pop()
         elif isinstance(item, float) and (item != item or item in (float("inf"), float("-inf"))):
-            yield path, f"is {item}, which is not a number that may stand there"
+            yield path, f"is {item}, which is not a number in JSON"
         elif isinstance(item, (dict, list)):
-            if isinstance(item, _Twins):
-                yield from (((*path, key), "occurs twice with different values") for key in item.keys_)
+            if isinstance(item, _WithDuplicates):
+                yield from (((*path, key), "occurs twice with different values") for key in item.duplicates)
             waiting.append((path, iter(item.items() if isinstance(item, dict) else enumerate(item))))
 
 
-def _described(path: Path, what: str, lines: Mapping[Path, list[int]]) -> str:
+def _described(path: Path, fault: str, lines: Mapping[Path, list[int]]) -> str:
     numbers = " and ".join(map(str, lines.get(path, ())))
     where = f" in line{'s' * (' ' in numbers)} {numbers}" if numbers else ""
-    return f"{quoted('.'.join(path))}{where} {what}"
+    return f"{quoted('.'.join(path))}{where} {fault}"
 
 
 def _lines(text: str, paths: set[Path]) -> dict[Path, list[int]]:
-    """The lines in which keys stand, by what leads to them; of each the first few. Keys in lists count as those of what
-    the list belongs to."""
+    """The lines of the keys at the end of these paths, by path; of each path the first five lines."""
     found: dict[Path, list[int]] = {}
     stack: list[str | None] = []
     last, lengths = None, set(map(len, paths))

@@ -1,4 +1,4 @@
-"""Stand-ins for a file: a pointer of Git LFS, a page of a server, an archive under another name."""
+"""Stand-ins: other contents in place of a file, such as a Git LFS pointer, a server's error page, an archive."""
 from __future__ import annotations
 
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from stream_reshard.errors import quoted
 
 HEAD_NBYTES = 1024
-"""Bytes at the beginning of a file that tell what it is."""
+"""Number of first bytes by which a stand-in is recognized."""
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_SIZE = re.compile(rb"^size (\d{1,18})$", re.MULTILINE)
@@ -22,14 +22,14 @@ _ARCHIVES = {
 """Kind of a file, by its first bytes."""
 
 _ANSWERS = {"error", "errors", "message", "detail", "error_description"}
-"""Keys of what a server answers in place of a file."""
+"""Keys of the JSON that a server answers instead of a file."""
 
-_AGAIN = "the download went wrong, for want of a log-in perhaps; download it again"
+_AGAIN = "the download failed, perhaps without a log-in; download it again"
 
 
 def stand_in(head: bytes, wanted: str | None) -> tuple[str, str] | None:
-    """(what several such files are, what this one is and what to do), by the first bytes of a file that is not what is
-    `wanted`: "weights" in safetensors, "JSON", or any other. None where they do not tell."""
+    """(phrase for several such files, fault and cure of this one) of a stand-in, by the first bytes of a file; None for
+    bytes that are not recognized. `wanted`: "weights" (safetensors), "JSON", or None for a file of any kind."""
     if head.startswith(_POINTER):
         size = _POINTER_SIZE.search(head)
         nbytes = f" of {int(size[1])} bytes" if size else ""
@@ -40,22 +40,22 @@ def stand_in(head: bytes, wanted: str | None) -> tuple[str, str] | None:
     if not head:
         return "files are empty", "is empty (0 bytes); download it again"
     if (wanted == "weights" and head[8:9] == b"{") or (wanted == "JSON" and head.lstrip()[:1] in (b"{", b"[")):
-        return None  # It begins as it should.
-    for magic, what in _ARCHIVES.items():
+        return None  # The file begins as wanted.
+    for magic, kind in _ARCHIVES.items():
         if head.startswith(magic):
-            return f"files are {wanted} in name only", f"is {what}, not {wanted}, whatever its name says{_cure(what)}"
+            return f"files are {wanted} in name only", f"is {kind}, not {wanted} as its name claims{_cure(kind)}"
     return _text(head, wanted)
 
 
-def _cure(what: str) -> str:
-    if "zip file, as" in what or "pickle" in what:
+def _cure(kind: str) -> str:
+    if "zip file, as" in kind or "pickle" in kind:
         return ("; pickled weights are never opened, because they can run code: convert them where you trust them, or "
                 "download the safetensors")
     return "; download the file itself"
 
 
 def _text(head: bytes, wanted: str) -> tuple[str, str] | None:
-    """The same for text."""
+    """The result of `stand_in` for a file that begins with printable text; None for other bytes."""
     text = head.removeprefix(b"\xef\xbb\xbf").strip()
     try:
         begin = text.decode()[:60]
@@ -64,14 +64,14 @@ def _text(head: bytes, wanted: str) -> tuple[str, str] | None:
     if not begin.replace("\n", " ").replace("\r", " ").replace("\t", " ").isprintable():
         return None
     if text[:1] == b"<":
-        what = "XML" if text[:5] == b"<?xml" or b"<Error>" in text else "HTML"
-        return f"files are pages of {what}", f"is a page of {what}, not {wanted} ({quoted(begin)}); {_AGAIN}"
+        markup = "XML" if text[:5] == b"<?xml" or b"<Error>" in text else "HTML"
+        return f"files are pages of {markup}", f"is a page of {markup}, not {wanted} ({quoted(begin)}); {_AGAIN}"
     kind = "JSON" if text[:1] in (b"{", b"[") else "text"
     return f"files are {kind}", f"is {kind}, not {wanted} ({quoted(begin)}); {_AGAIN}"
 
 
 def answer(value: Mapping[str, Any], needed: str) -> str | None:
-    """Message of a server, where a JSON object is its answer in place of a file that has the key `needed`."""
-    if needed in value or len(value) > 8 or not (said := _ANSWERS & value.keys()):
+    """The fault and cure if a JSON object is a server's answer instead of a file, which would have the key `needed`."""
+    if needed in value or len(value) > 8 or not (found := _ANSWERS & value.keys()):
         return None
-    return f"is the answer of a server, not the file ({quoted(value[min(said)])}); {_AGAIN}"
+    return f"is the answer of a server, not the file ({quoted(value[min(found)])}); {_AGAIN}"

@@ -1,7 +1,7 @@
-"""Writing tensor files. How bytes get there is decided here.
+"""Writing tensor files; this module decides how bytes reach them.
 
-A stretch that stands in one piece on both sides is shared where the file system can (`cloning`), else copied: read into
-a buffer and written from there, or written straight from a mapping of the source.
+A stretch that is contiguous in source and target is cloned if the file system can (`cloning`). Else it is copied: by
+the file system itself, through a buffer, or from a mapping of the source.
 """
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from stream_reshard.storage.source_file import SourceFile
 
 @dataclass(frozen=True)
 class Transport:
-    """Way in which bytes move in a run. Changes nothing of the tensors."""
+    """Ways in which bytes may move in a run. The tensors are the same in each."""
 
     is_mapped: bool = False
-    """Write from a mapping of the source where that needs no buffer, instead of reading it."""
+    """Stretches that need no buffer are written from a mapping of the source, not read."""
     is_cloned: bool = False
-    """Share blocks with the source: its file system and the target's are one, which can."""
+    """Blocks are cloned: source and target are on one file system that can."""
     copies_on_server: bool = False
-    """Let the file system copy (copy_file_range): over a network the bytes stay on the server."""
+    """The file system copies (copy_file_range): over a network the bytes stay on the server."""
     digests: str = "auto"
-    """Files that get a digest: all, none, or those whose bytes all passed through this process (auto)."""
+    """Files that get a digest: "all", "none", or "auto": those of which all bytes pass through this process."""
 
     @property
     def bypasses_process(self) -> bool:
-        """Stretches are left to the file system, instead of coming through this process."""
+        """The file system moves stretches, and their bytes do not pass through this process."""
         return self.is_cloned or self.copies_on_server
 
 
 class NewTensorFile(NewFile):
-    """A tensor file being written: it begins with its header, and its size is known."""
+    """A tensor file being written; entering the context writes its header."""
 
     def __init__(self, folder: Folder, file: TensorFile, transport: Transport = Transport()):
         super().__init__(folder, file.path, file.nbytes, transport.digests != "none")
         self.file, self.transport = file, transport
         self.cloned_nbytes = 0
-        """Bytes that it shares with sources."""
+        """Bytes in blocks shared with sources."""
         self.num_overflowed = 0
-        """Weights that were cast on the way here and were too large."""
+        """Elements of this file that a cast made infinite."""
 
     def __enter__(self) -> NewTensorFile:
         super().__enter__()
@@ -58,7 +58,7 @@ class NewTensorFile(NewFile):
         return self
 
     def _reserve(self) -> None:
-        """Blocks that will be shared must not be taken first."""
+        """Set the final size; blocks that will be cloned must not be allocated first."""
         if self.transport.is_cloned:
             os.ftruncate(self._descriptor, self.nbytes)
         else:
@@ -66,11 +66,11 @@ class NewTensorFile(NewFile):
 
     def take(self, source: SourceFile, source_offset: int, offset: int, nbytes: int, buffer: memoryview,
              check: Callable[[], None]) -> None:
-        """Let `nbytes` from byte `source_offset` of the source be those from byte `offset` on: shared where they can
-        be, else copied by the file system, else through `buffer`. `check` is called between its blocks."""
-        first, last = self._cloned(source, source_offset, offset, nbytes)
-        self.cloned_nbytes += last - first
-        for begin, end in ((offset, first), (last, offset + nbytes)):
+        """Write `nbytes` of the source, from byte `source_offset` on, at byte `offset`: cloned if possible, else copied
+        by the file system, else through `buffer`. `check` is called before each block of the size of `buffer`."""
+        cloned_begin, cloned_end = self._cloned(source, source_offset, offset, nbytes)
+        self.cloned_nbytes += cloned_end - cloned_begin
+        for begin, end in ((offset, cloned_begin), (cloned_end, offset + nbytes)):
             for at in range(begin, end, len(buffer)):
                 check()
                 view, source_at = buffer[:end - at], source_offset + at - offset
@@ -80,24 +80,24 @@ class NewTensorFile(NewFile):
                 source.release(source_at, len(view))
 
     def _cloned(self, source: SourceFile, source_offset: int, offset: int, nbytes: int) -> tuple[int, int]:
-        """(first, last) byte of what is now shared with the source; an empty range at the end where nothing is."""
-        first, last = inner_blocks(source_offset, offset, nbytes)
+        """(begin, end) of the bytes cloned from the source; both are the end of the stretch if none are."""
+        begin, end = inner_blocks(source_offset, offset, nbytes)
         try:
-            if not self.transport.is_cloned or first == last or not clone(
-                    source.descriptor, source_offset + first - offset, self._descriptor, first, last - first):
+            if not self.transport.is_cloned or begin == end or not clone(
+                    source.descriptor, source_offset + begin - offset, self._descriptor, begin, end - begin):
                 return offset + nbytes, offset + nbytes
         except OSError as error:
             raise target_error(self.final, error) from error
         self._note_bypass()
-        return first, last
+        return begin, end
 
     def _note_bypass(self) -> None:
-        """Note that bytes never passed through this process; hashing them would mean reading them back."""
+        """Note that bytes bypassed this process. A digest would need to read them back, so only "all" wants it."""
         self._position = -1
         self.is_digested = self.transport.digests == "all"
 
     def _copied_on_server(self, source: SourceFile, source_offset: int, offset: int, nbytes: int) -> bool:
-        """Let the file system copy a block; False where it cannot, or not all of it."""
+        """Let the file system copy a block; False if it cannot copy all of it."""
         try:
             done = 0
             while done < nbytes:
@@ -107,14 +107,14 @@ class NewTensorFile(NewFile):
                     return False
                 done += count
         except OSError:
-            return False  # Reading and writing says what is wrong, if it is.
+            return False  # Reading and writing instead succeeds, or reports the error.
         self._note_bypass()
         return True
 
     def take_mapped(self, source: SourceFile, source_offset: int, offset: int, nbytes: int, buffer: memoryview,
                     check: Callable[[], None]) -> None:
-        """The same, written straight from the mapping of the source, in blocks of the size of `buffer`. Raises
-        SourceError where it shrank."""
+        """Write `nbytes` of the source, from byte `source_offset` on, at byte `offset`, from the mapping of the source.
+        `check` is called before each block of the size of `buffer`. Raises SourceError if the source shrank."""
         for at in range(offset, offset + nbytes, len(buffer)):
             check()
             source_at, size = source_offset + at - offset, min(len(buffer), offset + nbytes - at)

@@ -94,7 +94,7 @@ CONTENTS = [
     ("11 MiB", edited(OPEN, " " * 11 * 2**20 + OPEN), ["10485760"]),
     ("deep", edited(OPEN, '{"weight_map":' * 10**5), ["JSON"]),
     ("in two shards", doubled, [NORM, ONE, TWO]),
-    ("not in the index", edited(f",\n  {PLACE}", ""), [NORM, TWO, "nothing of it"]),
+    ("not in the index", edited(f",\n  {PLACE}", ""), [NORM, TWO, "does not name it"]),
     ("in no shard", edited(PLACE, f'{PLACE},"phantom":"{TWO}"'), ["phantom", TWO, "no shard"]),
     ("in the other shard", edited(PLACE, f'"{NORM}": "{ONE}"'), [NORM, ONE, TWO]),
     ("hostile key", edited(PLACE, f'{PLACE},{LONG}:"{TWO}"'), [r"\x1b[2J\n\u202e", "no shard"]),

@@ -168,8 +168,8 @@ PATHS = [
     ("the cache", "{}/models--org--name", ["Hugging Face cache", "models--org--name/snapshots/abc'"]),
     ("its snapshots", "{}/models--org--name/snapshots", ["give ", "snapshots/abc'"]),
     ("its blobs", "{}/models--org--name/blobs", ["models--org--name/snapshots/abc'"]),
-    ("original", "{}/hf/original", ["the folder above is the whole: give ", "/hf'"]),
-    ("a part of Nanotron's", "{}/steps/10/model", ["the folder above is the whole: give ", "/steps/10'"]),
+    ("original", "{}/hf/original", ["is a part of a checkpoint, not the whole: give ", "/hf'"]),
+    ("a part of Nanotron's", "{}/steps/10/model", ["is a part of a checkpoint, not the whole: give ", "/steps/10'"]),
     ("a link to nothing", "{}/broken", ["is a link to 'gone'"]), ("a link to itself", "{}/loop", ["leads to itself"]),
     ("an empty folder", "{}/empty", ["holds neither config.json nor model_config.json"])]
 

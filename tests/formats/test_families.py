@@ -16,7 +16,7 @@ CHOSEN = [
     ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "llama", None),
     ("llama", {"architectures": "LlamaForCausalLM"}, "llama", None), ("llama", {"architectures": []}, "llama", None),
     ("llama", {"architectures": None}, "llama", None), ("llama", {"architectures": ...}, "llama", None),
-    ("llama", {"architectures": ["YiForCausalLM"]}, "llama", "architectures names 'YiForCausalLM'; the first decides"),
+    ("llama", {"architectures": ["YiForCausalLM"]}, "llama", "architectures names 'YiForCausalLM'; model_type decides"),
     ("llama", {"architectures": ["MistralForCausalLM"]}, "llama", "architectures names 'MistralForCausalLM'"),
     ("llama", {"architectures": ["Qwen3ForCausalLM"]}, "llama", "architectures names 'Qwen3ForCausalLM'"),
     ("mistral", {"architectures": ["LlamaForCausalLM"]}, "mistral", "architectures names 'LlamaForCausalLM'"),
@@ -34,13 +34,13 @@ def test_model_type_decides_and_then_the_class(tmp_path, capsys, family, config,
     source = make_source(tmp_path / "hf", family=family, config=config)
     assert main(["plan", str(source)]) == 0
     out = capsys.readouterr().out
-    assert f"(Hugging Face, {chosen}, " in out and (note or "") in out and ("first decides" in out) == bool(note), out
+    assert f"(Hugging Face, {chosen}, " in out and (note or "") in out and ("model_type decides" in out) == bool(note), out
     assert main(["inspect", str(source), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["family"] == chosen
 
 
 @pytest.mark.parametrize("config, message", [
-    ({"model_type": "mistral"}, "sliding_window is not said, which means 4096"),
+    ({"model_type": "mistral"}, "sliding_window is absent, which means 4096"),
     ({"model_type": "mistral", "sliding_window": 32}, "sliding_window is '32'"),
     ({"model_type": "qwen2"}, "q_proj.bias is missing"),
     ({"model_type": "gemma"}, "model_type 'gemma' cannot be converted"),
@@ -66,7 +66,7 @@ def test_a_head_is_not_invented(tmp_path, capsys, name, tied):
 
 
 @pytest.mark.parametrize("family, config, code, message", [
-    ("mistral", {"sliding_window": ...}, 3, "sliding_window is not said, which means 4096"),
+    ("mistral", {"sliding_window": ...}, 3, "sliding_window is absent, which means 4096"),
     ("mistral", {"sliding_window": 32}, 3, "Nanotron would attend to everything"),
     ("mistral", {"sliding_window": 32, "head_dim": 8}, 3, "head_dim is '8'"),
     ("qwen2_moe", {"norm_topk_prob": True}, 3, "norm_topk_prob is true"),

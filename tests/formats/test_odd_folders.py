@@ -75,8 +75,8 @@ FOLDERS = [
      "20 tensors have names with one more 'model.' in front"),
     ("some of both", {"tied": True}, lambda root: renamed(root, lambda key: bare(key) if "proj" in key else key), "14 tensors have names with no 'model.' in front"),
     ("quantisation left over", {}, lambda root: edit_config(root, {"quantization_config": {
-        "quant_method": "bitsandbytes", "load_in_4bit": True}}), "speaks of quantised weights ('bitsandbytes')"),
-    ("another left over", TIED, lambda root: edit_config(root, {"quantization": {"bits": 4}}), "speaks of quantised"),
+        "quant_method": "bitsandbytes", "load_in_4bit": True}}), "names a quantisation ('bitsandbytes')"),
+    ("another left over", TIED, lambda root: edit_config(root, {"quantization": {"bits": 4}}), "names a quantisation"),
     ("Infinity that nobody reads", {}, text('"hidden_act"', '"time_step_limit": [0.0, Infinity], "hidden_act"'), None),
     ("NaN that nobody reads", {}, text('"hidden_act"', '"x": {"y": NaN}, "hidden_act"'), None),
     ("a key twice with one value", {}, text('"vocab_size": 11', '"vocab_size": 11, "vocab_size": 11'), None),
@@ -171,7 +171,7 @@ def test_an_index_of_others_beside_a_single_file_is_stale(tmp_path, capsys):
     for name in (INDEX, ONE, TWO):
         shutil.copy(other / name, root / name)
     assert call("plan", root) == 3
-    assert "is not of it alone; remove the one that is stale" in capsys.readouterr().err
+    assert "is invalid or names other shards; remove the stale one" in capsys.readouterr().err
 
 
 def test_a_copy_that_asks_for_quantisation_is_found(tmp_path, capsys):

@@ -112,7 +112,7 @@ def test_the_folder_that_is_held_is_never_made_anew(tmp_path):
     for name in ("moved", "held"):
         shutil.rmtree(tmp_path / name)
     for path in ("x", "a/b/c/x"):
-        with pytest.raises(ResourceError, match="removed while the run went on"):
+        with pytest.raises(ResourceError, match="removed during the run"):
             NewFile(folder, path).__enter__()
     assert not list(tmp_path.iterdir())
 

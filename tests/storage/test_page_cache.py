@@ -9,8 +9,9 @@ import time
 import pytest
 
 from stream_reshard.machine.kernel import group_limit, read_ahead_nbytes
-from stream_reshard.storage import source_file as tensor_file
-from stream_reshard.storage.source_file import ReadAhead, SourceFile
+from stream_reshard.storage import read_ahead, source_file
+from stream_reshard.storage.read_ahead import ReadAhead
+from stream_reshard.storage.source_file import SourceFile
 
 MIB = 2**20
 NBYTES = 72 * MIB
@@ -70,7 +71,7 @@ class Asked:
 
     def __init__(self, monkeypatch, error=None):
         self.offsets, self._error = [], error
-        monkeypatch.setattr(tensor_file.os, "preadv", self._preadv)
+        monkeypatch.setattr(read_ahead.os, "preadv", self._preadv)
 
     def _preadv(self, descriptor, buffers, offset, flags):
         assert flags == os.RWF_NOWAIT and sum(map(len, buffers)) == 1
@@ -81,7 +82,7 @@ class Asked:
 def test_every_byte_ahead_is_asked_for_once_and_none_beyond_the_window(monkeypatch):
     asked, ahead, block = Asked(monkeypatch), ReadAhead(8 * MIB), 2 * MIB
     for offset in range(12_345, 64 * MIB, block):
-        ahead.ask(0, offset, block)
+        ahead.before_read(0, offset, block)
         assert all(offset + block <= place < offset + 8 * MIB for place in asked.offsets[-2:])
     assert {b - a for a, b in zip(asked.offsets, asked.offsets[1:])} == {MIB}
 
@@ -90,7 +91,7 @@ def test_nothing_is_asked_for_by_reads_here_and_there(monkeypatch):
     asked, ahead = Asked(monkeypatch), ReadAhead(8 * MIB)
     for offset in range(0, 640 * MIB, 20 * MIB):
         for place in range(offset, offset + 6 * MIB, MIB):
-            ahead.ask(0, place, MIB)
+            ahead.before_read(0, place, MIB)
     assert not asked.offsets
 
 
@@ -98,7 +99,7 @@ def test_nothing_is_asked_for_by_reads_here_and_there(monkeypatch):
 def test_nothing_is_asked_for_where_that_is_no_use(monkeypatch, window, error):
     asked, ahead = Asked(monkeypatch, error), ReadAhead(window)
     for offset in range(0, 64 * MIB, 2 * MIB):
-        ahead.ask(0, offset, 2 * MIB)
+        ahead.before_read(0, offset, 2 * MIB)
     assert len(asked.offsets) == (error is not None), "a file system that cannot is asked once"
 
 
@@ -121,14 +122,14 @@ def test_more_than_a_window_is_on_its_way_while_nobody_reads(cold):
 @pytest.mark.parametrize("limit, expected", [(None, 8 * MIB), (256 * MIB, 8 * MIB), (64 * MIB, 0)])
 def test_a_small_control_group_is_not_filled_with_what_is_read_later(tmp_path, monkeypatch, limit, expected):
     """What is dropped before it was read would be read twice."""
-    monkeypatch.setattr(tensor_file, "read_ahead_nbytes", lambda device: 8 * MIB)
-    monkeypatch.setattr(tensor_file, "group_limit", lambda: limit)
+    monkeypatch.setattr(read_ahead, "read_ahead_nbytes", lambda device: 8 * MIB)
+    monkeypatch.setattr(read_ahead, "group_limit", lambda: limit)
     asked = []
-    monkeypatch.setattr(tensor_file, "ReadAhead", asked.append)
+    monkeypatch.setattr(source_file, "ReadAhead", asked.append)
     (tmp_path / "x").touch()
-    tensor_file._window_on.cache_clear()
-    tensor_file.SourceFile(tmp_path, "x").close()
-    tensor_file._window_on.cache_clear()
+    read_ahead.window_on.cache_clear()
+    SourceFile(tmp_path, "x").close()
+    read_ahead.window_on.cache_clear()
     assert asked == [expected]
 
 

@@ -1,14 +1,14 @@
-"""Hugging Face: a config.json, and every parameter a tensor of its own in one of the shards.
+"""Hugging Face: a config.json, and one tensor per parameter, each in one of the shards.
 
-- config:      config.json in the spelling of all formats
+- config:      config.json under the names that all formats share
 - unsupported: settings that Nanotron cannot express
-- index:       the shards, and what the index says of them
-- layout:      the layout of a folder of shards
-- planned:     the layout of shards to be written
-- folder:      a folder, opened
+- index:       the shards, and the shard of each tensor by the index
+- layout:      the layout of an existing folder
+- planned:     the layout of a folder to be written
+- folder:      reading a folder: config, shards, layout
 - card:        the model card of a folder to be written
 - hub:         origin of a folder in the hub's cache
 - causes:      the one cause behind many faults
-- source:      a folder opened to be converted
+- source:      a folder opened for a conversion
 - target:      a folder to be written
 """

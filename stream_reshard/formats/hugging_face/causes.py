@@ -1,6 +1,6 @@
 """Reasons why the tensors of a Hugging Face folder are not those of its model: the one cause behind many faults.
 
-This runs when opening failed, and reads the headers of a few shards once more.
+These functions run after opening failed, and read the headers of a few shards once more.
 """
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.header import StoredTensor, read_header
 
 _MAX_SHARDS = 8
-_MAX_STRANGE = 1000
-_MAX_KEY_LENGTH = 500
+"""Shards whose headers are read."""
+
+_MAX_UNEXPECTED, _MAX_KEY_LENGTH = 1000, 500
+"""Unexpected tensors that are kept, and characters in the name of one."""
 
 _MIN_WRAPPED = 4
-"""Names that must have a part too much before that is held for a wrapper's; the smallest model has eleven tensors."""
+"""Count of names from which on a common part of them is a wrapper's; the smallest model has eleven tensors."""
 
 _METHODS = (
     ("g_idx", "GPTQ"), ("bitsandbytes__", "bitsandbytes, 4 bit"), ("quant_map", "bitsandbytes, 4 bit"),
@@ -33,58 +35,59 @@ _METHODS = (
     ("qweight", "AWQ or GPTQ"), ("qzeros", "AWQ or GPTQ"), ("weight_scale", "FP8 or compressed-tensors"),
     ("weight_zero_point", "compressed-tensors"), ("input_scale", "FP8"), ("_blocks", "MXFP4"), ("qdata", "torchao"),
     ("scales", "MLX"))
-"""The last parts of names that only quantised weights have, and the methods that give them; the surest first."""
+"""(last part of a name, quantisation method) for names that only quantised weights have; the surest first."""
 
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
-"""Keys of config.json that tell of quantised weights: of transformers, of old compressed-tensors, of MLX."""
+"""Keys of config.json for quantised weights: of transformers, of old compressed-tensors, of MLX."""
 
-_CURES = {"_orig_mod": "torch.compile wraps a model so: save model._orig_mod",
-          "base_model": "PEFT wraps a model so: save model.merge_and_unload()",
-          "module": "DistributedDataParallel wraps a model so: save model.module",
-          "_fsdp_wrapped_module": "FSDP wraps a model so: save its full state_dict",
+_CURES = {"_orig_mod": "torch.compile adds it: save model._orig_mod",
+          "base_model": "PEFT adds it: save model.merge_and_unload()",
+          "module": "DistributedDataParallel adds it: save model.module",
+          "_fsdp_wrapped_module": "FSDP adds it: save the model's full state_dict",
           "language_model": "it is the text part of a larger model: save that part alone"}
+"""Cures by a part of the names."""
 
 
 def quantization_of(raw: Mapping[str, Any]) -> str | None:
-    """The method by which the weights are quantised, or were, as a config.json says; None where it says nothing."""
+    """The quantisation method that a config.json gives; None where it gives none."""
     for key in _CONFIG_KEYS:
-        if said := raw.get(key):
-            told = said if isinstance(said, dict) else {}
-            bits = f"{told['bits']} bits" if "bits" in told else key
-            return str(told.get("quant_method") or told.get("format") or bits)
+        if value := raw.get(key):
+            settings = value if isinstance(value, dict) else {}
+            bits = f"{settings['bits']} bits" if "bits" in settings else key
+            return str(settings.get("quant_method") or settings.get("format") or bits)
     return None
 
 
 @dataclass
 class _Seen:
-    """Tensors that some shards hold, beside those that they should."""
+    """The tensors of a few shards."""
 
-    strange: dict[str, str] = field(default_factory=dict)
-    """Dtypes of tensors that the model does not have, by name; so many at most."""
+    unexpected: dict[str, str] = field(default_factory=dict)
+    """Dtypes of tensors that the model does not have, by name; of at most _MAX_UNEXPECTED."""
     packed: StoredTensor | None = None
-    """A tensor of the model in a dtype that is not one of weights."""
+    """A tensor of the model whose dtype is none of weights."""
     present: set[int] = field(default_factory=set)
-    """Numbers of parameters."""
+    """Numbers of the parameters that have a tensor."""
 
     def add(self, tensor: StoredTensor, number: int | None) -> None:
-        """One more tensor, and the number of the parameter that it holds."""
+        """Add a tensor. `number`: of its parameter; None where the model does not have the tensor."""
         if number is not None:
             self.present.add(number)
             if tensor.dtype not in TORCH_DTYPES:
                 self.packed = self.packed or tensor
-        elif len(self.strange) < _MAX_STRANGE and len(tensor.key) <= _MAX_KEY_LENGTH:
-            self.strange[tensor.key] = tensor.dtype
+        elif len(self.unexpected) < _MAX_UNEXPECTED and len(tensor.key) <= _MAX_KEY_LENGTH:
+            self.unexpected[tensor.key] = tensor.dtype
 
 
 def cause_of(root: Path, config: SourceConfig, model: Model | None, shards: Sequence[str],
              max_nbytes: int) -> Cause | None:
-    """The cause that explains why the shards do not hold the model; None where none is known."""
+    """The one cause that explains why the shards do not hold the model; None where none is known."""
     seen = _Seen()
     for tensor in _tensors(root, shards, max_nbytes):
         seen.add(tensor, model.number_of_tensor(tensor.key) if model else None)
-    said = quantization_of(config.raw)
-    text = (_lora(seen.strange) or _quantised(said, seen) or (_wrapped(model, seen) if model else None) or
-            _metas(seen.strange) or _said_quantised(said, seen) or (_headless(config, model, seen) if model else None))
+    method = quantization_of(config.raw)
+    text = (_lora(seen.unexpected) or _quantised(method, seen) or (model and _wrapped(model, seen)) or
+            _original(seen.unexpected) or _replaced(method, seen) or (model and _headless(config, model, seen)))
     return Cause(text) if text else None
 
 
@@ -96,25 +99,27 @@ def _tensors(root: Path, shards: Sequence[str], max_nbytes: int) -> Iterator[Sto
             continue
 
 
-def _lora(strange: Mapping[str, str]) -> str | None:
-    key = next((key for key in strange if ".lora_A." in key or ".lora_embedding_A" in key), None)
+def _lora(unexpected: Mapping[str, str]) -> str | None:
+    key = next((key for key in unexpected if ".lora_A." in key or ".lora_embedding_A" in key), None)
     return key and (f"the shards hold LoRA matrices beside the weights, such as {quoted(key)}; merge them first: load "
                     f"the model with peft, merge_and_unload(), save_pretrained(NEW)")
 
 
-def _quantised(said: str | None, seen: _Seen) -> str | None:
-    """By names and dtypes of tensors."""
-    ends = {key.replace(":", ".").split(".")[-1]: key for key in seen.strange}
+def _quantised(config_method: str | None, seen: _Seen) -> str | None:
+    """Quantised weights, by the names and dtypes of tensors."""
+    ends = {key.replace(":", ".").split(".")[-1]: key for key in seen.unexpected}
     for sign, method in _METHODS:
         for end, key in ends.items():
             if end == sign or ("_" in (sign[0], sign[-1]) and sign in end):
-                return _dequantise(said or method, key, seen.strange[key])
-    return _dequantise(said or seen.packed.dtype, seen.packed.key, seen.packed.dtype) if seen.packed else None
+                return _dequantise(config_method or method, key, seen.unexpected[key])
+    return _dequantise(config_method or seen.packed.dtype, seen.packed.key, seen.packed.dtype) if seen.packed else None
 
 
-def _said_quantised(said: str | None, seen: _Seen) -> str | None:
-    """By the config alone, where other tensors stand in place of the weights."""
-    return next((_dequantise(said, key, dtype) for key, dtype in seen.strange.items()), None) if said else None
+def _replaced(config_method: str | None, seen: _Seen) -> str | None:
+    """Quantised weights, by the config and any tensor that the model does not have."""
+    if config_method is None or not seen.unexpected:
+        return None
+    return _dequantise(config_method, *next(iter(seen.unexpected.items())))
 
 
 def _dequantise(method: str, key: str, dtype: str) -> str:
@@ -123,35 +128,36 @@ def _dequantise(method: str, key: str, dtype: str) -> str:
 
 
 def _wrapped(model: Model, seen: _Seen) -> str | None:
-    """A common part of names without which they would be those of weights that are not there."""
+    """A wrapper's part in many names: without it, they are the names of absent parameters."""
     counts: Counter[tuple[str, bool]] = Counter()
     examples: dict[tuple[str, bool], str] = {}
-    for key in seen.strange:
-        for part, is_first in _parts_too_many(model, key, seen.present):
+    for key in seen.unexpected:
+        for part, is_first in _extra_parts(model, key, seen.present):
             counts[part, is_first] += 1
             examples.setdefault((part, is_first), key)
     if not counts:
         return None
-    (part, is_first), number = counts.most_common(1)[0]
-    if number < _MIN_WRAPPED or 2 * number < min(len(seen.strange), model.num_stored - len(seen.present)):
+    (part, is_first), count = counts.most_common(1)[0]
+    if count < _MIN_WRAPPED or 2 * count < min(len(seen.unexpected), model.num_stored - len(seen.present)):
         return None
     example = examples[part, is_first]
-    where = "begin with" if is_first else "hold"
-    cure = next((cure for word, cure in _CURES.items() if word in part.split(".")), "save the model that is wrapped so")
-    return (f"the names of {number if number < _MAX_STRANGE else 'most'} tensors {where} {quoted(part + '.')}, such as "
+    verb = "begin with" if is_first else "hold"
+    cure = next((cure for word, cure in _CURES.items() if word in part.split(".")), "save the model inside the wrapper")
+    return (f"the names of {count if count < _MAX_UNEXPECTED else 'most'} tensors {verb} {quoted(part + '.')}, such as "
             f"{quoted(example)}: transformers would find none of them and start from random weights; {cure}, or rename "
             f"the tensors")
 
 
-def _parts_too_many(model: Model, key: str, present: set[int]) -> Iterator[tuple[str, bool]]:
-    """Parts of a name, and whether it begins with them, without which it is that of an absent parameter."""
+def _extra_parts(model: Model, key: str, present: set[int]) -> Iterator[tuple[str, bool]]:
+    """(part, True if the name begins with it) of the shortest parts without which a name is that of an absent
+    parameter."""
     words = key.split(".")
-    for is_exact in (True, False):  # A name with `model.` too much, or without it, is one of a parameter too.
+    for is_exact in (True, False):  # The parameter's own name first, then its other spellings.
         for length in range(1, min(len(words), 6)):
-            found = [(".".join(words[first:first + length]), not first) for first in range(len(words) - length)
+            parts = [(".".join(words[first:first + length]), not first) for first in range(len(words) - length)
                      if _is_absent(model, ".".join(words[:first] + words[first + length:]), present, is_exact)]
-            if found:
-                yield from found
+            if parts:
+                yield from parts
                 return
 
 
@@ -160,8 +166,8 @@ def _is_absent(model: Model, key: str, present: set[int], is_exact: bool) -> boo
     return number is not None and number not in present and not (is_exact and model.spelling_of(number, key))
 
 
-def _metas(strange: Mapping[str, str]) -> str | None:
-    key = next((key for key in strange if key.endswith(("tok_embeddings.weight", "attention.wq.weight"))), None)
+def _original(unexpected: Mapping[str, str]) -> str | None:
+    key = next((key for key in unexpected if key.endswith(("tok_embeddings.weight", "attention.wq.weight"))), None)
     return key and (f"the tensors have the names of Meta's and Mistral's original format, such as {quoted(key)}; take "
                     f"the shards in the format of Hugging Face (model*.safetensors)")
 
@@ -173,5 +179,5 @@ def _headless(config: SourceConfig, model: Model, seen: _Seen) -> str | None:
     absent = [row for row in model.stored_rows if model.firsts[row] not in seen.present]
     if [model.rows[row].parameter for row in absent] != ["lm_head"]:
         return None
-    return (f"config.json names {quoted(name)}, a class without a language-model head, and lm_head.weight is not "
-            f"there; it would have to be invented: take the model as {config.family.hugging_face_class} saved it")
+    return (f"config.json names {quoted(name)}, a class without a language-model head, and lm_head.weight is missing; "
+            f"save the model as a {config.family.hugging_face_class}")

@@ -1,4 +1,4 @@
-"""Settings of the model in a Hugging Face config.json, in one spelling for transformers 4 and 5."""
+"""Settings of the model in a Hugging Face config.json, whether transformers 4 or 5 wrote it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -26,28 +26,28 @@ UNDERSTOOD = frozenset("""
     use_qk_norm qk_layernorm no_rope_layers no_rope_layer_interval num_experts_per_tok moe_intermediate_size
     shared_expert_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers router_aux_loss_coef
     output_router_logits qkv_bias""".split())
-"""Keys that mean something here, for some family."""
+"""Keys that are read here, for some family."""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A config.json: as it stands, and what it means."""
+    """A config.json, and the settings in it."""
 
     raw: Mapping[str, Any]
+    """The keys of the file."""
     family: Family
     model: ModelConfig
     rope: Mapping[str, Any]
-    """`rope_parameters` of transformers 5 and `rope_scaling` of transformers 4; empty where neither says anything."""
+    """`rope_parameters` of transformers 5 and `rope_scaling` of transformers 4 in one; empty where both are absent."""
     notes: tuple[str, ...]
-    """Remarks on settings that are understood in a way worth telling."""
+    """Remarks for the user on doubtful settings."""
 
 
 def read_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
-    """Read config.json, of at most `max_nbytes`. Raises SourceError or Refused with everything in it that makes no
-    sense."""
+    """Read config.json, of at most `max_nbytes`. Raises SourceError, or Refused with all its problems."""
     raw, doubts = read_json_with_notes(root, CONFIG_NAME, max_nbytes, UNDERSTOOD)
-    if said := answer(raw, "hidden_size"):
-        raise Cause(f"{quoted(CONFIG_NAME)} in {quoted(root)} {said}")
+    if message := answer(raw, "hidden_size"):
+        raise Cause(f"{quoted(CONFIG_NAME)} in {quoted(root)} {message}")
     family, notes = family_of(raw)
     reader = ConfigReader(raw, CONFIG_NAME, family.defaults)
     config = reader.model_config(family)
@@ -56,30 +56,32 @@ def read_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
 
 
 def class_name_of(raw: Mapping[str, Any]) -> str | None:
-    """The first class that `architectures` names; a text is taken for the one name, as transformers' users write it."""
+    """The first class in `architectures`; None without one. A string in place of the list is taken for its one name."""
     names = raw.get("architectures")
     first = names[0] if isinstance(names, list) and names else names
     return first if isinstance(first, str) else None
 
 
 def family_of(raw: Mapping[str, Any]) -> tuple[Family, list[str]]:
-    """The family, and what is worth telling of the choice. As in transformers (AutoConfig.from_pretrained,
-    models/auto/configuration_auto.py) `model_type` decides, to the letter; only without one do we look at the class.
-    Raises SourceError where there is none, or one that is not converted."""
+    """The family of a model, and remarks on the choice. Raises SourceError for a family that cannot be converted.
+
+    As in transformers (AutoConfig.from_pretrained, models/auto/configuration_auto.py), `model_type` decides; without
+    one, the class in `architectures` does.
+    """
     name, model_type = class_name_of(raw), raw.get("model_type")
     if model_type is None and name is None:
         raise SourceError(f"config.json names no model_type and no class in architectures; known are {_known()}")
     chosen = model_type_of(name or "") if model_type is None else model_type
     family = BY_MODEL_TYPE.get(chosen) if isinstance(chosen, str) else None
     if family is None:
-        what = f"{quoted(name)}" if model_type is None else f"model_type {quoted(model_type)}"
+        subject = f"{quoted(name)}" if model_type is None else f"model_type {quoted(model_type)}"
         reason = UNSUPPORTED.get(str(chosen), f"known are {_known()}")
         if isinstance(raw.get("text_config"), dict):
             reason = "it is more than a language model; save that part (text_config) alone, with its own config.json"
-        raise SourceError(f"config.json: {what} cannot be converted: {reason}")
+        raise SourceError(f"config.json: {subject} cannot be converted: {reason}")
     if model_type is None or name is None or model_type_of(name) == model_type:
         return family, []
-    return family, [f"config.json: model_type is {quoted(model_type)}, architectures names {quoted(name)}; the first "
+    return family, [f"config.json: model_type is {quoted(model_type)}, architectures names {quoted(name)}; model_type "
                     f"decides, as in transformers"]
 
 

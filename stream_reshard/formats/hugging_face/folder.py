@@ -1,4 +1,4 @@
-"""A Hugging Face folder that is there: config.json, and shards whose tensors are matched with the parameters."""
+"""Reading a Hugging Face folder: config.json, and shards whose tensors are matched with the parameters."""
 from __future__ import annotations
 
 import os
@@ -20,29 +20,30 @@ from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.header import MAX_HEADER_NBYTES, NO_HEADER, StoredTensor, TensorFile, read_header
 from stream_reshard.storage.small_files import MAX_JSON_NBYTES
 
-_MAX_COMPLAINTS = 10_000
-"""Tensors that are not the model's; after more, no further shard is opened."""
+_MAX_FAULTS = 10_000
+"""Limit on faults of tensors; when there are more, no further shard is opened."""
 
 _BUFFER = "rotary_emb.inv_freq"
-"""In the names of tensors that old versions of transformers saved and new ones ignore (modeling_utils.py): they follow
-from config.json."""
+"""Part of the names of tensors that old versions of transformers saved and new ones ignore (modeling_utils.py), because
+config.json determines them."""
 
 
 def open_folder(root: Path, max_nbytes: int, problems: Problems, check: Callable[[Shards], None] = lambda shards: None
                 ) -> tuple[SourceConfig | None, Model | None, HuggingFaceLayout | None]:
-    """Read the config and all headers of a Hugging Face folder, none of more than `max_nbytes`, as far as they make
-    sense; everything wrong goes to `problems`. `check` raises SourceError where there is more than can be opened."""
+    """Read the config and all headers of a Hugging Face folder, each of at most `max_nbytes`. All problems are added to
+    `problems`; a part with problems is None. `check` may raise SourceError to refuse the shards before they are read.
+    """
     found = Problems()
     config = found.collect(open_config, root, max_nbytes)
-    table = build_model(config.family, config.model) if config else None
-    is_there = config is not None or os.path.isfile(root / CONFIG_NAME)
-    shards = found.collect(open_shards, root, table, max_nbytes) if is_there else None
+    described = build_model(config.family, config.model) if config else None
+    has_config = config is not None or os.path.isfile(root / CONFIG_NAME)
+    shards = found.collect(open_shards, root, described, max_nbytes) if has_config else None
     model, layout = None, None
-    if config is not None and table is not None and shards is not None:
+    if config is not None and described is not None and shards is not None:
         num_before = len(found)
         found.collect(check, shards)
         if len(found) == num_before:
-            model = found.collect(model_of, table, shards)
+            model = found.collect(model_of, described, shards)
             layout = found.collect(layout_of, root, model, shards, max_nbytes) if model else None
             if layout is None and not any(problem.kind == NO_HEADER for problem in found):
                 found.extend(filter(None, [cause_of(root, config, model, shards.names, max_nbytes)]))
@@ -58,7 +59,7 @@ def open_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
 
 
 def model_of(model: Model, shards: Shards) -> Model:
-    """The model that the config describes. Raises SourceError where the shards are far from enough for its layers."""
+    """The model, unless the shards have far too few tensors for it: then raises SourceError."""
     num_layers, num_tensors = model.config.num_hidden_layers, shards.num_tensors
     if num_layers > num_tensors or model.num_stored > num_tensors + MAX_PROBLEMS:
         raise SourceError(f"config.json: num_hidden_layers is {num_layers}, but the shards hold {num_tensors} tensors "
@@ -67,114 +68,121 @@ def model_of(model: Model, shards: Shards) -> Model:
 
 
 def layout_of(root: Path, model: Model, shards: Shards, max_nbytes: int = MAX_HEADER_NBYTES) -> HuggingFaceLayout:
-    """Read the headers of all shards, each of at most `max_nbytes`, and match the tensors in them with the index and
-    with the model's parameters. Raises Refused."""
-    told = shards.index.told(model.firsts[-1])
+    """Read the headers of all shards, each of at most `max_nbytes`, and match their tensors with the index and with the
+    parameters of the model. Raises Refused."""
+    indexed = shards.index.shard_by_parameter(model.firsts[-1])
     found, problems = _Found(model, shards.names), Problems()
     for shard, name in enumerate(shards.names):
         file = shards.single or problems.collect(read_header, root, name, max_nbytes)
         if file is not None:
             found.add(shard, file)
-        if len(problems) > MAX_PROBLEMS or found.num_complaints > _MAX_COMPLAINTS:
+        if len(problems) > MAX_PROBLEMS or found.num_faults > _MAX_FAULTS:
             break
     problems.raise_if_any()
-    if found.num_complaints <= _MAX_COMPLAINTS:  # All were opened.
-        problems.extend(found.twins)
+    if found.num_faults <= _MAX_FAULTS:  # All shards were opened.
+        problems.extend(found.duplicates)
         if not shards.single:
-            problems.extend(found.differences(told, shards.index))
+            problems.extend(found.differences(indexed, shards.index))
         problems.raise_if_any()
         problems.extend(found.missing())
-    problems.extend(found.problems)
+    problems.extend(found.faults)
     problems.raise_if_any()
-    return found.layout(root, told, shards.index)
+    return found.layout(root, indexed, shards.index)
 
 
 class _Found:
-    """The tensors that the headers name, matched with the parameters of a model."""
+    """The tensors in the headers, matched with the parameters of a model."""
 
     def __init__(self, model: Model, names: tuple[str, ...]):
+        """`names`: of the shards."""
         self.model, self.names = model, names
-        self.twins = Problems()
-        self.problems = Problems()
-        """Of tensors that are not what the model asks for; some of them."""
-        self.num_complaints = 0
+        self.duplicates = Problems()
+        """Tensors that occur twice; at most MAX_PROBLEMS."""
+        self.faults = Problems()
+        """Tensors that the model does not have, or with another shape or dtype; at most MAX_PROBLEMS."""
+        self.num_faults = 0
+        """Count of all such tensors."""
         self._shard_numbers, self._begins, self._codes = (array(kind, [0]) * model.firsts[-1] for kind in "IQB")
         self._sizes = array("Q")
         self._others: dict[str, int] = {}
-        """Places of tensors that the model does not have."""
+        """Shard of each tensor that the model does not have."""
         self._shapes = [model.parameter(first).matrix_shape for first in model.firsts[:-1]]
 
     def add(self, shard: int, file: TensorFile) -> None:
-        """The tensors of one shard."""
+        """Add the tensors of one shard."""
         for tensor in file.tensors:
             number = self.model.number_of_tensor(tensor.key)
             if number is None:
                 self._add_other(shard, tensor)
                 continue
             if self._codes[number]:
-                self._note_twin(tensor, self._shard_numbers[number])
+                self._add_duplicate(tensor, self._shard_numbers[number])
             self._shard_numbers[number], self._begins[number] = shard, tensor.begin
             self._codes[number] = CODES[tensor.dtype] + SPELLING * self.model.spelling_of(number, tensor.key)
             row, _ = self.model.row_of(number)
             if not self.model.is_tied(row) and (tensor.shape != self._shapes[row] or tensor.dtype not in TORCH_DTYPES):
-                self._complain(*_fault(tensor, self._shapes[row]))
+                self._add_fault(*_fault(tensor, self._shapes[row]))
         self._sizes.append(file.nbytes)
 
     def _add_other(self, shard: int, tensor: StoredTensor) -> None:
         if tensor.key in self._others:
-            self._note_twin(tensor, self._others[tensor.key])
+            self._add_duplicate(tensor, self._others[tensor.key])
         if _BUFFER not in tensor.key:
-            self._complain(f"unexpected tensor {quoted(tensor.key)} in {tensor.file}: a {self.model.config.family} "
-                           f"model of this config does not have it", "tensors are unexpected")
+            self._add_fault(f"unexpected tensor {quoted(tensor.key)} in {tensor.file}: a {self.model.config.family} "
+                            f"model of this config does not have it", "tensors are unexpected")
         if len(self._others) < MAX_PROBLEMS + self.model.config.num_hidden_layers:
             self._others[tensor.key] = shard
 
-    def _note_twin(self, tensor: StoredTensor, shard: int) -> None:
-        if len(self.twins) < MAX_PROBLEMS:
+    def _add_duplicate(self, tensor: StoredTensor, shard: int) -> None:
+        """Add a tensor that is in `shard` already."""
+        if len(self.duplicates) < MAX_PROBLEMS:
             both = f"both {self.names[shard]} and {tensor.file}"
             where = both if self.names[shard] != tensor.file else f"{tensor.file} under two names"
-            self.twins.append(SourceError(f"{quoted(tensor.key)} is in {where}", kind="tensors are there twice"))
+            self.duplicates.append(SourceError(f"{quoted(tensor.key)} is in {where}", kind="tensors are there twice"))
 
-    def _complain(self, text: str, kind: str) -> None:
-        self.num_complaints += 1
-        if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(SourceError(text, kind=kind))
+    def _add_fault(self, text: str, kind: str) -> None:
+        self.num_faults += 1
+        if len(self.faults) < MAX_PROBLEMS:
+            self.faults.append(SourceError(text, kind=kind))
         else:
-            self.problems[-1].num_more += 1
+            self.faults[-1].num_more += 1
 
-    def differences(self, told: array[int], index: Index) -> Iterator[SourceError]:
-        """Tensors that are not where the index has `told` (per parameter 1 + its shard, or 0)."""
+    def _shards_of_others(self, index: Index, is_buffer: bool) -> Iterator[tuple[str, int, int]]:
+        """(name, shard in the index, actual shard) of tensors that the model does not have; -1 for no shard."""
+        return ((key, index.others.get(key, -1), self._others.get(key, -1))
+                for key in sorted(index.others.keys() | self._others.keys()) if (_BUFFER in key) == is_buffer)
+
+    def differences(self, indexed: array[int], index: Index) -> Iterator[SourceError]:
+        """Tensors in another shard than in the index. `indexed`: per parameter 1 + its shard in the index, or 0."""
         actual = array("I", (code and shard + 1 for shard, code in zip(self._shard_numbers, self._codes)))
         if index.num_more:
             yield SourceError(f"{INDEX_NAME} names {index.num_more} tensors and more that a {self.model.config.family} "
                               f"model of this config does not have")
-        differ = ((self.model.parameter(number).hugging_face, told[number] - 1, actual[number] - 1)
-                  for number in range(len(told) if told != actual else 0) if told[number] != actual[number]
-                  and not self.model.is_tied(self.model.row_of(number)[0]))
-        others = ((key, index.others.get(key, -1), self._others.get(key, -1))
-                  for key in sorted(index.others.keys() | self._others.keys()) if _BUFFER not in key)
-        for key, said, shard in islice((row for row in chain(differ, others) if row[1] != row[2]), MAX_PROBLEMS):
-            actual_name = self.names[shard] if shard >= 0 else "no shard"
-            yield SourceError(f"{quoted(key)} is in {actual_name}, but {INDEX_NAME} says "
-                              f"{quoted(self.names[said]) if said >= 0 else 'nothing of it'}",
-                              kind=f"tensors are not where {INDEX_NAME} says")
+        parameters = ((self.model.parameter(number).hugging_face, indexed[number] - 1, actual[number] - 1)
+                      for number in range(len(indexed) if indexed != actual else 0) if indexed[number] != actual[number]
+                      and not self.model.is_tied(self.model.row_of(number)[0]))
+        rows = (row for row in chain(parameters, self._shards_of_others(index, False)) if row[1] != row[2])
+        for key, in_index, shard in islice(rows, MAX_PROBLEMS):
+            entry = f"names {quoted(self.names[in_index])}" if in_index >= 0 else "does not name it"
+            yield SourceError(f"{quoted(key)} is in {self._name(shard)}, but {INDEX_NAME} {entry}",
+                              kind=f"tensors are not in the shards that {INDEX_NAME} names")
 
-    def _untrue(self, told: array[int], index: Index) -> Iterator[str]:
-        """Remarks on untrue entries of the index, of tensors that are not read: a tied head, buffers."""
+    def _untrue(self, indexed: array[int], index: Index) -> Iterator[str]:
+        """Remarks on wrong entries of the index for tensors that are not read: a tied head, buffers."""
         firsts = self.model.firsts
-        tied = ((self.model.parameter(firsts[row]).hugging_face, told[firsts[row]] - 1,
+        tied = ((self.model.parameter(firsts[row]).hugging_face, indexed[firsts[row]] - 1,
                  self._shard_numbers[firsts[row]] if self._codes[firsts[row]] else -1)
                 for row in self.model.tied_rows)
-        others = ((key, index.others.get(key, -1), self._others.get(key, -1))
-                  for key in sorted(index.others.keys() | self._others.keys()) if _BUFFER in key)
-        for key, said, shard in chain(tied, others):
-            if said != shard:
-                what = "names" if said >= 0 else "does not name"
-                there = f"is in {self.names[shard]}" if shard >= 0 else "is in no shard"
-                yield f"{INDEX_NAME} {what} {quoted(key)}, which {there}; it is not needed"
+        for key, in_index, shard in chain(tied, self._shards_of_others(index, True)):
+            if in_index != shard:
+                verb = "names" if in_index >= 0 else "does not name"
+                yield f"{INDEX_NAME} {verb} {quoted(key)}, which is in {self._name(shard)}; it is not needed"
+
+    def _name(self, shard: int) -> str:
+        return self.names[shard] if shard >= 0 else "no shard"
 
     def missing(self) -> Iterator[SourceError]:
-        """Parameters that no tensor holds."""
+        """Stored parameters without a tensor."""
         num_more = max(0, sum(1 for _ in self._absent()) - MAX_PROBLEMS)
         for i, parameter in enumerate(map(self.model.parameter, islice(self._absent(), MAX_PROBLEMS))):
             hint = "; is the model tied? then config.json must say so" if parameter.name == "lm_head" else ""
@@ -185,18 +193,18 @@ class _Found:
         return (number for row in self.model.stored_rows for number in self.model.numbers_of(row)
                 if not self._codes[number])
 
-    def layout(self, root: Path, told: array[int], index: Index) -> HuggingFaceLayout:
-        """The layout, once all is as it should be."""
+    def layout(self, root: Path, indexed: array[int], index: Index) -> HuggingFaceLayout:
+        """The layout, when there are no faults. `indexed`: per parameter 1 + its shard in the index, or 0."""
         firsts = self.model.firsts
         ignored = {self.model.parameter(firsts[row]).hugging_face: f"tied to {self._key_of('embedding')}"
                    for row in self.model.tied_rows if self._codes[firsts[row]]}
         ignored |= dict.fromkeys(self._others, "follows from config.json")
-        notes = (*self._respelled(), *(self._untrue(told, index) if index.shards else ()))
+        notes = (*self._respelled(), *(self._untrue(indexed, index) if index.shards else ()))
         return HuggingFaceLayout(root, self.model, self.names, self._sizes, self._shard_numbers, self._begins,
                                  self._codes, ignored, notes)
 
     def _respelled(self) -> Iterator[str]:
-        """Remarks on names that are not the parameters' own: how many, with an example."""
+        """Remarks on tensors under another spelling of their name: their count, and an example."""
         for spelling, count in sorted(Counter(code // SPELLING for code in self._codes if code).items()):
             number = next(number for number, code in enumerate(self._codes) if code // SPELLING == spelling)
             names = self.model.spellings(number)
@@ -209,7 +217,7 @@ class _Found:
 
 
 def _fault(tensor: StoredTensor, shape: tuple[int, ...]) -> tuple[str, str]:
-    """Reason to refuse a tensor for a parameter of this shape, and the words for several such tensors."""
+    """(reason to refuse a tensor for a parameter of this shape, plural noun phrase for such tensors)."""
     if tensor.shape != shape:
         return (f"{tensor.key} has the shape {tensor.shape}, but config.json asks for {shape}",
                 "tensors have other shapes than config.json asks for")

@@ -1,8 +1,8 @@
-"""The shards of a Hugging Face folder, and what its index says of them.
+"""The shards of a Hugging Face folder, and the shard of each tensor by its index.
 
-Names in the index are checked before they become paths; names of tensors never do. Links in the folder are followed,
-as the cache of huggingface_hub consists of them. An index may be larger than what the limit on memory lets be parsed at
-once, so it is read piece by piece, and of a tensor that the model has only the number is kept.
+Names of shards are checked before they become paths; names of tensors never become paths. Links in the folder are
+followed, because the cache of huggingface_hub consists of links. A large index does not fit into the limit on memory
+when parsed at once, so it is read piece by piece, and a tensor of the model is kept as a number.
 """
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ from stream_reshard.storage.small_files import (
 from stream_reshard.storage.stand_ins import answer
 
 MAX_PROBLEMS = 1000
-"""More of one kind are not listed: a hostile index must not fill the memory with what is wrong with it."""
+"""Limit on the listed problems of one kind, so that those of a hostile index do not fill the memory."""
 
 _MISSING = "missing"
 
 MAX_KEY_NBYTES = 2**14
-"""No tensor that is ignored has a longer name."""
+"""Limit on the name of a tensor that the model does not have, if it is to be kept."""
 
 
 @dataclass
 class Index:
-    """The shard of each tensor, as an index names it. Shards go by their index in `shards`."""
+    """The shard of each tensor, by an index. A shard is given by its position in `shards`."""
 
     shards: list[str] = field(default_factory=list)
     num_tensors: int = 0
     numbers: array[int] = field(default_factory=lambda: array("Q"))
-    """Numbers of the parameters that it names, as it comes to them."""
+    """Numbers of the parameters in the index, in its order."""
     shard_numbers: array[int] = field(default_factory=lambda: array("I"))
-    """The shard of each of them."""
+    """The shard of each parameter in `numbers`."""
     others: dict[str, int] = field(default_factory=dict)
-    """The shard of each tensor that the model does not have."""
+    """The shard of each tensor that the model does not have, by name."""
     num_more: int = 0
-    """Number of further tensors that the model does not have, not kept: no good source has so many."""
+    """Count of further tensors that the model does not have. They are not kept: no good source has so many."""
 
-    def told(self, num_parameters: int) -> array[int]:
-        """For each parameter 1 + the index of its shard; 0 where the index does not name it."""
-        told = array("I", [0]) * num_parameters
+    def shard_by_parameter(self, num_parameters: int) -> array[int]:
+        """For each parameter 1 + its shard; 0 where the index does not name it."""
+        shards = array("I", [0]) * num_parameters
         for number, shard in zip(self.numbers, self.shard_numbers):
-            told[number] = shard + 1
-        return told
+            shards[number] = shard + 1
+        return shards
 
 
 @dataclass(frozen=True)
@@ -65,23 +65,23 @@ class Shards:
 
     names: tuple[str, ...]
     num_tensors: int
-    """Number of tensors in the shards, as far as is known before all are opened."""
+    """Count of tensors by the index, or in the only shard."""
     single: TensorFile | None = None
-    """The only shard, where there is no index."""
+    """The only shard; None where there is an index."""
     index: Index = field(default_factory=Index)
 
 
 def open_shards(root: Path, model: Model | None, max_nbytes: int = MAX_HEADER_NBYTES) -> Shards:
     """Find the shards, by the index where there is one. Raises SourceError or Refused.
 
-    Nothing that is parsed at once may have more than `max_nbytes`. Without a model, of which config.json told, nothing
-    is kept of what the index says of tensors.
+    `max_nbytes`: limit on a header, and on a value in the index. Without a model (config.json has problems), all
+    tensors count as tensors that the model does not have.
     """
     shards = _found_shards(root, model, max_nbytes)
     for name in shards.names:
-        if os.path.lexists(root / f"{name}.aria2"):  # It has its full size from the start, whatever is in it.
-            raise Cause(f"{quoted(name)} is not downloaded whole: {quoted(f'{name}.aria2')} stands beside it, which "
-                        f"aria2 keeps until then; let it finish, or download the shard again")
+        if os.path.lexists(root / f"{name}.aria2"):  # aria2 gives a file its full size before any bytes.
+            raise Cause(f"{quoted(name)} is not downloaded whole, because aria2's {quoted(f'{name}.aria2')} is still "
+                        f"beside it; let aria2 finish, or download the shard again")
     return shards
 
 
@@ -98,8 +98,8 @@ def _found_shards(root: Path, model: Model | None, max_nbytes: int) -> Shards:
 
 
 def _single_in_index(root: Path, model: Model | None, max_nbytes: int) -> Shards:
-    """A single shard that an index names too, and no other, as mlx-lm writes it. Raises SourceError for one that names
-    others: transformers would not look at it, but one of the two is stale."""
+    """The shards of a folder with model.safetensors and an index of it alone, as mlx-lm writes them. Raises SourceError
+    for any other index: transformers would ignore it, but one of the two is stale."""
     try:
         shards = _from_index(root, model, max_nbytes)
         if shards.names == (SINGLE_NAME,):
@@ -108,8 +108,8 @@ def _single_in_index(root: Path, model: Model | None, max_nbytes: int) -> Shards
         raise
     except StreamReshardError:
         pass
-    raise SourceError(f"{quoted(root)} holds both {SINGLE_NAME} and an {INDEX_NAME} that is not of it alone; remove "
-                      f"the one that is stale")
+    raise SourceError(f"{quoted(root)} holds both {SINGLE_NAME} and an {INDEX_NAME} that is invalid or names other "
+                      f"shards; remove the stale one")
 
 
 def _from_index(root: Path, model: Model | None, max_nbytes: int) -> Shards:
@@ -122,7 +122,7 @@ def _from_index(root: Path, model: Model | None, max_nbytes: int) -> Shards:
         raise misplaced(root, INDEX_NAME, "JSON") or SourceError(f"{INDEX_NAME} is not valid JSON: {error}") from error
     except TooLong as error:
         raise too_long(INDEX_NAME, error.limit, MAX_JSON_NBYTES) from error
-    # Shards by name, whatever the order in which the index came to them.
+    # The shards are sorted by name.
     order = sorted(range(len(index.shards)), key=index.shards.__getitem__)
     rank = {old: new for new, old in enumerate(order)}
     index.shard_numbers = array("I", map(rank.__getitem__, index.shard_numbers))
@@ -132,13 +132,14 @@ def _from_index(root: Path, model: Model | None, max_nbytes: int) -> Shards:
 
 
 def _without_map(root: Path) -> SourceError:
+    """Reason to refuse an index without weight_map."""
     try:
-        said = answer(read_json(root, INDEX_NAME, 2**16, ()), "weight_map")
+        message = answer(read_json(root, INDEX_NAME, 2**16, ()), "weight_map")
     except StreamReshardError:
-        said = None
-    if said:
-        return Cause(f"{quoted(INDEX_NAME)} in {quoted(root)} {said}")
-    return SourceError(f"{INDEX_NAME} has no weight_map; download it again, it tells which tensor is where")
+        message = None
+    if message:
+        return Cause(f"{quoted(INDEX_NAME)} in {quoted(root)} {message}")
+    return SourceError(f"{INDEX_NAME} has no weight_map; download it again: it names the shard of each tensor")
 
 
 class _Reading:
@@ -148,11 +149,11 @@ class _Reading:
         self._root, self._model, self._index = root, model, Index()
         self._problems = Problems()
         self._known: dict[str, int] = {}
-        """Places by name. A shard that is refused has one too, so that it is refused once."""
+        """The shard of each name. A refused name has shard 0, so that it is refused only once."""
         self._max_others = MAX_PROBLEMS + (model.config.num_hidden_layers if model else 0)
 
     def whole(self, reader: JsonReader) -> Index:
-        """Read to the end. Raises SourceError, Refused, ValueError for what is no JSON, TooLong."""
+        """The whole index. Raises SourceError, Refused, TooLong, or ValueError for invalid JSON."""
         if reader.next() != "{":
             raise SourceError(f"{INDEX_NAME} holds a {type(reader.value()).__name__}, not an object")
         num_keys = num_maps = 0
@@ -164,28 +165,28 @@ class _Reading:
             if key == "weight_map" and reader.next() == "{":
                 self._read_map(reader.entries())
             else:
-                reader.value()  # Nobody asks for it, whatever it is.
+                reader.value()  # Other keys are not used.
         if reader.next():
-            raise ValueError("something stands behind its end")
+            raise ValueError("there is text after its end")
         if num_maps > 1:
             raise SourceError(f"{INDEX_NAME}: weight_map occurs twice")
         self._problems.raise_if_any()
-        self._refuse_twins()
+        self._refuse_duplicates()
         if not self._index.num_tensors:
             raise _without_map(self._root)
         return self._index
 
-    def _refuse_twins(self) -> None:
-        """Raises SourceError for a tensor that the index has twice, in different shards."""
+    def _refuse_duplicates(self) -> None:
+        """Raises SourceError for a tensor that the index names twice, in different shards."""
         index = self._index
-        for part in range(64 if has_duplicates(index.numbers) else 0):  # In parts, as has_duplicates does it.
+        for part in range(64 if has_duplicates(index.numbers) else 0):  # Sorted in parts to save memory.
             pairs = sorted(number << 32 | shard for number, shard in zip(index.numbers, index.shard_numbers)
                            if number & 63 == part)
             for one, other in zip(pairs, pairs[1:]):
                 if one >> 32 == other >> 32 and one != other and self._model:
-                    self._refuse_twin(self._model.parameter(one >> 32).hugging_face)
+                    self._refuse_duplicate(self._model.parameter(one >> 32).hugging_face)
 
-    def _refuse_twin(self, key: str) -> None:
+    def _refuse_duplicate(self, key: str) -> None:
         pattern = re.compile(re.escape(json.dumps(key)).encode() + rb"\s*:")
         with open_regular(self._root / INDEX_NAME) as stream:
             lines = [str(number) for number, line in enumerate(stream, 1) for _ in pattern.findall(line)][:5]
@@ -202,14 +203,14 @@ class _Reading:
                 index.shard_numbers.append(shard)
             elif key in index.others:
                 if index.others[key] != shard:
-                    self._refuse_twin(key)
+                    self._refuse_duplicate(key)
             elif len(key) <= MAX_KEY_NBYTES and len(index.others) < self._max_others:
                 index.others[key] = shard
             else:
                 index.num_more += 1
 
     def _shard_of(self, name: Any) -> int:
-        """The number of a shard that was not met before. Raises Refused where it is no name at all."""
+        """The shard of a name that is new. Raises Refused for a value that is not a string."""
         if len(self._problems) >= MAX_PROBLEMS:
             return 0
         fault = self._fault_of(name)

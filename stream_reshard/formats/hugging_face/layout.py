@@ -1,4 +1,4 @@
-"""The layout of a Hugging Face folder: every parameter a tensor of its own in one of the shards."""
+"""The layout of an existing Hugging Face folder: each stored parameter is one tensor in one of the shards."""
 from __future__ import annotations
 
 from array import array
@@ -14,34 +14,34 @@ from stream_reshard.storage.dtypes import ITEMSIZE
 from stream_reshard.storage.header import StoredTensor, TensorFile
 
 DTYPES = (None, *ITEMSIZE)
-"""Dtypes by the code under which the layout keeps them; 0 is a tensor that is not there."""
+"""The dtype of each code; code 0 is a missing tensor."""
 
 CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 SPELLING = 32
-"""Factor of the spelling in a code that also holds the dtype."""
+"""A code of dtype and spelling is `CODES[dtype] + SPELLING * spelling`."""
 
 
 @dataclass(frozen=True, eq=False)
 class HuggingFaceLayout(Layout):
-    """Layout of a folder of shards. Per parameter 13 bytes are kept; shape and name are the model's to say."""
+    """The layout of a folder of shards. It keeps 13 bytes per parameter; the model gives shape and name."""
 
     format = "Hugging Face"
     shards: tuple[str, ...]
-    """Their names."""
+    """Names of the shards."""
     sizes: array[int] = field(repr=False)
-    """Of each shard, in bytes."""
+    """Size of each shard, in bytes."""
     shard_numbers: array[int] = field(repr=False)
-    """Per parameter the index of its shard."""
+    """The shard of each parameter, as an index in `shards`."""
     begins: array[int] = field(repr=False)
-    """Per parameter the offset of its first byte in the shard."""
+    """Offset of each parameter in its shard, in bytes."""
     codes: array[int] = field(repr=False)
-    """Per parameter the code of its dtype and of the spelling of its name (`Model.spellings`); 0 where it is not there,
-    which only a tied one may be."""
+    """Code of each parameter's dtype and of the spelling of its name (`Model.spellings`); 0 where it has no tensor,
+    which is allowed for a tied parameter only."""
     ignored: Mapping[str, str]
     """Stored tensors that hold no parameter, with the reason."""
     notes: tuple[str, ...] = ()
-    """Remarks on names that were read in another way, and of an index that is not quite true."""
+    """Remarks on other spellings of names, and on wrong entries of the index."""
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +49,7 @@ class HuggingFaceLayout(Layout):
         return sum(self.sizes)
 
     def tensor_of(self, number: int) -> StoredTensor | None:
-        """The tensor of a parameter, of a tied one too; None where it is not there."""
+        """The tensor of a parameter, stored or tied; None where it has none."""
         if not self.codes[number]:
             return None
         key = self.model.spellings(number)[self.codes[number] // SPELLING]
@@ -57,7 +57,7 @@ class HuggingFaceLayout(Layout):
                             self.model.parameter(number).matrix_shape, self.begins[number])
 
     def count_dtypes(self) -> dict[str, int]:
-        """Number of tensors of each dtype."""
+        """Count of tensors per dtype."""
         counts: Counter[str] = Counter()
         for code, count in Counter(self.codes).items():
             if code:
@@ -65,7 +65,7 @@ class HuggingFaceLayout(Layout):
         return dict(counts)
 
     def tied(self) -> Iterator[tuple[StoredTensor, StoredTensor]]:
-        """Tensors that are there although they are tied, each with the one whose values it must have."""
+        """(tensor of a tied parameter, tensor whose values it must have) where both exist."""
         firsts = self.model.firsts
         for number in (firsts[row] for row in self.model.tied_rows):
             if (tensor := self.tensor_of(number)) and (name := self.model.parameter(number).tied_to):

@@ -1,8 +1,8 @@
-"""The Hugging Face layout to be written: every parameter a tensor of its own, in shards of a bounded size.
+"""The Hugging Face layout to be written: each stored parameter is one tensor, in shards of a bounded size.
 
-Shards are filled as `split_torch_state_dict_into_shards` fills them (huggingface_hub/serialization/_base.py), so that
-each tensor stands in the shard in which `save_pretrained` would put it: in the order of the modules, a shard ends where
-the next tensor would make it too large.
+Each tensor is in the shard in which `save_pretrained` would put it (`split_torch_state_dict_into_shards`,
+huggingface_hub/serialization/_base.py): tensors follow the order of the modules, and a new shard begins when the next
+tensor would make the current one too large.
 """
 from __future__ import annotations
 
@@ -18,54 +18,54 @@ from stream_reshard.storage.dtypes import ITEMSIZE
 from stream_reshard.storage.header import StoredTensor, TensorFile, placed, planned_file
 
 DEFAULT_MAX_SHARD_NBYTES = 5 * 10**9
-"""That of huggingface_hub."""
+"""The default of huggingface_hub."""
 
 _METADATA = {"format": "pt"}
-"""Metadata that transformers wants in a header."""
+"""Metadata that transformers requires in a header."""
 
 _MODULES = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
-"""The modules of a layer in the order in which transformers makes them (modeling_llama.py, LlamaDecoderLayer)."""
+"""The modules of a layer, in the order of LlamaDecoderLayer in transformers (modeling_llama.py)."""
 
-_NUM_HELD = 4
+_NUM_CACHED = 4
 """Shards whose tensors are remembered."""
 
 
 @dataclass(frozen=True, eq=False)
 class HuggingFaceTarget(Layout):
-    """Layout that `save_pretrained` would write for a model."""
+    """The layout that `save_pretrained` would write for a model."""
 
     format = "Hugging Face"
     dtypes: Callable[[int], str]
     """The safetensors dtype of each parameter, by its number."""
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
-    """Bytes of tensors in one shard, at most; a tensor that is larger has one for itself."""
+    """Largest number of bytes in the tensors of a shard; a larger tensor has a shard of its own."""
     begins: Callable[[Group], Sequence[int]] | None = None
-    """Offset in bytes of the data in the file of a group; None where headers are as short as can be."""
-    _held: list[tuple[int, dict[int, StoredTensor]] | None] = field(default_factory=lambda: [None] * _NUM_HELD,
-                                                                    repr=False)
-    """Some shards, each with its tensors by parameter; threads may put what is the same over each other."""
+    """Offset of the data in each file of a group, in bytes; None for the shortest headers."""
+    _cached: list[tuple[int, dict[int, StoredTensor]] | None] = field(default_factory=lambda: [None] * _NUM_CACHED,
+                                                                      repr=False)
+    """(position, tensor per parameter) of a few shards. Threads need no lock: all compute the same entry."""
 
     @cached_property
     def _order(self) -> array[int]:
-        """The stored parameters, in the order in which transformers lists them."""
+        """The stored parameters, in the order of the modules in transformers."""
         model = self.model
         modules: dict[str, int] = {}
-        keys: dict[int, tuple[int, int, int]] = {}
+        sort_keys: dict[int, tuple[int, int, int]] = {}
         for row in model.stored_rows:
-            key = model.rows[row].hugging_face
-            module = modules.setdefault(key.rpartition(".")[0], row)  # Weight and bias of one follow each other.
-            keys[row] = _position_in_layer(key), module, row
-        layered = sorted((row for row in keys if model.rows[row].per_layer), key=keys.__getitem__)
-        order = array("I", (model.firsts[row] for row in keys if row < min(layered)))
+            name = model.rows[row].hugging_face
+            module = modules.setdefault(name.rpartition(".")[0], row)  # A module's bias follows its weight.
+            sort_keys[row] = _position_in_layer(name), module, row
+        layered = sorted((row for row in sort_keys if model.rows[row].per_layer), key=sort_keys.__getitem__)
+        order = array("I", (model.firsts[row] for row in sort_keys if row < min(layered)))
         for layer in range(model.config.num_hidden_layers):
             for row in layered:
                 order.extend(model.numbers_in(row, layer))
-        order.extend(model.firsts[row] for row in keys if row > max(layered))
+        order.extend(model.firsts[row] for row in sort_keys if row > max(layered))
         return order
 
     @cached_property
     def _shards(self) -> tuple[array[int], array[int]]:
-        """(per shard where in `_order` it begins, per parameter its shard)."""
+        """(index in `_order` of the first parameter of each shard, shard of each parameter)."""
         starts, shard_numbers, nbytes = array("I", [0]), array("I", [0]) * self.model.firsts[-1], 0
         for index, number in enumerate(self._order):
             own = self.model.parameter(number).num_elements * ITEMSIZE[self.dtypes(number)]
@@ -86,8 +86,8 @@ class HuggingFaceTarget(Layout):
 
     def group(self, position: int) -> Group:
         starts = self._shards[0]
-        end = starts[position + 1] if position + 1 < len(starts) else len(self._order)
-        return Group(position, position, tuple(self._order[starts[position]:end]))
+        stop = starts[position + 1] if position + 1 < len(starts) else len(self._order)
+        return Group(position, position, tuple(self._order[starts[position]:stop]))
 
     def paths_of(self, group: Group) -> list[str]:
         return [self._name(group.position)]
@@ -106,12 +106,12 @@ class HuggingFaceTarget(Layout):
 
     def _tensor_of(self, number: int) -> StoredTensor:
         position = self._shards[1][number]
-        held = self._held[position % _NUM_HELD]
-        if held is None or held[0] != position:
+        cached = self._cached[position % _NUM_CACHED]
+        if cached is None or cached[0] != position:
             group = self.group(position)
-            held = position, dict(zip(group.numbers, self.files_of(group)[0].tensors))
-            self._held[position % _NUM_HELD] = held
-        return held[1][number]
+            cached = position, dict(zip(group.numbers, self.files_of(group)[0].tensors))
+            self._cached[position % _NUM_CACHED] = cached
+        return cached[1][number]
 
     def slices_of(self, number: int) -> tuple[Slice, ...]:
         parameter = self.model.parameter(number)
@@ -130,19 +130,19 @@ class HuggingFaceTarget(Layout):
         return ((self._shards[1][number], self._tensor_of(number).begin),)
 
     def aligned(self, begins: Callable[[Group], Sequence[int]]) -> HuggingFaceTarget:
-        return replace(self, begins=begins, _held=[None] * _NUM_HELD)
+        return replace(self, begins=begins, _cached=[None] * _NUM_CACHED)
 
     def weight_map(self) -> Iterator[tuple[str, str]]:
-        """(tensor, shard) of every parameter, in the order of the shards."""
+        """(tensor, shard) of each stored parameter, in the order of the shards."""
         return ((self.model.parameter(number).hugging_face, self._name(self._shards[1][number]))
                 for number in self._order)
 
     @property
     def total_nbytes(self) -> int:
-        """Bytes of all tensors, as an index says it."""
+        """Bytes of all tensors: `total_size` in the index."""
         return sum(self.model.parameter(number).num_elements * ITEMSIZE[self.dtypes(number)] for number in self._order)
 
 
 def _position_in_layer(key: str) -> int:
-    """Position in its layer of the module that holds a tensor."""
-    return next((place for place, name in enumerate(_MODULES) if f".{name}." in key), 0)
+    """Position of a tensor's module in its layer."""
+    return next((position for position, name in enumerate(_MODULES) if f".{name}." in key), 0)

@@ -1,4 +1,4 @@
-"""A Hugging Face folder, opened to be converted."""
+"""A Hugging Face folder, opened for a conversion."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
@@ -19,18 +19,18 @@ from stream_reshard.storage.small_files import names_in
 from stream_reshard.storage.source_file import same_bytes
 
 _MAX_LISTED = 16
-"""Strays that are named."""
+"""Stray shards that are named in a note."""
 
 
 def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Described | None:
-    """Read config and headers, none of more than `max_nbytes`; everything wrong goes to `problems`. None where not even
-    the config makes sense."""
+    """Read config and headers, each of at most `max_nbytes`. All problems are added to `problems`; with problems in the
+    config, the result is None."""
     seen = identities_of(root, (CONFIG_NAME, INDEX_NAME, SINGLE_NAME))
 
-    def note(shards: Shards) -> None:
+    def add_identities(shards: Shards) -> None:
         seen.update(identities_of(root, (name for name in shards.names if name not in seen)))
 
-    config, model, layout = open_folder(root, max_nbytes, problems, note)
+    config, model, layout = open_folder(root, max_nbytes, problems, add_identities)
     if config is None:
         return None
     notes = list(dropped(config))
@@ -39,8 +39,8 @@ def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Descri
         notes += [f"ignored tensor {key}: {reason}" for key, reason in layout.ignored.items()]
         notes += layout.notes
         if method := quantization_of(config.raw):
-            notes.append(f"config.json speaks of quantised weights ({quoted(method)}), but every weight is there "
-                         f"unquantised: that is left over from training, and is left out")
+            notes.append(f"config.json names a quantisation ({quoted(method)}), but no weight is quantised; the "
+                         f"setting is left out")
         notes += _strays(root, layout.shards)
     files = (CONFIG_NAME, *(layout.shards if layout else ()), INDEX_NAME)
     described = Described(
@@ -52,7 +52,7 @@ def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Descri
 
 
 def _strays(root: Path, shards: Collection[str]) -> Iterator[str]:
-    """The shards that no index names; the first of them by name."""
+    """A remark on shards that no index names."""
     def strays() -> Iterator[str]:
         return (name for name in names_in(root)
                 if name.endswith(".safetensors") and name not in known and not name.startswith("._"))
@@ -65,8 +65,8 @@ def _strays(root: Path, shards: Collection[str]) -> Iterator[str]:
 
 
 def _tie_problems(layout: HuggingFaceLayout) -> Iterator[StreamReshardError]:
-    """A tied model may store its head or not; where it does, it must be the embedding."""
+    """Stored tensors of tied parameters that differ from the tensor they are tied to."""
     for tensor, other in layout.tied():
         if not same_bytes(layout.root, tensor, other):
-            yield SourceError(f"{tensor.key} differs from {other.key}, but config.json says tie_word_embeddings; set "
-                              f"it to false if the head is its own")
+            yield SourceError(f"{tensor.key} differs from {other.key}, but tie_word_embeddings in config.json is true; "
+                              f"set it to false if the model has a head of its own")

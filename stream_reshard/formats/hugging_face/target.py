@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from stream_reshard.model.parameters import Model
 from stream_reshard.options import Options, nanotron_flags
 
 _INDEX_NBYTES_PER_TENSOR = 600
-"""Bytes that one tensor takes while an index is made: its names, an entry, two lines of text."""
+"""Bytes of memory per tensor while an index is made: its names, an entry, two lines of text."""
 
 _MAX_LISTED = 16
-"""Shards that a person is shown."""
+"""Shards in the table for a person."""
 
 
 @dataclass(frozen=True)
@@ -31,28 +32,29 @@ class ToHuggingFace(Target[HuggingFaceTarget]):
     marker = CONFIG_NAME
     max_shard_nbytes: int = DEFAULT_MAX_SHARD_NBYTES
     router_dtype: str | None = None
-    """The safetensors dtype of MoE routers; None where they keep the one they have."""
+    """The safetensors dtype of MoE routers; None to keep that of the source."""
 
     @classmethod
     def chosen(cls, options: Options, source: Described) -> ToHuggingFace:
-        """The target that the flags mean. Raises Refused where one asks for what only Nanotron has."""
+        """The target that the options choose. Raises Refused for options of Nanotron targets."""
         problems = Problems(UsageError(f"{flag} with --to hf: only a Nanotron checkpoint is cut like that")
                             for flag in nanotron_flags(options))
         problems.raise_if_any()
         return cls(options.max_shard_size, source.router_dtype if options.dtype == "keep" else None)
 
     def unsupported(self, source: Described) -> Iterator[Unsupported]:
-        """Settings that no config.json written here holds; `--allow` drops none from a source's own config.json."""
+        """The source's unsupported settings. Of a Hugging Face source `--allow` accepts none: a new config.json would
+        silently lose the setting."""
+        is_hugging_face = source.config_name == CONFIG_NAME
         for setting in source.unsupported:
-            is_said = source.config_name == CONFIG_NAME
-            yield replace(setting, name=f"{setting.name} in a new config.json") if is_said else setting
+            yield replace(setting, name=f"{setting.name} in a new config.json") if is_hugging_face else setting
 
     def notes(self, source: Source, layout: HuggingFaceTarget) -> Iterator[str]:
-        """Token ids that the source cannot tell."""
+        """A remark on token ids, where the source does not hold all of them."""
         if not source.ids_are_known:
             ids = ", ".join(f"{key} {json.dumps(value)}" for key, value in source.config.token_ids.items())
             yield (f"{ids} are those of {source.config_name}, which holds one number each and none for padding; "
-                   f"compare them with the config.json that the model came from")
+                   f"compare them with the config.json of the original model")
 
     def problems(self, model: Model) -> Problems:
         if self.max_shard_nbytes > 0:
@@ -75,7 +77,7 @@ class ToHuggingFace(Target[HuggingFaceTarget]):
         return documents
 
     def held_nbytes(self, layout: HuggingFaceTarget) -> int:
-        """An index names every tensor: as a dict, as text, and as what is written."""
+        """An index names every tensor, and is in memory as a dict, as text and as bytes."""
         return layout.model.num_stored * _INDEX_NBYTES_PER_TENSOR if layout.num_files > 1 else 0
 
     def facts(self, layout: HuggingFaceTarget) -> dict[str, Any]:
@@ -83,11 +85,10 @@ class ToHuggingFace(Target[HuggingFaceTarget]):
 
     def lines(self, layout: HuggingFaceTarget, facts: Mapping[str, Any]) -> Iterator[str]:
         yield "shard                                                        tensors       bytes"
-        for number, file in enumerate(layout.files):
-            if number == _MAX_LISTED:
-                yield f"and {layout.num_files - _MAX_LISTED} more"
-                return
+        for file in islice(layout.files, _MAX_LISTED):
             yield f"{file.path:<60} {len(file.tensors):>7} {human(file.nbytes):>11}"
+        if layout.num_files > _MAX_LISTED:
+            yield f"and {layout.num_files - _MAX_LISTED} more"
 
     def __str__(self) -> str:
         return f"shards of at most {self.max_shard_nbytes / 1e9:g} GB"
@@ -98,7 +99,7 @@ class ToHuggingFace(Target[HuggingFaceTarget]):
 
 
 def config_of(source: Source, dtype: str) -> dict[str, Any]:
-    """config.json, in the spelling of transformers 4, which 5 reads too."""
+    """The keys of config.json, as transformers 4 writes them and 5 reads them."""
     config, family = source.config, source.family
     fields: dict[str, Any] = {
         "architectures": [family.hugging_face_class], "model_type": family.model_type,

@@ -1,4 +1,4 @@
-"""Settings of a Hugging Face config that Nanotron cannot express, or would silently get wrong."""
+"""Settings of a Hugging Face config that Nanotron cannot express, or would silently load wrong."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -9,9 +9,13 @@ from stream_reshard.formats.hugging_face.config import UNDERSTOOD, SourceConfig
 from stream_reshard.formats.unsupported import Unsupported
 
 QUANTIZATION = "quantization"
+"""Name of the setting that weights are quantised."""
+
+_MAX_LISTED = 30
+"""Unknown keys that are named in a note."""
 
 _MISTRAL_WINDOW = 4096
-"""Window that MistralConfig takes where config.json gives none; null is full attention."""
+"""MistralConfig's default of sliding_window; null is full attention."""
 
 _WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
@@ -19,11 +23,11 @@ _WITHOUT_EFFECT = frozenset("""
     use_cache pretraining_tp _name_or_path name_or_path is_decoder return_dict output_attentions output_hidden_states
     auto_map unsloth_version unsloth_fixed rope_interleaved transformers.js_config _attn_implementation
     gradient_checkpointing is_llama_config bias task_specific_params id2label label2id""".split())
-"""Keys that say nothing about the weights or the forward pass."""
+"""Keys that concern neither the weights nor the forward pass."""
 
 
 def unsupported_settings(config: SourceConfig) -> Iterator[Unsupported]:
-    """Everything in the config that goes beyond the common settings."""
+    """The settings of a config that Nanotron cannot express."""
     yield from _rope_limits(config)
     yield from _attention_limits(config)
     raw, hidden_act = config.raw, config.model.hidden_act
@@ -31,7 +35,7 @@ def unsupported_settings(config: SourceConfig) -> Iterator[Unsupported]:
         yield Unsupported("mlp_bias", "mlp_bias is true; Nanotron's MLP has no biases", True)
     if hidden_act not in ("silu", "swish"):
         yield Unsupported("hidden_act", f"hidden_act is {quoted(hidden_act)}; Nanotron's Llama is known to agree with "
-                                        "silu", hidden_act)
+                                        f"silu only", hidden_act)
     if config.model.experts is not None:
         yield from _expert_limits(config)
         return
@@ -42,10 +46,10 @@ def unsupported_settings(config: SourceConfig) -> Iterator[Unsupported]:
 
 
 def quantization_settings(config: SourceConfig) -> Iterator[Unsupported]:
-    """Settings of a config for quantised weights. Where they are not, nothing keeps them from being converted; but
-    transformers would quantise them when it loads them."""
+    """The setting that weights are quantised. Unquantised weights can be converted in spite of it, but transformers
+    would quantise them when loading."""
     if method := quantization_of(config.raw):
-        yield Unsupported(QUANTIZATION, f"config.json says that the weights are quantised ({quoted(method)})", method)
+        yield Unsupported(QUANTIZATION, f"the weights are quantised by config.json ({quoted(method)})", method)
 
 
 def _expert_limits(config: SourceConfig) -> Iterator[Unsupported]:
@@ -87,14 +91,14 @@ def _attention_limits(config: SourceConfig) -> Iterator[Unsupported]:
         if raw.get(key):
             yield Unsupported("qk_norm", f"{key} is {quoted(raw[key])}; Nanotron has no norms on q and k", raw[key])
     if _has_sliding_window(config):
-        said = ", ".join(f"{key} is {quoted(raw[key])}" for key in _WINDOW_KEYS if key in raw)
-        said = said or f"sliding_window is not said, which means {_MISTRAL_WINDOW}"
-        yield Unsupported("sliding_window", f"{said}; Nanotron would attend to everything",
+        settings = ", ".join(f"{key} is {quoted(raw[key])}" for key in _WINDOW_KEYS if key in raw)
+        settings = settings or f"sliding_window is absent, which means {_MISTRAL_WINDOW}"
+        yield Unsupported("sliding_window", f"{settings}; Nanotron would attend to everything",
                           {key: raw.get(key) for key in _WINDOW_KEYS})
 
 
 def _has_sliding_window(config: SourceConfig) -> bool:
-    """True where any layer attends to a window only, by the rules of transformers' configs."""
+    """True where a layer attends to a window only, by the rules of transformers' configs."""
     raw = config.raw
     if kinds := raw.get("layer_types"):
         return not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
@@ -106,11 +110,12 @@ def _has_sliding_window(config: SourceConfig) -> bool:
 
 
 def dropped(config: SourceConfig) -> list[str]:
-    """Remarks on a config that is converted all the same: settings that go, keys that nobody knows."""
+    """Remarks on settings that a conversion drops: of no effect in Nanotron, or unknown."""
     notes = []
     if config.raw.get("attention_dropout"):
         notes.append(f"attention_dropout {quoted(config.raw['attention_dropout'])}: Nanotron trains without it")
     if unknown := sorted(set(config.raw) - UNDERSTOOD - _WITHOUT_EFFECT):
-        more = f" and {len(unknown) - 30} more" if len(unknown) > 30 else ""
-        notes.append(f"config.json keys not understood, ignored: {', '.join(map(quoted, unknown[:30]))}{more}")
+        more = f" and {len(unknown) - _MAX_LISTED} more" if len(unknown) > _MAX_LISTED else ""
+        listed = ", ".join(map(quoted, unknown[:_MAX_LISTED]))
+        notes.append(f"config.json keys not understood, ignored: {listed}{more}")
     return notes + list(config.notes)

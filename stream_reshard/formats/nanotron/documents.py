@@ -1,8 +1,8 @@
-"""The files beside the weights that Nanotron's trainer reads, as its own classes define them.
+"""The documents of a Nanotron checkpoint, as the classes of Nanotron's trainer define them.
 
 `model_config.json` is `asdict` of the config class, `checkpoint_metadata.json` is `CheckpointMetadata`
-(nanotron/serialize/metadata.py), `config.yaml` is what `get_config_from_file` (nanotron/config/config.py) accepts. The
-parser is strict, so config.yaml holds only keys that every tree of its version knows.
+(nanotron/serialize/metadata.py), and `get_config_from_file` (nanotron/config/config.py) reads `config.yaml`. It is
+strict, so config.yaml holds only keys that every source tree of its format version knows.
 """
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from stream_reshard.formats.nanotron.rules import MARKERS, NanotronRules
 from stream_reshard.model.parameters import Experts, ModelConfig
 
 
-def nanotron_config(config: ModelConfig, format: NanotronRules, attention_bias: bool,
+def nanotron_config(config: ModelConfig, rules: NanotronRules, attention_bias: bool,
                     vocab_size: int) -> dict[str, Any]:
-    """The fields of Nanotron's config class that the model decides; all others keep their defaults."""
+    """The fields of Nanotron's config class that depend on the model; all others keep their defaults."""
     fields: dict[str, Any] = ids_written(config) | {
         "hidden_act": config.hidden_act, "hidden_size": config.hidden_size,
         "initializer_range": config.initializer_range, "intermediate_size": config.intermediate_size,
-        MARKERS[format.config_class]: True, "max_position_embeddings": config.max_position_embeddings,
+        MARKERS[rules.config_class]: True, "max_position_embeddings": config.max_position_embeddings,
         "num_attention_heads": config.num_attention_heads, "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_heads": config.num_key_value_heads, "pretraining_tp": 1, "rms_norm_eps": config.rms_norm_eps,
         "rope_scaling": None,
         "tie_word_embeddings": config.tie_word_embeddings, "use_cache": True, "vocab_size": vocab_size}
-    if format.version != "1.2":
-        fields |= {"rope_theta": config.rope_theta, "rope_interleaved": format.rope_interleaved}
-    if format.config_class == "Qwen2Config":
+    if rules.version != "1.2":
+        fields |= {"rope_theta": config.rope_theta, "rope_interleaved": rules.rope_interleaved}
+    if rules.config_class == "Qwen2Config":
         fields["attention_bias"] = attention_bias
     if config.experts is not None:
         fields["moe_config"] = moe_config(config.experts)
@@ -47,13 +47,13 @@ def moe_config(experts: Experts) -> dict[str, Any]:
             "token_dispatcher_type": "alltoall"}
 
 
-def checkpoint_metadata(format: NanotronRules, sequence_length: int) -> dict[str, Any]:
-    """A checkpoint before its first step. Main's loader insists on data_stages."""
-    document: dict[str, Any] = {"version": format.version, "tp": format.topology.tp, "dp": format.topology.dp}
+def checkpoint_metadata(rules: NanotronRules, sequence_length: int) -> dict[str, Any]:
+    """The metadata of a checkpoint before its first step. The loader of Nanotron's main requires data_stages."""
+    document: dict[str, Any] = {"version": rules.version, "tp": rules.topology.tp, "dp": rules.topology.dp}
     metas: dict[str, Any] = {"last_train_step": 0, "consumed_train_samples": 0}
-    if format.version != "1.2":
+    if rules.version != "1.2":
         stage = {"name": "stable", "start_training_step": 1, "consumed_train_samples": 0}
-        if format.version == "1.5":
+        if rules.version == "1.5":
             stage |= {"sequence_length": sequence_length, "consumed_tokens_per_dataset_folder": {}}
             metas["consumed_tokens_total"] = 0
             document |= {"cp": 1, "custom_metas": None}
@@ -72,15 +72,15 @@ def _scalar(value: Any) -> str:
 
 
 def yaml_string(text: str) -> str:
-    """A string as a YAML 1.1 scalar in double quotes (section 5.7, escape sequences), in ASCII: a reader need not know
-    the encoding. JSON is no help, as YAML reads its pairs of surrogates as two characters. Bytes of a path that are not
-    UTF-8 are lone surrogates in Python, which PyYAML reads back as such, and they name the same file."""
-    return '"' + "".join(map(_escaped, _joined(text))) + '"'
+    """A string as a YAML 1.1 scalar in double quotes (section 5.7, escape sequences), in ASCII for readers of any
+    encoding. JSON would not do: YAML reads its surrogate pairs as two characters. A byte of a path that is not UTF-8 is
+    a lone surrogate in Python; PyYAML reads it back as one, and the path still names the same file."""
+    return '"' + "".join(map(_escaped, _decoded(text))) + '"'
 
 
-def _joined(text: str) -> str:
-    """The same text, with lone surrogates that are bytes of UTF-8 as the characters that those spell: in an ASCII
-    locale Python keeps every other character of a path like that."""
+def _decoded(text: str) -> str:
+    """The text of a path that Python decoded in an ASCII locale: each byte of UTF-8 beyond ASCII is a lone surrogate
+    there, and becomes part of its character here."""
     try:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -94,13 +94,13 @@ def _escaped(character: str) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def config_yaml(config: ModelConfig, format: NanotronRules, attention_bias: bool, dtype: str, destination: Path,
+def config_yaml(config: ModelConfig, rules: NanotronRules, attention_bias: bool, dtype: str, destination: Path,
                 has_tokenizer: bool) -> str:
-    """A config.yaml that starts training from the weights alone, with the vocabulary as it is without padding."""
-    fields = nanotron_config(config, format, attention_bias, config.vocab_size)
+    """A config.yaml that starts training from the weights alone; its vocabulary has no padding."""
+    fields = nanotron_config(config, rules, attention_bias, config.vocab_size)
     model_config = "\n".join(f"    {key}: {_scalar(value)}" for key, value in sorted(fields.items()))
-    topology, path = format.topology, yaml_string(str(destination))
-    if format.version == "1.2":
+    topology, path = rules.topology, yaml_string(str(destination))
+    if rules.version == "1.2":
         stages = "data:\n" + indent(_DATA, "  ")
         optimizer = indent(_ADAM, "  ")
     else:
@@ -108,7 +108,7 @@ def config_yaml(config: ModelConfig, format: NanotronRules, attention_bias: bool
         optimizer = "  optimizer_factory:\n    name: adamW\n" + indent(_ADAM, "    ")
     return _CONFIG.format(
         destination=path, checkpoints=yaml_string(str(destination.with_name(destination.name + "-training"))),
-        stages=stages, optimizer=optimizer, model_config=model_config, dtype=dtype, multiple=format.vocab_multiple,
+        stages=stages, optimizer=optimizer, model_config=model_config, dtype=dtype, multiple=rules.vocab_multiple,
         dp=topology.dp, tp=topology.tp, pp=topology.pp, tokenizer=path if has_tokenizer else "null",
         sequence_length=min(config.max_position_embeddings, 2048), bf16_grads=_scalar(dtype != "float32"))
 
@@ -180,12 +180,12 @@ tokens:
 """
 
 
-def documents(config: ModelConfig, format: NanotronRules, attention_bias: bool, dtype: str, destination: Path,
+def documents(config: ModelConfig, rules: NanotronRules, attention_bias: bool, dtype: str, destination: Path,
               has_tokenizer: bool) -> dict[str, bytes]:
-    """Every small file that the tool itself writes, by name."""
-    padded = format.padded_vocab(config.vocab_size)
-    metadata = checkpoint_metadata(format, min(config.max_position_embeddings, 2048))
+    """The documents, by name."""
+    padded = rules.padded_vocab(config.vocab_size)
+    metadata = checkpoint_metadata(rules, min(config.max_position_embeddings, 2048))
     return {
         METADATA_NAME: json.dumps(metadata, indent=2, sort_keys=True).encode(),
-        "config.yaml": config_yaml(config, format, attention_bias, dtype, destination, has_tokenizer).encode(),
-        MODEL_CONFIG_NAME: json.dumps(nanotron_config(config, format, attention_bias, padded), indent=2).encode()}
+        "config.yaml": config_yaml(config, rules, attention_bias, dtype, destination, has_tokenizer).encode(),
+        MODEL_CONFIG_NAME: json.dumps(nanotron_config(config, rules, attention_bias, padded), indent=2).encode()}

@@ -1,4 +1,4 @@
-"""Folder that holds a Nanotron checkpoint, and the files in it that count."""
+"""The folder of a Nanotron checkpoint: paths of its weight files. Litter, which desktops leave there, is ignored."""
 from __future__ import annotations
 
 import os
@@ -12,20 +12,19 @@ from stream_reshard.storage.small_files import dangling, files_below, is_litter
 
 
 def weight_paths(root: Path) -> Iterator[str]:
-    """Paths of the files below `model`, but for litter."""
+    """Paths of the files below `model`, without litter."""
     return (f"model/{path}" for path in files_below(root / "model") if not is_litter(path))
 
 
 def litter_notes(root: Path) -> Iterator[str]:
-    """Remarks on the litter below `model`."""
-    found = [path for path in files_below(root / "model") if is_litter(path)]
-    if found:
-        yield (f"{len(found)} files that macOS or Windows left below model/, such as {quoted(f'model/{found[0]}')}, "
+    """A remark on the litter below `model`."""
+    if litter := [path for path in files_below(root / "model") if is_litter(path)]:
+        yield (f"{len(litter)} files that macOS or Windows left below model/, such as {quoted(f'model/{litter[0]}')}, "
                f"are ignored")
 
 
 def not_committed(root: Path) -> SourceError:
-    """Reason why a folder is no checkpoint of Nanotron's."""
+    """Reason why a folder is no Nanotron checkpoint."""
     if not os.path.isdir(root):
         return no_checkpoint(root)
     return dangling(root, MODEL_CONFIG_NAME) or above(root) or SourceError(

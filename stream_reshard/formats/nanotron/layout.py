@@ -1,7 +1,7 @@
 """The Nanotron layout: one file per parameter and rank.
 
-A group is one Nanotron parameter: what is fused in it, and its rank files. Layer after layer it is the same, so what
-the ranks hold is worked out once per kind; an instance is that with a folder's name and a stage.
+A group is one Nanotron parameter: the model's parameters fused in it, and its rank files. Groups of one kind differ by
+layer, that is by folder and stage, so the contents of the rank files are derived once per kind and dtype.
 """
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from stream_reshard.storage.header import StoredTensor, TensorFile, placed
 
 @dataclass(frozen=True)
 class _Kind:
-    """The Nanotron parameters that one name in the architecture table stands for."""
+    """The Nanotron parameters of one name in the architecture table: one, or one per layer. Each is a group."""
 
     path: str
     """Beginning of the paths of the files; `{layer}` is the index of the layer."""
     rows: tuple[int, ...]
-    """Rows of the model that are fused in each parameter."""
+    """The rows of the table fused in each group."""
     firsts: tuple[int, ...]
     """Number of the first parameter of each row."""
     num_each: tuple[int, ...]
-    """Number of parameters of each row in one of Nanotron's: more than one where experts are stacked."""
+    """Count of parameters of each row in one group: more than one where experts are stacked."""
     stages: array[int]
-    """The stage of each."""
+    """The stage of each group."""
 
 
 @dataclass(frozen=True, eq=False)
 class NanotronLayout(Layout):
-    """Layout that Nanotron saves for a model: the same files, header fields and places.
+    """The layout that Nanotron saves: the same files, header fields and places.
 
     The model must fit the topology (`topology_problems`).
     """
@@ -50,13 +50,13 @@ class NanotronLayout(Layout):
     dtypes: Callable[[int], str]
     """The safetensors dtype of each parameter, by its number; fused parameters must agree."""
     begins: Callable[[Group], Sequence[int]] | None = None
-    """Offset in bytes of the data in each file of a group; None where headers are as short as can be."""
+    """Offset of the data in each file of a group, in bytes; None for the shortest headers."""
     stages: Mapping[str, int] | None = None
-    """The stage of each pipeline block, where a checkpoint is there; None where it is Nanotron's own choice."""
+    """The stage of each pipeline block in an existing checkpoint; None for Nanotron's own balancing."""
     _ranks: dict[Hashable, tuple[RankFile, ...]] = field(default_factory=dict, repr=False)
-    """By storage class of a group."""
+    """Rank files by storage class of a group."""
     _suffixes: dict[tuple[int, int], list[str]] = field(default_factory=dict, repr=False)
-    """By kind and stage."""
+    """Ends of the rank files' paths, by (index of the kind, stage)."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -67,32 +67,32 @@ class NanotronLayout(Layout):
 
     @cached_property
     def all_stages(self) -> Mapping[str, int]:
-        """The stage of each pipeline block, whoever chose it."""
+        """The stage of each pipeline block."""
         return stages_of(self.model.config, self.rules) if self.stages is None else self.stages
 
     @cached_property
     def _kinds(self) -> tuple[_Kind, ...]:
-        """One per name in the table, in its order."""
-        model, found = self.model, []
+        """One kind per name in the table, in its order."""
+        model, kinds = self.model, []
         stages = self.all_stages
         for name, rows in groupby(model.stored_rows, key=lambda row: model.rows[row].nanotron):
             fused = tuple(rows)
             block, (folder, _, last) = name.split(".pp_block")[0], f"model.model.{name}".rpartition(".")
-            num = math.prod(model.config.counts[field] for field in fields_of(name))
-            found.append(_Kind(f"{folder.replace('.', '/')}/model_{last}", fused,
+            num_groups = math.prod(model.config.counts[field] for field in fields_of(name))
+            kinds.append(_Kind(f"{folder.replace('.', '/')}/model_{last}", fused,
                                tuple(model.firsts[row] for row in fused),
-                               tuple((model.firsts[row + 1] - model.firsts[row]) // num for row in fused),
-                               array("I", (stages[block.format(layer=i)] for i in range(num)))))
-        return tuple(found)
+                               tuple((model.firsts[row + 1] - model.firsts[row]) // num_groups for row in fused),
+                               array("I", (stages[block.format(layer=i)] for i in range(num_groups)))))
+        return tuple(kinds)
 
     @cached_property
     def _first_groups(self) -> tuple[int, ...]:
-        """Position of the first group of each kind, and behind them how many there are in all."""
+        """Position of the first group of each kind; the last entry is the count of all groups."""
         return tuple(accumulate((len(kind.stages) for kind in self._kinds), initial=0))
 
     @cached_property
-    def _in_groups(self) -> dict[int, tuple[int, int]]:
-        """(kind, which of the fused) of each row."""
+    def _kind_of_row(self) -> dict[int, tuple[int, int]]:
+        """(index of the kind, index in `_Kind.rows`) of each row of the table."""
         return {row: (k, i) for k, kind in enumerate(self._kinds) for i, row in enumerate(kind.rows)}
 
     @property
@@ -100,8 +100,7 @@ class NanotronLayout(Layout):
         return self._first_groups[-1]
 
     def group(self, position: int) -> Group:
-        k = bisect_right(self._first_groups, position) - 1
-        return self._group(k, position - self._first_groups[k])
+        return self._group(*self._in_kind(position))
 
     def groups(self) -> Iterator[Group]:
         return (self._group(k, i) for k, kind in enumerate(self._kinds) for i in range(len(kind.stages)))
@@ -111,20 +110,20 @@ class NanotronLayout(Layout):
         numbers = tuple([first + i * each + n for first, each in zip(kind.firsts, kind.num_each) for n in range(each)])
         return Group(self._first_groups[k] + i, (k, self.dtypes(numbers[0])), numbers)
 
-    def _at(self, group: Group) -> tuple[int, int]:
-        """(kind, which group of it)."""
-        k = bisect_right(self._first_groups, group.position) - 1
-        return k, group.position - self._first_groups[k]
+    def _in_kind(self, position: int) -> tuple[int, int]:
+        """(index of the kind, index among the groups of the kind) of the group at a position."""
+        k = bisect_right(self._first_groups, position) - 1
+        return k, position - self._first_groups[k]
 
     @property
     def moved_blocks(self) -> list[str]:
-        """Pipeline blocks that stand on other stages than Nanotron's own choice."""
+        """Pipeline blocks on other stages than in Nanotron's own balancing."""
         own = stages_of(self.model.config, self.rules)
         return sorted(block for block, stage in (self.stages or {}).items() if own.get(block) != stage)
 
     def stage_of(self, group: Group) -> int:
         """The pipeline stage of a group."""
-        k, i = self._at(group)
+        k, i = self._in_kind(group.position)
         return self._kinds[k].stages[i]
 
     @property
@@ -132,7 +131,7 @@ class NanotronLayout(Layout):
         return self.rules.topology.tp
 
     def ranks_of(self, group: Group) -> tuple[RankFile, ...]:
-        """Files of a group, one for each rank, without paths."""
+        """The rank files of a group, without paths."""
         if (ranks := self._ranks.get(group.storage_class)) is None:
             fused = tuple(map(self.model.parameter, group.numbers))
             ranks = rank_files(fused, self.dtypes(group.numbers[0]), self.rules)
@@ -140,7 +139,7 @@ class NanotronLayout(Layout):
         return ranks
 
     def paths_of(self, group: Group) -> list[str]:
-        k, i = self._at(group)
+        k, i = self._in_kind(group.position)
         kind = self._kinds[k]
         path, stage = kind.path.format(layer=i), kind.stages[i]
         if (suffixes := self._suffixes.get((k, stage))) is None:
@@ -160,18 +159,18 @@ class NanotronLayout(Layout):
         return self._group_of(number)[0].storage_class
 
     def locations_of(self, number: int) -> tuple[tuple[int, int], ...]:
-        (group, _), tensors = self._group_of(number), (part.tensor for part in self.slices_of(number))
-        k, i = self._at(group)
+        group, _ = self._group_of(number)
+        k, i = self._in_kind(group.position)
         first = self._first_files[k] + i * len(self.ranks_of(group))
-        index = {path: first + n for n, path in enumerate(self.paths_of(group))}
-        return tuple((index[tensor.file], tensor.begin) for tensor in tensors)
+        indices = {path: first + n for n, path in enumerate(self.paths_of(group))}
+        return tuple((indices[part.tensor.file], part.tensor.begin) for part in self.slices_of(number))
 
     @cached_property
     def _first_files(self) -> tuple[int, ...]:
-        """Number of files of the groups of earlier kinds, per kind; and behind them the number of all files."""
-        sizes = (len(kind.stages) * len(self.ranks_of(self.group(first)))
-                 for kind, first in zip(self._kinds, self._first_groups))
-        return tuple(accumulate(sizes, initial=0))
+        """Index of the first file of each kind; the last entry is the count of all files."""
+        counts = (len(kind.stages) * len(self.ranks_of(self.group(first)))
+                  for kind, first in zip(self._kinds, self._first_groups))
+        return tuple(accumulate(counts, initial=0))
 
     @property
     def num_files(self) -> int:
@@ -181,23 +180,23 @@ class NanotronLayout(Layout):
         return replace(self, begins=begins)
 
     def _group_of(self, number: int) -> tuple[Group, int]:
-        """(the group of a parameter, which of the fused it is)."""
+        """(group of a parameter, index of the parameter in `Group.numbers`)."""
         row, instance = self.model.row_of(number)
-        k, i = self._in_groups[row]
+        k, i = self._kind_of_row[row]
         num_each = self._kinds[k].num_each
-        which, n = divmod(instance, num_each[i])
-        return self._group(k, which), sum(num_each[:i]) + n
+        index, n = divmod(instance, num_each[i])
+        return self._group(k, index), sum(num_each[:i]) + n
 
     def _parts_of(self, number: int) -> Iterator[tuple[StoredTensor, RankPart]]:
-        """The tensors that hold a parameter, with what is held."""
-        if self.model.row_of(number)[0] not in self._in_groups:
+        """(tensor, part of the parameter in it) of each rank; nothing for a parameter that is not stored."""
+        if self.model.row_of(number)[0] not in self._kind_of_row:
             return iter(())
         group, i = self._group_of(number)
         return ((file.tensors[0], rank.parts[i]) for file, rank in zip(self.files_of(group), self.ranks_of(group)))
 
     def slices_of(self, number: int) -> tuple[Slice, ...]:
         name = self.model.parameter(number).name
-        return tuple(Slice(name, part.region, tensor, part.held, part.order)
+        return tuple(Slice(name, part.region, tensor, part.place, part.order)
                      for tensor, part in self._parts_of(number) if part.region.num_elements)
 
     def fills_of(self, number: int) -> tuple[Fill, ...]:

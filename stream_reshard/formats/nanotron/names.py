@@ -1,4 +1,4 @@
-"""Names of the files of a Nanotron checkpoint: what a run that replaces one may remove."""
+"""Names of the files of a Nanotron checkpoint: the files that a run may remove when it replaces one."""
 from __future__ import annotations
 
 import re
@@ -10,7 +10,7 @@ from stream_reshard.formats.nanotron.config import METADATA_NAME, MODEL_CONFIG_N
 from stream_reshard.formats.nanotron.weight_files import parse_path
 
 _SETTINGS = frozenset({"config.yaml", METADATA_NAME, MODEL_CONFIG_NAME})
-"""Files beside the folders of a checkpoint (serialize/main.py and trainer.py of Nanotron)."""
+"""Files at the root of a checkpoint (nanotron/serialize/main.py, nanotron/trainer.py)."""
 
 _OF = r"(?:0|[1-9]\d*)-of-[1-9]\d*"
 _RANKS = rf"pp-{_OF}(?:_dp-{_OF})?_tp-{_OF}(?:_exp-{_OF})?"
@@ -21,16 +21,16 @@ _OF_TRAINING = re.compile(
 `lr_scheduler_filename` in nanotron/serialize/optimizer.py, nanotron/serialize/random.py)."""
 
 _OF_EXPERTS = re.compile(rf"(?<=\d)_exp-rank-{_OF}(?=\.safetensors\Z)", re.ASCII)
-"""The part that `get_path` (nanotron/serialize/utils.py) adds to the name of a weight that experts are spread over."""
+"""The part of a weight file's name for expert parallelism (`get_path`, nanotron/serialize/utils.py)."""
 
 
 def is_of_training(path: str) -> bool:
-    """True for a path at which Nanotron's trainer saves a state of training."""
+    """True for the path of a training state that Nanotron's trainer saves."""
     return _OF_TRAINING.fullmatch(path) is not None
 
 
 def is_weights(path: str) -> bool:
-    """True for a path at which Nanotron keeps weights."""
+    """True for the path of a weight file."""
     try:
         parse_path(_OF_EXPERTS.sub("", path))
     except SourceError:
@@ -47,4 +47,4 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 NAMING = Naming(_is_named_by_nanotron, is_weights, is_of_training, _is_checkpoint)
-"""For whoever replaces or removes the folder of a checkpoint."""
+"""The names by which `destination` knows what it may remove."""

@@ -1,7 +1,7 @@
-"""Part of a group of fused parameters that each tensor-parallel rank keeps: the header of its file, and its contents.
+"""The rank files of one group of fused parameters: the header of each, and the parts of the parameters in it.
 
-It is the same for every layer; which layer it is, its stage, and where the data begin are for the layout to say.
-Sources: file names from `get_path` (nanotron/serialize/utils.py), what is split how from the tensor-parallel layers
+They are the same for every layer; the layout adds the path, the stage and the offset of the data. Sources in Nanotron:
+names of files from `get_path` (nanotron/serialize/utils.py), splits from the tensor-parallel layers
 (nanotron/parallel/tensor_parallel/nn.py) and `create_sharded_parameter` (nanotron/parallel/sharded_parameters.py),
 header fields from `TensorMetadata` (nanotron/serialize/metadata.py).
 """
@@ -18,34 +18,35 @@ from stream_reshard.model.topology import part_of
 from stream_reshard.storage.header import TensorFile, planned_file
 
 _KEY = "data"
-"""Key of the one tensor in a file (nanotron/serialize/weights.py)."""
+"""Key of the one tensor in each file (nanotron/serialize/weights.py)."""
 
 
 @dataclass(frozen=True)
 class RankPart:
-    """Part of one parameter that one rank holds, in three coordinate systems."""
+    """The part of one parameter in the tensor of one rank."""
 
     region: Box
-    """Of the parameter; may be empty where the rank holds padding only."""
-    place: Box
-    """Of the rank's tensor, padding included."""
-    origin: Box
-    """Of the unsharded tensor, padding included."""
+    """Elements of the parameter; empty where the rank holds only padding."""
+    padded_place: Box
+    """Region and padding, in the rank's tensor."""
+    unsharded_place: Box
+    """Region and padding, in the unsharded tensor."""
     num_rows: int
-    """Rows of `place` that are no padding; they come first."""
+    """Rows of `padded_place` that hold the region; rows of padding follow them."""
     order: tuple[tuple[int, ...], ...]
-    """As in a `Slice`."""
+    """`Slice.order`."""
 
     @property
-    def held(self) -> Box:
-        """Place of the region in the rank's tensor."""
-        return self.place.with_extent(0, self.place.start[0], self.place.start[0] + self.num_rows)
+    def place(self) -> Box:
+        """The region, in the rank's tensor."""
+        start = self.padded_place.start[0]
+        return self.padded_place.with_extent(0, start, start + self.num_rows)
 
     @property
     def padding(self) -> Box | None:
-        """Place of the padding in the rank's tensor: rows past the end of the vocabulary."""
-        first, last = self.place.start[0] + self.num_rows, self.place.stop[0]
-        return self.place.with_extent(0, first, last) if first < last else None
+        """Rows past the end of the vocabulary, in the rank's tensor; None where there are none."""
+        start, stop = self.padded_place.start[0] + self.num_rows, self.padded_place.stop[0]
+        return self.padded_place.with_extent(0, start, stop) if start < stop else None
 
 
 @dataclass(frozen=True)
@@ -53,20 +54,20 @@ class RankFile:
     """The file of one rank."""
 
     suffix: str
-    """End of the file's name, with the stage as `{stage}`."""
+    """End of the file's path, with the stage as `{stage}`."""
     file: TensorFile
-    """Its header, as short as can be; without a path."""
+    """The file without a path, with the shortest header."""
     parts: tuple[RankPart, ...]
-    """Per fused parameter."""
+    """The part of each fused parameter."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensor."""
+        """Bytes of the tensor."""
         return self.file.tensors[0].nbytes
 
 
 def rank_files(fused: Sequence[Parameter], dtype: str, rules: NanotronRules) -> tuple[RankFile, ...]:
-    """The files of one Nanotron parameter, one per tensor-parallel rank that writes it, and what each holds."""
+    """The files of one group, one per tensor-parallel rank; a single one where all ranks hold the same."""
     first, topology = fused[0], rules.topology
     if first.stacked is not None:
         return (_stack(fused, dtype),)
@@ -74,57 +75,58 @@ def rank_files(fused: Sequence[Parameter], dtype: str, rules: NanotronRules) -> 
         shape, whole = first.matrix_shape, Box.whole(first.matrix_shape)
         part = RankPart(first.whole, whole, whole, shape[0], first.matrix)
         return (RankFile(".safetensors", planned_file("", [(_KEY, dtype, shape)], {}), (part,)),)
-    made = []
+    files = []
     for tp in range(topology.tp):
         parts = tuple(_parts(fused, tp, rules))
         metadata = {"version": rules.version, "unsharded_shape": str(_unsharded_shape(fused, rules)),
                     "local_global_slices_pairs": _slices_pairs(parts, fused)}
-        made.append(RankFile(f"_pp-rank-{{stage}}-of-{topology.pp}_tp-rank-{tp}-of-{topology.tp}.safetensors",
-                             planned_file("", [(_KEY, dtype, parts[-1].place.stop)], metadata), parts))
-    return tuple(made)
+        files.append(RankFile(f"_pp-rank-{{stage}}-of-{topology.pp}_tp-rank-{tp}-of-{topology.tp}.safetensors",
+                              planned_file("", [(_KEY, dtype, parts[-1].padded_place.stop)], metadata), parts))
+    return tuple(files)
 
 
 def _stack(fused: Sequence[Parameter], dtype: str) -> RankFile:
-    """The one array of all experts, which every rank holds whole (`GroupedMLP`, nanotron/nn/moe.py): an expert's
-    matrices are transposed there and stand beside each other."""
-    parts, begin, end = [], 0, 0
+    """The one array of all experts, which every rank holds whole (`GroupedMLP`, nanotron/nn/moe.py). The matrices of an
+    expert are transposed, and stand beside each other."""
+    parts, start, stop = [], 0, 0
     for parameter in fused:
         num_rows, num_columns = parameter.matrix_shape
         if parameter.stacked == 0:
-            begin, end = end, end + num_rows
+            start, stop = stop, stop + num_rows
         expert = parameter.stacked or 0
-        place = Box((expert, 0, begin), (expert + 1, num_columns, end))
+        place = Box((expert, 0, start), (expert + 1, num_columns, stop))
         parts.append(RankPart(parameter.whole, place, place, 1, ((), *reversed(parameter.matrix))))
-    shape = (1 + max(parameter.stacked or 0 for parameter in fused), fused[0].matrix_shape[1], end)
+    shape = (1 + max(parameter.stacked or 0 for parameter in fused), fused[0].matrix_shape[1], stop)
     return RankFile(".safetensors", planned_file("", [(_KEY, dtype, shape)], {}), tuple(parts))
 
 
 def _padded_shape(parameter: Parameter, rules: NanotronRules) -> tuple[int, ...]:
-    """The shape with padding: Nanotron pads the vocabulary, nothing else."""
+    """The shape of a parameter with padding: Nanotron pads the vocabulary only."""
     return tuple(rules.padded_vocab(n) if dim == "vocab" else n for dim, n in zip(parameter.dims, parameter.shape))
 
 
 def _parts(fused: Sequence[Parameter], tp: int, rules: NanotronRules) -> Iterator[RankPart]:
-    """Part of each parameter that rank `tp` holds: the shard is the ranks' parts one below the other, not a part of the
-    fused whole (`contiguous_chunks`, nanotron/parallel/sharded_parameters.py)."""
-    local_row = global_row = 0
+    """The part of each parameter on rank `tp`. Nanotron splits each fused parameter by itself; the rank's tensor holds
+    the parts one below the other (`contiguous_chunks`, nanotron/parallel/sharded_parameters.py)."""
+    local_row = unsharded_row = 0
     for parameter in fused:
         padded = _padded_shape(parameter, rules)
         split = parameter.dims.index(parameter.split or "")
         start, stop = part_of(padded[split], rules.topology.tp, tp)
         size = parameter.shape[split]
         region = parameter.whole.with_extent(split, min(start, size), min(stop, size))
-        held = _matrix_box(parameter, Box.whole(padded).with_extent(split, start, stop), padded)
-        local = held.seen_from(held)
+        unsharded = _matrix_box(parameter, Box.whole(padded).with_extent(split, start, stop), padded)
+        local = unsharded.seen_from(unsharded)
         num_rows = _matrix_box(parameter, region, parameter.shape).shape[0]
-        yield RankPart(region, _moved_down(local, local_row), _moved_down(held, global_row), num_rows,
+        yield RankPart(region, _moved_down(local, local_row), _moved_down(unsharded, unsharded_row), num_rows,
                        _order(parameter, rules))
         local_row += local.stop[0]
-        global_row += _matrix_box(parameter, Box.whole(padded), padded).stop[0]
+        unsharded_row += _matrix_box(parameter, Box.whole(padded), padded).stop[0]
 
 
 def _matrix_box(parameter: Parameter, region: Box, shape: tuple[int, ...]) -> Box:
-    """A region of a parameter of this shape as a box of the matrix it is stored as; only outermost dims may be cut."""
+    """A region of a parameter with this shape, as a box of its stored matrix. Of the dims merged into one dim of the
+    matrix, only the outermost may be cut."""
     inner = [math.prod(shape[dim] for dim in group[1:]) for group in parameter.matrix]
     return Box(tuple(region.start[group[0]] * n for group, n in zip(parameter.matrix, inner)),
                tuple(region.stop[group[0]] * n for group, n in zip(parameter.matrix, inner)))
@@ -135,7 +137,7 @@ def _moved_down(box: Box, rows: int) -> Box:
 
 
 def _order(parameter: Parameter, rules: NanotronRules) -> tuple[tuple[int, ...], ...]:
-    """The order of dims in the stored matrix: with interleaved rotary embedding a head is (pair, half)."""
+    """`Slice.order` of a parameter: with interleaved rotary embedding a head is stored as (pair, half)."""
     if not rules.rope_interleaved or "half" not in parameter.dims:
         return parameter.matrix
     half, pair = parameter.dims.index("half"), parameter.dims.index("pair")
@@ -151,13 +153,13 @@ def _unsharded_shape(fused: Sequence[Parameter], rules: NanotronRules) -> tuple[
 def _slices_pairs(parts: Sequence[RankPart], fused: Sequence[Parameter]) -> str:
     """`local#global;...` as `SlicesPair.tuple_to_str` writes it (nanotron/parallel/parameters.py).
 
-    With several chunks both sides name their rows; a lone parameter's local side is all None.
+    Only the split dim has numbers; on the local side only where several parameters are fused.
     """
     def text(box: Box, named: int | None) -> str:
-        return "|".join(f"{a},{b},None" if dim == named else "None,None,None"
-                        for dim, (a, b) in enumerate(zip(box.start, box.stop)))
+        return "|".join(f"{start},{stop},None" if dim == named else "None,None,None"
+                        for dim, (start, stop) in enumerate(zip(box.start, box.stop)))
 
     split = next(dim for dim, group in enumerate(fused[0].matrix)
                  if fused[0].dims.index(fused[0].split or "") in group)
-    return ";".join(f"{text(part.place, split if len(parts) > 1 else None)}#{text(part.origin, split)}"
-                    for part in parts)
+    local = split if len(parts) > 1 else None
+    return ";".join(f"{text(part.padded_place, local)}#{text(part.unsharded_place, split)}" for part in parts)

@@ -1,4 +1,4 @@
-"""A Nanotron checkpoint, opened to be converted."""
+"""A Nanotron checkpoint, opened for a conversion."""
 from __future__ import annotations
 
 import os
@@ -40,9 +40,12 @@ _REPO, _COMMIT = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII), re.compi
 
 def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
                   is_exact: bool = True) -> Described | None:
-    """Read config and headers, none of more than `max_nbytes`; everything wrong goes to `problems`. None where not even
-    the config makes sense. `vocab_size`: rows of the embedding without padding, where a user says it; where it
-    need not be exact, padding counts."""
+    """Read config and headers, each of at most `max_nbytes`. All problems are added to `problems`; with problems in the
+    config, the result is None.
+
+    `vocab_size`: rows of the embedding without padding, if the user gave them. Without `is_exact`, padding may be
+    counted as vocabulary.
+    """
     if not os.path.isfile(root / MODEL_CONFIG_NAME):
         problems.append(not_committed(root))
         return None
@@ -52,20 +55,21 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     if config is None:
         return None
     facts = (problems.collect(_facts_of, root, max_nbytes) or {}) if is_exact else {}
-    known = facts.get("vocab_size")
-    if None not in (known, vocab_size) and known != vocab_size:
-        problems.append(UsageError(f"--vocab-size {vocab_size}: the manifest of {quoted(root)} says {known}"))
-    told = vocab_size if vocab_size is not None else known if is_exact else config.model.vocab_size
-    size = problems.collect(_true_vocab_size, config, told)
+    recorded = facts.get("vocab_size")
+    if None not in (recorded, vocab_size) and recorded != vocab_size:
+        problems.append(UsageError(f"--vocab-size {vocab_size}: the manifest of {quoted(root)} has {recorded}"))
+    if vocab_size is None:
+        vocab_size = recorded if is_exact else config.model.vocab_size
+    size = problems.collect(_checked_vocab_size, config, vocab_size)
     layout = problems.collect(layout_of_files, root, config, size, files) if files and size else None
     known_ids = with_known_ids(config.model, config.family, facts.get("token_ids"))
     model_config = replace(known_ids or config.model, vocab_size=size or config.model.vocab_size)
-    rules = format_of(config, files) if files else None
+    rules = rules_of(config, files) if files else None
     opened = {path: file.identity for path, file in (files.by_path if files else {}).items() if file.identity}
     described = Described(
         root=root, config_name=MODEL_CONFIG_NAME, family=config.family, config=model_config,
-        model=layout.model if layout else None,
-        unsupported=tuple(config.extras.values()), notes=(*litter_notes(root), *_notes(layout)) if layout else (),
+        model=layout.model if layout else None, unsupported=tuple(config.extras.values()),
+        notes=(*litter_notes(root), *_notes(layout)) if layout else (),
         rope_interleaved=rules.rope_interleaved if rules else False, config_class=config.config_class,
         identities=seen | opened, router_dtype=facts.get("router_dtype"), origin=_origin(facts),
         ids_are_known=known_ids is not None)
@@ -73,7 +77,7 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
 
 
 def _facts_of(root: Path, max_nbytes: int) -> Mapping[str, Any]:
-    """The facts that a manifest tells, if there is one. Raises SourceError."""
+    """The facts in the manifest; empty without one. Raises SourceError."""
     manifest = open_manifest(root, max_nbytes)
     return manifest.facts if manifest else {}
 
@@ -86,30 +90,31 @@ def _origin(facts: Mapping[str, Any]) -> Mapping[str, str] | None:
     return origin if _COMMIT.fullmatch(str(origin.get("commit"))) else None
 
 
-def _true_vocab_size(config: NanotronModelConfig, told: int | None) -> int:
-    """Rows of the embedding without padding, which Nanotron does not keep. Raises UsageError where it is not known."""
+def _checked_vocab_size(config: NanotronModelConfig, vocab_size: int | None) -> int:
+    """Rows of the embedding without padding, which Nanotron does not keep. Raises UsageError where they are unknown."""
     rows = config.model.vocab_size
-    if told is None:
+    if vocab_size is None:
         raise UsageError(f"--vocab-size is needed: the embedding has {rows} rows, Nanotron pads it and keeps no count "
-                         f"of the true ones; say --vocab-size {rows} if none is padding")
-    if not 0 < told <= rows:
-        raise UsageError(f"--vocab-size {told}: the embedding has {rows} rows")
-    return told
+                         f"of the true ones; give --vocab-size {rows} if none is padding")
+    if not 0 < vocab_size <= rows:
+        raise UsageError(f"--vocab-size {vocab_size}: the embedding has {rows} rows")
+    return vocab_size
 
 
 def _notes(layout: NanotronLayout) -> list[str]:
-    """Remarks on unusual traits of the checkpoint."""
+    """A remark on blocks that are on unusual stages."""
     moved = layout.moved_blocks
-    return [f"{len(moved)} blocks such as {moved[0]} stand on other stages than Nanotron's balancing gives them"
+    return [f"{len(moved)} blocks such as {moved[0]} are on other stages than Nanotron's balancing gives them"
             ] if moved else []
 
+
 MAX_PROBLEMS = 1000
-"""More are not listed."""
+"""Limit on the listed problems."""
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weight files of a checkpoint, and what all of them agree on."""
+    """The weight files of a checkpoint, with the topology and the version that all of them have."""
 
     by_path: Mapping[str, WeightFile]
     topology: Topology
@@ -117,7 +122,7 @@ class WeightFiles:
 
     @property
     def stages(self) -> dict[str, int]:
-        """The stage of each pipeline block, by its Nanotron name. A block without sharded parameters is on none."""
+        """The stage of each pipeline block, by its Nanotron name. Blocks without sharded parameters are absent."""
         return {file.parameter.split(".pp_block")[0]: file.rank.pp for file in self.by_path.values() if file.rank}
 
 
@@ -130,7 +135,7 @@ def read_weight_files(root: Path, max_nbytes: int) -> WeightFiles:
 
 
 def scan(root: Path, max_nbytes: int, problems: Problems) -> dict[str, WeightFile]:
-    """The weight files by path, as far as their headers make sense; what is wrong with others goes to `problems`."""
+    """The weight files by path. Problems of unreadable files are added to `problems`."""
     by_path = {}
     for path in weight_paths(root):
         before = identities_of(root, [path])
@@ -142,18 +147,18 @@ def scan(root: Path, max_nbytes: int, problems: Problems) -> dict[str, WeightFil
 
 
 def agreeing(root: Path, by_path: Mapping[str, WeightFile]) -> WeightFiles:
-    """The same files, of one topology and version. Raises Refused where there are several of either."""
+    """The files with their one topology and version. Raises Refused where there are several of either."""
     sizes = {(file.rank.num_tp, file.rank.num_pp) for file in by_path.values() if file.rank}
     versions = {file.version for file in by_path.values() if file.version}
     problems = Problems()
-    for what, values in (("topologies (TP, PP)", sizes), ("format versions", versions)):
+    for noun, values in (("topologies (TP, PP)", sizes), ("format versions", versions)):
         if len(values) > 1:
-            problems.append(SourceError(f"{quoted(root)}: files of several {what} stand together: "
-                                        f"{', '.join(sorted(map(str, values)))}; Nanotron would merge them without a "
-                                        f"word; remove the stale ones"))
-    if sizes and max(max(size) for size in sizes) > len(by_path):
-        problems.append(SourceError(f"{quoted(root)}: names of files speak of {max(max(size) for size in sizes)} "
-                                    f"ranks, but there are {len(by_path)} files in all"))
+            problems.append(SourceError(f"{quoted(root)}: files of several {noun} stand together: "
+                                        f"{', '.join(sorted(map(str, values)))}; Nanotron would silently merge them; "
+                                        f"remove the stale ones"))
+    if sizes and (num_ranks := max(map(max, sizes))) > len(by_path):
+        problems.append(SourceError(f"{quoted(root)}: names of files are for {num_ranks} ranks, but there are "
+                                    f"{len(by_path)} files in all"))
     if not sizes:
         problems.append(SourceError(f"{quoted(root)} holds no weight files of Nanotron in model/model"))
     problems.raise_if_any()
@@ -162,11 +167,11 @@ def agreeing(root: Path, by_path: Mapping[str, WeightFile]) -> WeightFiles:
 
 
 def layout_of_files(root: Path, config: NanotronModelConfig, vocab_size: int, files: WeightFiles) -> NanotronLayout:
-    """The layout of a checkpoint whose vocabulary has `vocab_size` rows without padding. Raises Refused."""
+    """The layout of a checkpoint with `vocab_size` rows of the embedding without padding. Raises Refused."""
     if config.model.num_hidden_layers > len(files.by_path):
         raise SourceError(f"num_hidden_layers is {config.model.num_hidden_layers}, but there are {len(files.by_path)} "
                           f"weight files in all")
-    rules = format_of(config, files)
+    rules = rules_of(config, files)
     model = build_model(config.family, replace(config.model, vocab_size=vocab_size))
     _check_sizes(model, rules, files)
     stages = stages_of(model.config, rules) | files.stages
@@ -180,16 +185,15 @@ def layout_of_files(root: Path, config: NanotronModelConfig, vocab_size: int, fi
     return replace(bare, begins=_Begins(bare, files))
 
 
-def format_of(config: NanotronModelConfig, files: WeightFiles) -> NanotronRules:
-    """Format of a Nanotron checkpoint, by its config and files."""
+def rules_of(config: NanotronModelConfig, files: WeightFiles) -> NanotronRules:
+    """The rules of a Nanotron checkpoint, by its config and files."""
     interleaved = bool(config.rope_interleaved) or interleaves_by_default(config, {files.version})
     return NanotronRules(files.topology, config.config_class, files.version, interleaved,
-                          vocab_rows=config.model.vocab_size)
+                         vocab_rows=config.model.vocab_size)
 
 
 def _check_sizes(model: Model, rules: NanotronRules, files: WeightFiles) -> None:
-    """Raises SourceError where the config's sizes cannot be those of these files: nothing large may be derived from
-    it."""
+    """Raises SourceError where the config's sizes do not fit the files, before anything large is derived from them."""
     tp, experts, rows = rules.topology.tp, model.config.experts, rules.padded_vocab(model.config.vocab_size)
     for dim, size in [*([("vocab", rows)] if rows % tp else []), *uneven_dims(model, tp)]:
         raise SourceError(f"model_config.json: {size} {dim} cannot be split by the {tp} tensor-parallel ranks of the "
@@ -198,15 +202,15 @@ def _check_sizes(model: Model, rules: NanotronRules, files: WeightFiles) -> None
         return
     stacked = [file for file in files.by_path.values() if file.parameter.endswith(".experts.merged_down_proj")]
     if not stacked:
-        raise SourceError(f"model_config.json says {experts.num_experts} experts, the files hold none")
+        raise SourceError(f"num_experts in model_config.json is {experts.num_experts}, but no file holds experts")
     for file in stacked:
-        if (found := file.tensor.shape[0]) != experts.num_experts:
-            raise SourceError(f"{quoted(file.file.path)} holds {found} experts, model_config.json says "
-                              f"{experts.num_experts}")
+        if (num_experts := file.tensor.shape[0]) != experts.num_experts:
+            raise SourceError(f"{quoted(file.file.path)} holds {num_experts} experts, but num_experts in "
+                              f"model_config.json is {experts.num_experts}")
 
 
 class _Dtypes:
-    """The dtype of a parameter, by its number: that of the first file of its group."""
+    """The dtype of each parameter by its number: that of a file of its group; BF16 where all of them are missing."""
 
     def __init__(self, model: Model, files: WeightFiles):
         self._model = model
@@ -217,7 +221,7 @@ class _Dtypes:
 
 
 class _Begins:
-    """Offsets in bytes of the data in the files of a group."""
+    """Offset of the data in each file of a group, in bytes."""
 
     def __init__(self, layout: NanotronLayout, files: WeightFiles):
         self._layout = layout
@@ -228,34 +232,34 @@ class _Begins:
 
 
 def _faults(layout: NanotronLayout, files: WeightFiles) -> Iterator[SourceError]:
-    """Files that are missing, extra, or other than Nanotron's rules make them."""
-    wanted: set[str] = set()
+    """Files that are missing, extra, or different from those that Nanotron would save."""
+    expected: set[str] = set()
     for group in layout.groups():
         for path, rank in zip(layout.paths_of(group), layout.ranks_of(group)):
-            wanted.add(path)
-            if (found := files.by_path.get(path)) is None:
+            expected.add(path)
+            if (file := files.by_path.get(path)) is None:
                 yield SourceError(f"{quoted(path)} is missing", kind="files are missing")
-            elif fault := _fault(found, rank):
+            elif fault := _fault(file, rank):
                 yield SourceError(f"{quoted(path)} {fault}", kind="files are not what Nanotron makes of this model")
-    for path in sorted(files.by_path.keys() - wanted):
-        yield SourceError(f"{quoted(path)} holds a parameter that the model does not have, or stands on another stage "
-                          f"than its block", kind="files are no part of the model")
+    for path in sorted(files.by_path.keys() - expected):
+        yield SourceError(f"{quoted(path)} holds a parameter that the model does not have, or is on another stage than "
+                          f"its block", kind="files are no part of the model")
 
 
-def _fault(found: WeightFile, rank: RankFile) -> str | None:
-    """Reason why a file is not the one that Nanotron makes for its rank."""
-    wanted, metadata = rank.file.tensors[0], dict(rank.file.metadata)
-    if found.tensor.shape != wanted.shape:
-        return f"has the shape {found.tensor.shape}, but model_config.json asks for {wanted.shape}"
-    if found.tensor.dtype != wanted.dtype:
-        return f"has the dtype {found.tensor.dtype}, others of its parameter have {wanted.dtype}"
-    if found.tensor.dtype not in TORCH_DTYPES:
-        return f"has the dtype {found.tensor.dtype}, which no weight of Nanotron has"
+def _fault(file: WeightFile, rank: RankFile) -> str | None:
+    """Difference of a file from the one that Nanotron would save for its rank; None without one."""
+    tensor, expected, metadata = file.tensor, rank.file.tensors[0], dict(rank.file.metadata)
+    if tensor.shape != expected.shape:
+        return f"has the shape {tensor.shape}, but model_config.json asks for {expected.shape}"
+    if tensor.dtype != expected.dtype:
+        return f"has the dtype {tensor.dtype}, others of its parameter have {expected.dtype}"
+    if tensor.dtype not in TORCH_DTYPES:
+        return f"has the dtype {tensor.dtype}, which no weight of Nanotron has"
     if not metadata:
         return None
     unsharded = parse_shape(metadata["unsharded_shape"])
-    if found.unsharded_shape != unsharded:
-        return f"is part of {found.unsharded_shape}, but model_config.json asks for {unsharded}"
-    if found.pairs != parse_pairs(metadata["local_global_slices_pairs"], wanted.shape, unsharded):
+    if file.unsharded_shape != unsharded:
+        return f"is part of {file.unsharded_shape}, but model_config.json asks for {unsharded}"
+    if file.pairs != parse_pairs(metadata["local_global_slices_pairs"], expected.shape, unsharded):
         return "is cut in another way than Nanotron cuts it for its rank"
     return None

@@ -1,4 +1,4 @@
-"""A Nanotron checkpoint to be written: rank files, and the documents that its trainer reads."""
+"""A Nanotron checkpoint to be written: rank files, and the documents that Nanotron's trainer reads."""
 from __future__ import annotations
 
 import json
@@ -21,6 +21,7 @@ from stream_reshard.model.parameters import TOKEN_IDS, Model
 from stream_reshard.options import Options
 
 RELEASE_04_ROPE_THETA = 10000.0
+"""The only rope_theta of release 0.4."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,15 @@ class ToNanotron(Target[NanotronLayout]):
 
     @classmethod
     def chosen(cls, options: Options, source: Described) -> ToNanotron:
-        """The target that the flags choose for this source. Raises Refused."""
+        """The target that the options choose for this source. Raises Refused."""
         family, problems = source.family, Problems()
-        kept = source.config_class if options.checkpoint_version != "1.2" else None
+        is_release_04 = options.checkpoint_version == "1.2"
+        kept = None if is_release_04 else source.config_class
         name = (kept or family.nanotron_configs[0]) if options.nanotron_config == "auto" else options.nanotron_config
         if name not in family.nanotron_configs:
             problems.append(UsageError(f"--nanotron-config {name} cannot express {family.name} (it has no attention "
                                        f"biases); use {' or '.join(family.nanotron_configs)}"))
-        if options.checkpoint_version == "1.2":
+        if is_release_04:
             if name != "LlamaConfig":
                 problems.append(UsageError(f"--checkpoint-version 1.2: release 0.4 has no {name}; use 1.5"))
             if options.rope == "neox":
@@ -48,7 +50,7 @@ class ToNanotron(Target[NanotronLayout]):
         if options.vocab_multiple < 1:
             problems.append(UsageError(f"--vocab-multiple {options.vocab_multiple}: it is at least 1"))
         problems.raise_if_any()
-        by_default = options.checkpoint_version == "1.2" or source.rope_interleaved
+        by_default = is_release_04 or source.rope_interleaved
         interleaved = by_default if options.rope == "auto" else options.rope == "interleaved"
         return cls(NanotronRules(options.topology, name, options.checkpoint_version, interleaved,
                                  options.vocab_multiple))
@@ -57,20 +59,20 @@ class ToNanotron(Target[NanotronLayout]):
         yield from source.unsupported
         theta = source.config.rope_theta
         if self.rules.version == "1.2" and theta != RELEASE_04_ROPE_THETA:
-            yield Unsupported("rope_theta", f"rope_theta is {theta:g}; release 0.4, which reads format 1.2, only knows "
+            yield Unsupported("rope_theta", f"rope_theta is {theta:g}; release 0.4, which reads format 1.2, only has "
                                             f"{RELEASE_04_ROPE_THETA:g}; use --checkpoint-version 1.5", theta)
 
     def notes(self, source: Source, layout: NanotronLayout) -> Iterator[str]:
-        """Token ids that Nanotron's configs do not hold as the source says them."""
+        """Remarks on token ids that Nanotron's config cannot hold."""
         written = ids_written(source.config)
         for key in TOKEN_IDS:
-            said = getattr(source.config, key)
-            if key == "pad_token_id" and said is not None:
-                yield (f"{key} is {said}: Nanotron would not train that row of any rank's embedding, or not start; "
-                       f"null is written, and the manifest keeps {said} for --to hf")
-            elif said != written[key]:
-                yield (f"{key} is {json.dumps(said)}: Nanotron's config holds one number, {written[key]} is written; "
-                       f"the manifest keeps it for --to hf")
+            ids = getattr(source.config, key)
+            if key == "pad_token_id" and ids is not None:
+                yield (f"{key} is {ids}: Nanotron would not train that row of any rank's embedding, or not start; "
+                       f"null is written, and the manifest keeps {ids} for --to hf")
+            elif ids != written[key]:
+                yield (f"{key} is {json.dumps(ids)}: Nanotron's config holds one number, {written[key]} is written; "
+                       f"the manifest keeps {json.dumps(ids)} for --to hf")
 
     def problems(self, model: Model) -> Problems:
         return topology_problems(model, self.rules)
@@ -79,9 +81,9 @@ class ToNanotron(Target[NanotronLayout]):
         layout = NanotronLayout(root, model, self.rules, with_router_dtype(model, dtypes, "F32"))
         for group in layout.groups():
             for number in group.numbers[1:]:
-                if (own := layout.dtypes(number)) != (first := layout.dtypes(group.numbers[0])):
-                    raise SourceError(f"{model.parameter(number).hugging_face} is {own}, but Nanotron keeps it in one "
-                                      f"tensor with {first} weights; choose one with --dtype")
+                if (dtype := layout.dtypes(number)) != (first := layout.dtypes(group.numbers[0])):
+                    raise SourceError(f"{model.parameter(number).hugging_face} is {dtype}, but Nanotron keeps it in "
+                                      f"one tensor with {first} weights; choose one dtype with --dtype")
         return layout
 
     def documents(self, source: Source, layout: NanotronLayout, dtype: str, destination: Path,
@@ -109,7 +111,7 @@ class ToNanotron(Target[NanotronLayout]):
 
 
 def _stage_table(layout: NanotronLayout) -> list[dict[str, Any]]:
-    """Per stage: the blocks it holds, and the files and bytes of all its ranks."""
+    """Per stage: its blocks, and the files and bytes of all its ranks."""
     stages = layout.all_stages
     rows: list[dict[str, Any]] = [{"stage": stage, "blocks": [b for b, s in stages.items() if s == stage], "files": 0,
                                    "nbytes": 0} for stage in range(layout.rules.topology.pp)]
@@ -118,15 +120,15 @@ def _stage_table(layout: NanotronLayout) -> list[dict[str, Any]]:
     for group in layout.groups():
         examples.setdefault(group.storage_class, group)
         counts[layout.stage_of(group), group.storage_class] += 1
-    for (stage, kind), count in counts.items():
-        ranks = layout.ranks_of(examples[kind])
+    for (stage, storage_class), count in counts.items():
+        ranks = layout.ranks_of(examples[storage_class])
         rows[stage]["files"] += count * len(ranks)
         rows[stage]["nbytes"] += count * sum(rank.nbytes for rank in ranks)
     return rows
 
 
 def blocks_text(names: Iterable[str]) -> str:
-    """`embedding, layers 0-16, final norm, head`."""
+    """The names of pipeline blocks for a person: `embedding, layers 0-16, final norm, head`."""
     grouped: dict[str, list[str]] = defaultdict(list)
     for name in names:
         kind, _, index = name.partition(".")

@@ -1,5 +1,5 @@
-"""A Nanotron checkpoint to be written exactly as another one is: the files of a random model that Nanotron saved,
-filled with the weights of the source."""
+"""A Nanotron checkpoint to be written with the files of another one, the template: that of a random model that Nanotron
+saved, for example. Its files get the weights of the source."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -19,22 +19,23 @@ from stream_reshard.model.parameters import TOKEN_IDS, Model, ModelConfig
 from stream_reshard.options import Options, nanotron_flags
 
 MAX_LISTED = 100
-"""Differences that a plan tells; of more only how many."""
+"""Differences that a plan lists; further ones are counted."""
 
 _MAY_DIFFER = {"family", "vocab_size", "initializer_range", "unsaid_ids", *TOKEN_IDS}
-"""Fields of a config that change neither the tensors nor the forward pass; of the vocabulary only the rows must fit."""
+"""Settings in which template and source may differ: they change neither tensors nor forward pass. Family and vocab_size
+are checked separately."""
 
 
 @dataclass(frozen=True)
 class LikeTemplate(ToNanotron):
-    """The files of a template."""
+    """Rank files with the names, versions, slices and dtypes of a template."""
 
     template: NanotronLayout
 
     @classmethod
     def chosen_like(cls, root: Path, options: Options, source: Described, max_nbytes: int) -> LikeTemplate:
-        """Read the headers of the template at `root`, none of more than `max_nbytes`. Raises Refused where it makes no
-        sense, is of another model, or a flag asks for something else than it has."""
+        """Read the headers of the template at `root`, each of at most `max_nbytes`. Raises Refused where it has
+        problems, is of another model, or an option contradicts it."""
         problems = Problems(_flag_problems(options))
         opened = open_nanotron(root, max_nbytes, None, problems, is_exact=False)
         if opened is not None:
@@ -47,13 +48,13 @@ class LikeTemplate(ToNanotron):
                    template.layout)
 
     def problems(self, model: Model) -> Problems:
-        return Problems()  # It has been cut like this already.
+        return Problems()  # The model fits: the template has been cut like this.
 
     def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> NanotronLayout:
         return NanotronLayout(root, model, self.rules, self.template.dtypes, stages=self.template.stages)
 
     def notes(self, source: Source, layout: NanotronLayout) -> Iterator[str]:
-        """Differences of the template from the choices of this tool, tensor by tensor."""
+        """Differences between the template and this tool's own choice, tensor by tensor."""
         yield from super().notes(source, layout)
         own = NanotronLayout(layout.root, layout.model, replace(self.rules, vocab_rows=None, vocab_multiple=1),
                              source.layout.dtype_at)
@@ -72,7 +73,7 @@ class LikeTemplate(ToNanotron):
 
 
 def _flag_problems(options: Options) -> Iterator[UsageError]:
-    """Flags that ask for something that the template decides."""
+    """Options that the template decides."""
     for flag in nanotron_flags(options):
         yield UsageError(f"{flag} with --template: the template decides that")
     if options.to == "hf":
@@ -82,13 +83,14 @@ def _flag_problems(options: Options) -> Iterator[UsageError]:
 
 
 def _model_problems(root: Path, template: Described, family: Family, config: ModelConfig) -> Iterator[SourceError]:
-    """Problems where the template is a checkpoint of another model."""
+    """Settings in which the template is a checkpoint of another model."""
     if template.family.rows != family.rows:
         yield SourceError(f"{quoted(root)} holds a {template.family.name} model, the source is {family.name}")
     for field in fields(ModelConfig):
-        mine, theirs = getattr(template.config, field.name), getattr(config, field.name)
-        if mine != theirs and field.name not in _MAY_DIFFER:
-            yield SourceError(f"{quoted(root)}: {field.name} is {quoted(mine)}, in the source {quoted(theirs)}")
+        template_value, source_value = getattr(template.config, field.name), getattr(config, field.name)
+        if template_value != source_value and field.name not in _MAY_DIFFER:
+            yield SourceError(f"{quoted(root)}: {field.name} is {quoted(template_value)}, in the source "
+                              f"{quoted(source_value)}")
     rows = template.layout.facts["vocab_rows"] if isinstance(template, Source) else config.vocab_size
     if rows < config.vocab_size:
         yield SourceError(f"{quoted(root)}: its embedding has {rows} rows, the source needs {config.vocab_size}")

@@ -1,7 +1,7 @@
-"""Description of a Nanotron weight file, from its name and the slice metadata of its header. Parsed strictly.
+"""A Nanotron weight file, described by its name and the slice metadata in its header. Parsed strictly.
 
-Names as `get_path` makes them (nanotron/serialize/utils.py), metadata as `TensorMetadata.to_str_dict` writes it
-(nanotron/serialize/metadata.py), slices in the grammar of `SlicesPair` (nanotron/parallel/parameters.py).
+Names are those of `get_path` (nanotron/serialize/utils.py), metadata that of `TensorMetadata.to_str_dict`
+(nanotron/serialize/metadata.py), and slices have the grammar of `SlicesPair` (nanotron/parallel/parameters.py).
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stream_reshard.storage.header import MAX_DIMS, StoredTensor, TensorFile, re
 from stream_reshard.storage.identity import Identity
 
 WEIGHTS_FOLDER = ("model", "model")
-"""The folders above every weight: that of the checkpoint's weights, and the attribute of the model class."""
+"""The folders above every weight file: the folder of weights, and the attribute `model` of Nanotron's model class."""
 
 _FOLDER = re.compile(r"[A-Za-z0-9_]+", re.ASCII)
 _RANK = r"(0|[1-9]\d{0,5})"
@@ -26,18 +26,18 @@ _SHAPE = re.compile(rf"\({_NUMBER}(?:, {_NUMBER})*,?\)", re.ASCII)
 _SLICE = re.compile(r"(?:(\d{1,15}),(\d{1,15})|None,None),(?:None|1)", re.ASCII)
 _FIELDS = {"version", "unsharded_shape", "local_global_slices_pairs"}
 KNOWN_VERSIONS = ("1.2", "1.3", "1.4", "1.5")
-"""Format versions whose files mean what is written here. Main reads none that is later (nanotron/serialize/weights.py),
-files before 1.2 have no slices."""
+"""Format versions that this module can parse. Nanotron's main reads no later one (nanotron/serialize/weights.py); files
+before 1.2 have no slices."""
 
 _VERSION = re.compile(r"\d{1,3}\.\d{1,3}", re.ASCII)
 
 MAX_PAIRS = 64
-"""Far more than any parameter of Nanotron has; caps what a hostile header can make us do."""
+"""Limit on the pairs of slices in a header, far more than any parameter has: a hostile header cannot cost much work."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Coordinates of a sharded file on the parallel axes, as its name gives them."""
+    """Coordinates of a sharded file on the parallel axes, from its name."""
 
     pp: int
     num_pp: int
@@ -53,23 +53,24 @@ class WeightFile:
     parameter: str
     """Dotted name, below `model.`."""
     rank: Rank | None
-    """None where the file holds the whole parameter for every rank."""
+    """Coordinates of the file; None where it holds the whole parameter for every rank."""
     version: str | None
     """Format version in the header; None where the file is not sharded."""
     unsharded_shape: tuple[int, ...]
     pairs: tuple[tuple[Box, Box], ...]
-    """(local, global): this box of the tensor is that box of the unsharded one."""
+    """(box of the tensor, box of the unsharded tensor) with the same elements; Nanotron calls them local and global."""
     identity: Identity | None = None
-    """The file as it was before it was read."""
+    """Identity of the file before it was read."""
 
     @property
     def tensor(self) -> StoredTensor:
-        """The one tensor in it."""
+        """The one tensor in the file."""
         return self.file.tensors[0]
 
 
 def parse_path(path: str) -> tuple[str, Rank | None]:
-    """(parameter, rank) of a path below the checkpoint's root. Raises SourceError for what Nanotron does not write."""
+    """(parameter, rank) of a path below the checkpoint's root. Raises SourceError for a path that Nanotron does not
+    write."""
     *folders, name = path.split("/")
     match = _FILE_NAME.fullmatch(name)
     if tuple(folders[:2]) != WEIGHTS_FOLDER or not folders[2:] or not all(map(_FOLDER.fullmatch, folders)) or not match:
@@ -87,7 +88,7 @@ def read_weight_file(root: Path, path: str, max_nbytes: int) -> WeightFile:
 
 
 def parse_weight_file(file: TensorFile) -> WeightFile:
-    """The file as its name and header tell it. Raises SourceError where they make no sense, or not with each other."""
+    """The file, by its name and header. Raises SourceError where one is invalid, or they contradict each other."""
     try:
         parameter, rank = parse_path(file.path)
         if [tensor.key for tensor in file.tensors] != ["data"]:
@@ -98,13 +99,13 @@ def parse_weight_file(file: TensorFile) -> WeightFile:
                 raise SourceError("a file without ranks in its name must have no header fields")
             return WeightFile(file, parameter, None, None, shape, ((Box.whole(shape), Box.whole(shape)),))
         if set(metadata) != _FIELDS:
-            raise SourceError(f"Nanotron's strict reader wants the header fields {', '.join(sorted(_FIELDS))} and "
-                              f"finds {quoted(sorted(metadata))}")
+            raise SourceError(f"the header fields are {quoted(sorted(metadata))}; Nanotron's strict reader wants "
+                              f"{', '.join(sorted(_FIELDS))}")
         if not _VERSION.fullmatch(metadata["version"]):
             raise SourceError(f"{quoted(metadata['version'])} is not a format version")
         if metadata["version"] not in KNOWN_VERSIONS:
-            raise SourceError(f"the format version {quoted(metadata['version'])} is not known: what a file of it means "
-                              f"may be anything; known are {', '.join(KNOWN_VERSIONS)}")
+            raise SourceError(f"the format version {quoted(metadata['version'])} is not known; known are "
+                              f"{', '.join(KNOWN_VERSIONS)}")
         unsharded = parse_shape(metadata["unsharded_shape"])
         pairs = parse_pairs(metadata["local_global_slices_pairs"], shape, unsharded)
         return WeightFile(file, parameter, rank, metadata["version"], unsharded, pairs)
@@ -115,7 +116,8 @@ def parse_weight_file(file: TensorFile) -> WeightFile:
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """`(128, 64)`, also as numpy 2 made Nanotron write it: `(np.int64(128), 64)`. Raises SourceError."""
+    """The shape in a text such as `(128, 64)`, or `(np.int64(128), 64)` as Nanotron writes it with numpy 2. Raises
+    SourceError."""
     if len(text) > 40 * MAX_DIMS or not _SHAPE.fullmatch(text):
         raise SourceError(f"{quoted(text)} is not a shape")
     shape = tuple(int(a or b) for a, b in re.findall(_NUMBER, text))
@@ -125,9 +127,10 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def parse_pairs(text: str, shape: tuple[int, ...], unsharded: tuple[int, ...]) -> tuple[tuple[Box, Box], ...]:
-    """(local, global) boxes of `local_global_slices_pairs` for a tensor of `shape`.
+    """(local, global) boxes of the text of `local_global_slices_pairs`, for a tensor of `shape`.
 
-    Raises SourceError for anything but plain slices of matching extents that take every element of the tensor once.
+    Raises SourceError unless the slices are plain, the two boxes of a pair have the same shape, and the local boxes
+    cover every element of the tensor once.
     """
     texts = text.split(";", MAX_PAIRS)
     if len(texts) > MAX_PAIRS:
@@ -137,10 +140,10 @@ def parse_pairs(text: str, shape: tuple[int, ...], unsharded: tuple[int, ...]) -
         sides = pair.split("#")
         if len(sides) != 2:
             raise SourceError(f"{quoted(pair)} is not a pair of slices")
-        local, origin = _box(sides[0], shape), _box(sides[1], unsharded)
-        if local.shape != origin.shape:
-            raise SourceError(f"{quoted(pair)} pairs {local.shape} elements with {origin.shape}")
-        pairs.append((local, origin))
+        local, unsharded_box = _box(sides[0], shape), _box(sides[1], unsharded)
+        if local.shape != unsharded_box.shape:
+            raise SourceError(f"{quoted(pair)} pairs {local.shape} elements with {unsharded_box.shape}")
+        pairs.append((local, unsharded_box))
     if fault := tiling_fault([local for local, _ in pairs], Box.whole(shape)):
         raise SourceError(f"its slices do not fit its tensor: {fault}")
     return tuple(pairs)
@@ -151,6 +154,6 @@ def _box(text: str, shape: tuple[int, ...]) -> Box:
     if len(matches) != len(shape) or not all(matches):
         raise SourceError(f"{quoted(text)} does not slice an array of shape {quoted(shape)}")
     bounds = [(int(m[1]), int(m[2])) if m and m[1] else (0, n) for m, n in zip(matches, shape)]
-    if any(a > b or b > n for (a, b), n in zip(bounds, shape)):
+    if any(start > stop or stop > n for (start, stop), n in zip(bounds, shape)):
         raise SourceError(f"{quoted(text)} reaches out of an array of shape {quoted(shape)}")
-    return Box(tuple(a for a, _ in bounds), tuple(b for _, b in bounds))
+    return Box(tuple(start for start, _ in bounds), tuple(stop for _, stop in bounds))
