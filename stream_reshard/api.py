@@ -1,18 +1,18 @@
-"""Interface for notebooks, and all that the command line uses: plan, run, verify, inspect, diff::
+"""The interface for programs, notebooks and the command line: plan, run, verify, inspect, diff::
 
     from stream_reshard import api
     conversion = api.plan("llama-7b", "llama-7b-tp4", tp=4, pp=2, max_memory="256MiB")
-    print(conversion)                                          # what it will do and need
+    print(conversion)                                          # its work, memory and disk
     result = api.run(conversion, progress=lambda done, total: print(f"{done / total:.0%}"))
-    api.verify("llama-7b", "llama-7b-tp4")                     # raises where any weight differs
+    api.verify("llama-7b", "llama-7b-tp4")                     # raises Refused if any weight differs
     print(result.facts["peak_nbytes"])
 
-Every result has `facts`, a dict that JSON takes, with sizes in bytes, and `lines`, the same for a person. Keywords are
-the flags of the command line: max_memory="256MiB" is --max-memory 256MiB. Where a folder of Nanotron's steps is given,
-latest.txt in it is followed, as Nanotron does.
+Every result has `facts`, a dict for JSON with sizes in bytes, and `lines`, the facts as text for a person. Keywords are
+the flags of the command line: max_memory="256MiB" is --max-memory 256MiB. In a folder of Nanotron's steps, latest.txt
+is followed, as Nanotron does.
 
-Every function raises what `errors` draws: a StreamReshardError, whose text is meant for people, or Refused, which holds
-all problems found at once.
+Every function raises the errors of `errors`: a StreamReshardError, whose text is meant for people, or Refused, which
+holds all problems found.
 """
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ __all__ = ["Conversion", "Report", "Result", "Stop", "diff", "inspect", "plan", 
            "verify"]
 
 _SWITCH_SECONDS = 0.0005
-"""Longest time that a thread keeps others from running Python while bytes are moved."""
+"""Longest time, while bytes are moved, that a thread keeps the others from running Python."""
 
 Folder = str | PathLike[str]
 Size = int | str
-"""Bytes, or words such as "512MiB" and "5GB"."""
+"""A number of bytes, or text such as "512MiB" or "5GB"."""
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
 
 
 def _public(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
-    """A function of the interface: a keyword that it does not take is a UsageError, memory that the system refuses is a
-    ResourceError."""
+    """A function of the interface: it raises UsageError for an unknown keyword, and ResourceError for memory that the
+    system refuses."""
     signature = inspection.signature(function)
 
     @wraps(function)
@@ -122,9 +122,9 @@ def plan(source: Folder, destination: Folder | None = None, *, to: Format | None
     """Plan of a conversion; reads headers and configs only, and writes nothing.
 
     The keywords are the flags of the command line, explained in docs/options.md and in `options.Options`. Raises
-    Refused with everything that is wrong with options, source and destination.
+    Refused with every problem of options, source and destination.
     """
-    choices = locals()  # The parameters alone; a test holds them equal to the declared options.
+    choices = locals()  # Only the parameters; a test holds them equal to the declared options.
     del choices["source"], choices["destination"], choices["stop"]
     options = Options.of(source=Path(source), destination=destination and Path(destination), **choices)
     root, notes = followed(options.source)
@@ -139,11 +139,9 @@ def run(conversion: Conversion, progress: Progress | bool = False, stop: Stop | 
         check_progress: Progress | bool = False) -> Result:
     """Write the destination: whole, or not at all.
 
-    `progress(done, total)` is called with bytes of target files as they become durable, `check_progress` with parts of
-    the comparison, where `verify` was chosen; True draws a bar of tqdm, for a terminal or a notebook. Another thread
-    ends the run with `stop.request()`: it raises Interrupted, and the same plan run again goes on where it was. Raises
-    SourceError where the source changed, DestinationError, ResourceError (disk, I/O; resumable), LockedError,
-    DifferenceError where `verify` was chosen and found one.
+    `progress(done, total)` counts the bytes of durable target files. `stop.request()` in another thread ends the run
+    with Interrupted; another run of the same plan resumes it. Raises SourceError for a source that changed,
+    DestinationError, ResourceError (disk, I/O; resumable), LockedError, and with the option `verify` DifferenceError.
     """
     begin, io_before = time.monotonic(), io_counters()
     num_done = 0
@@ -163,7 +161,7 @@ def run(conversion: Conversion, progress: Progress | bool = False, stop: Stop | 
 
 @contextmanager
 def _switching_soon() -> Iterator[None]:
-    """A thread that waits for the next block does not wait long: others let it run Python after `_SWITCH_SECONDS`."""
+    """Let each thread run Python for `_SWITCH_SECONDS` at most, so that a thread with a finished block waits little."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
@@ -179,10 +177,10 @@ def verify(source: Folder, copy: Folder, *, quick: bool = False, sample: float |
            progress: Progress | bool = False, stop: Stop | None = None) -> Report:
     """Compare every weight of two checkpoints, of whatever formats, through the headers of their files.
 
-    `progress(done, total)` counts parts of the work; the other keywords are the flags of the command line. Raises
-    Refused with every difference (a DifferenceError each: file, parameter, first index, both values).
+    `progress(done, total)` counts parts of the work; the other keywords are the flags of `verify`. Raises Refused with
+    every difference (a DifferenceError each: file, parameter, first index, both values).
     """
-    choices = locals()  # The parameters alone, as in `plan`.
+    choices = locals()  # Only the parameters, as in `plan`.
     del choices["source"], choices["copy"], choices["progress"], choices["stop"]
     from stream_reshard.check.weights import lines
     from stream_reshard.check.weights import verify as compare
@@ -199,11 +197,11 @@ def plan_forward(source: Folder, copy: Folder, *, text: Folder | None = None, to
                  tolerance: float = 1e-4, plot: Folder | None = None, dtype: Dtype = "keep",
                  allow: Collection[str] = (), max_memory: Size = Options.max_memory,
                  workers: int | None = None) -> ForwardPlan:
-    """Plan of a run of two checkpoints over the same tokens, with its memory; reads headers and configs only.
+    """Plan of forward passes of two checkpoints over the same tokens; reads headers and configs only.
 
     The keywords are the flags of `verify --forward`. Raises Refused.
     """
-    choices = locals()  # The parameters alone, as in `plan`.
+    choices = locals()  # Only the parameters, as in `plan`.
     del choices["source"], choices["copy"]
     from stream_reshard.check import forward
     options = ForwardOptions.of(**choices)
@@ -214,8 +212,8 @@ def plan_forward(source: Folder, copy: Folder, *, text: Folder | None = None, to
 def run_forward(plan: ForwardPlan, progress: Progress | bool = False, stop: Stop | None = None) -> ForwardResult:
     """Run both checkpoints, layer by layer, in float32 on the CPU; needs torch.
 
-    `progress(done, total)` counts layers. Raises DifferenceError where the two do not go through the same steps;
-    numbers that differ are for the result to say.
+    `progress(done, total)` counts layers. Raises DifferenceError for models with different steps; the result holds the
+    differences between their values.
     """
     from stream_reshard.check import forward
     from stream_reshard.check.forward.report import ForwardResult
@@ -227,7 +225,7 @@ def run_forward(plan: ForwardPlan, progress: Progress | bool = False, stop: Stop
 
 @_public
 def inspect(folder: Folder, *, values: bool = False, stop: Stop | None = None) -> Report:
-    """Contents of a checkpoint folder of either format: family, sizes, dtypes, topology, stages, versions, faults; with
+    """Contents of a checkpoint folder of either format: family, sizes, dtypes, topology, stages, versions, faults. With
     `values` every weight is read, and NaN and infinities are counted. Raises SourceError."""
     from stream_reshard.check.inspect import inspect as contents
     from stream_reshard.check.inspect_lines import lines

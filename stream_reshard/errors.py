@@ -1,8 +1,8 @@
-"""Every error a user can cause, and the exit code each one ends with.
+"""Every error a user can cause, and its exit code.
 
 ::
 
-    StreamReshardError                1   anything that is none of the below
+    StreamReshardError                1   anything else
     ├── UsageError                    2   flags that contradict each other, the model or the machine
     ├── SourceError                   3   the source is refused, unreadable, or changed under the run
     │   └── Cause                     3   the one fault that explains the others
@@ -11,7 +11,7 @@
     ├── ResourceError                 6   disk, memory or I/O gave out; the run can be resumed
     ├── LockedError                   7   another run writes to the same destination
     ├── Interrupted                 130   SIGINT (143: SIGTERM); the run can be resumed
-    └── Refused                           several of the above, found before anything was written
+    └── Refused                           several errors, found before anything was written
 
 An error's text is one line: what, where, the two numbers, what to do.
 """
@@ -28,20 +28,21 @@ Returned = TypeVar("Returned")
 
 
 class StreamReshardError(Exception):
-    """Root of the tree. `exit_code` is what the command line ends with."""
+    """Root of the tree."""
 
     exit_code = 1
+    """Exit code of the command line."""
     severity = 9
     """Position in a list of problems: lower is worse and is printed first."""
     hint = ""
-    """Next thing to do, on a line of its own."""
+    """Next step for the user, printed on a line of its own; "" for none."""
 
     def __init__(self, *words: str, kind: str = "", num_more: int = 0):
         super().__init__(*words)
         self.kind = kind
         """Plural noun phrase for faults of this kind, as in "and 7 more tensors are missing"; "" for none."""
         self.num_more = num_more
-        """Number of further faults of the kind, found and not kept."""
+        """Number of further faults of this kind, counted but not kept."""
 
     def reword(self, change: Callable[[str], str]) -> None:
         """Change every text, in place: the error is raised already."""
@@ -63,7 +64,7 @@ class SourceError(StreamReshardError):
 
 
 class Cause(SourceError):
-    """The one fault of a source that explains the others: it is told alone, with its cure."""
+    """The one fault of a source that explains the others: it is reported alone, with its cure."""
 
     severity = -1
 
@@ -111,7 +112,7 @@ class Refused(StreamReshardError):
 
     def __init__(self, problems: Iterable[StreamReshardError]):
         self.problems = tuple(sorted(explained(problems), key=lambda problem: problem.severity))
-        super().__init__("\n".join(told(self.problems)))
+        super().__init__("\n".join(lines_of(self.problems)))
         self.exit_code = self.problems[0].exit_code
 
     def reword(self, change: Callable[[str], str]) -> None:
@@ -125,7 +126,7 @@ class Problems(list[StreamReshardError]):
 
     def collect(self, function: Callable[Parameters, Returned], *args: Parameters.args,
                 **kwargs: Parameters.kwargs) -> Returned | None:
-        """Return `function(...)`, or None after adding what it raised to the list."""
+        """Return `function(...)`; where it raises an error of this module, add the error and return None."""
         try:
             return function(*args, **kwargs)
         except Interrupted:
@@ -133,42 +134,42 @@ class Problems(list[StreamReshardError]):
         except Refused as error:
             self.extend(error.problems)
         except StreamReshardError as error:
-            # With its traceback it would keep what the function held, such as a header parsed half.
+            # A traceback would keep the locals of the function in memory, such as a half parsed header.
             error.__cause__ = error.__context__ = None
             self.append(error.with_traceback(None))
         return None
 
     def raise_if_any(self) -> None:
-        """Raises Refused when there is at least one problem."""
+        """Raises Refused if there is at least one problem."""
         if self:
             raise Refused(self)
 
     def required(self, value: Returned | None) -> Returned:
-        """`value`, which is None only where a problem says why. Raises Refused with all problems."""
+        """Return `value`. Raises Refused if there are problems. None without a problem is a fault of this tool."""
         self.raise_if_any()
         if value is None:
-            raise StreamReshardError("this is a fault of stream_reshard: a part is missing and no problem says why")
+            raise StreamReshardError("this is a fault of stream_reshard: a part is missing, and no problem names it")
         return value
 
 
 _MAX_OF_A_KIND = 10
-"""Faults of one kind that are told; of more only how many."""
+"""Faults of one kind that are listed; the rest is only counted."""
 
 _MAX_OTHERS = 50
-"""Faults without a kind that are told."""
+"""Faults without a kind that are listed; the rest is only counted."""
 
 
 def explained(problems: Iterable[StreamReshardError]) -> list[StreamReshardError]:
-    """The same problems; where a cause is among them, without the faults of the source that follow from it."""
+    """The problems; if a `Cause` is among them, without the other faults of the source, which follow from it."""
     listed = list(problems)
     if not any(isinstance(problem, Cause) for problem in listed):
         return listed
     return [problem for problem in listed if isinstance(problem, Cause) or not isinstance(problem, SourceError)]
 
 
-def told(problems: Iterable[StreamReshardError]) -> list[str]:
-    """The lines that a person reads of problems: of each kind at most ten, and how many more there are. Causes of one
-    kind are one line."""
+def lines_of(problems: Iterable[StreamReshardError]) -> list[str]:
+    """The lines that report problems: of each kind at most `_MAX_OF_A_KIND` and the number of the others. Causes of one
+    kind make one line."""
     groups: dict[tuple[int, str], list[StreamReshardError]] = {}
     for problem in problems:
         groups.setdefault((problem.severity, problem.kind), []).append(problem)
@@ -186,20 +187,20 @@ def told(problems: Iterable[StreamReshardError]) -> list[str]:
 
 
 def quoted(name: object) -> str:
-    """A name from a file, safe to print: no control characters, no surprises from other scripts, not endless. Of a long
-    path the end is kept."""
+    """A name from a file, safe to print: in quotes, ASCII only, of limited length. Of a long path more of the end is
+    kept."""
     text = ascii(str(name))
     head, tail = (200, 300) if isinstance(name, PurePath) else (120, 60)
     return text if len(text) <= head + tail + 8 else f"{text[:head]}...{text[-tail:]}"
 
 
 def shown(path: object) -> str:
-    """A path for people: as it is where it can be printed, else quoted."""
+    """A path for people: unchanged if it is printable, else `quoted`."""
     return str(path) if str(path).isprintable() else quoted(path)
 
 
 def shell_word(text: object) -> str:
-    """A word for a command line that a person copies; one that cannot be printed is spelled as bash reads it."""
+    """A word of a command line, for a person to copy; unprintable bytes are escaped as bash reads them ($'...')."""
     if str(text).isprintable():
         return shlex.quote(str(text))
     return "$'" + "".join(chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}"

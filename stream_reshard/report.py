@@ -9,17 +9,17 @@ from typing import Any
 
 
 class Reported(ABC):
-    """A plan or an outcome."""
+    """A plan or an outcome, as facts and lines."""
 
     @property
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Everything, as JSON takes it; sizes in bytes."""
+        """All facts, for JSON; sizes in bytes."""
 
     @property
     @abstractmethod
     def lines(self) -> tuple[str, ...]:
-        """The facts for a person, line by line."""
+        """The facts as lines of text, for a person."""
 
     def __repr__(self) -> str:
         first = " ".join(self.lines[0].split()) if self.lines else "nothing"
@@ -34,7 +34,7 @@ class Reported(ABC):
 
 
 class Report(Reported):
-    """The outcome of a command that makes nothing."""
+    """The outcome of a command that writes no checkpoint."""
 
     def __init__(self, facts: dict[str, Any], lines: tuple[str, ...]):
         self._facts, self._lines = facts, lines

@@ -90,6 +90,18 @@ def open_to_all(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def torch():
+    """torch, for the tests that ask for it, and not before: a process that holds it takes twice as long to fork."""
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="session")
+def transformers(torch):
+    """transformers, in the same way."""
+    return pytest.importorskip("transformers")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """made(kind): a checkpoint that stays as it is."""

@@ -1,8 +1,8 @@
-"""Reading checkpoints to judge them; nothing is written.
+"""Checks of checkpoints; nothing is written.
 
 - weights:        proof that two folders hold the same model, without the planner
 - forward:        proof that two folders compute the same, layer by layer; needs torch
 - inspect:        contents of a folder; inspect_lines for a person
 - diff:           differences between two layouts
-- source_digests: the source against sums made elsewhere
+- source_digests: the files of a source against sha256 sums made elsewhere
 """

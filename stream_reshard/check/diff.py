@@ -1,8 +1,9 @@
-"""Diff: the differences between two layouts of one model, tensor by tensor. No weight is read."""
+"""Diff: the differences between two layouts of one model, tensor by tensor; no weight is read."""
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from itertools import filterfalse, islice
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,15 @@ from stream_reshard.model.parameters import ModelConfig
 from stream_reshard.report import note_lines
 
 MAX_LISTED = 1000
-"""Differences that are listed; the rest are only counted."""
+"""Limit on listed differences; the rest are counted."""
 
 
 def diff(one: Path, other: Path) -> dict[str, Any]:
-    """The differences between two checkpoints, as lines of text. Raises Refused where one of them makes no sense."""
-    problems = Problems()
-    limit = memory.parse_limit(min(memory.DEFAULT_ALLOWED, memory.machine_limit()), memory.resident())
-    opened: dict[Path, Described | None] = {}
-    vocab_size = None
-    for root in sorted((one, other), key=is_nanotron):
-        # Nanotron does not know its vocabulary without padding: beside Hugging Face it has that of the other.
-        opened[root] = source = open_any(root, limit, vocab_size if is_nanotron(root) else None, problems, False)
-        vocab_size = source.config.vocab_size if source and not is_nanotron(root) else None
-    left, right = (problems.required(source if isinstance(source, Source) else None)
-                   for source in (opened[one], opened[other]))
-    found, num_more = list[str](), 0
-    for difference in _differences(left, right):
-        if len(found) < MAX_LISTED:
-            found.append(difference)
-        else:
-            num_more += 1
-    return {"same": not found, "differences": found, "num_more": num_more,
+    """The differences between two checkpoints, as lines of text. Raises Refused with the problems of both."""
+    left, right = _opened(one, other)
+    differences = _differences(left, right)
+    listed = list(islice(differences, MAX_LISTED))
+    return {"same": not listed, "differences": listed, "num_more": sum(1 for _ in differences),
             "formats": [left.layout.format, right.layout.format]}
 
 
@@ -54,13 +42,29 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     yield from note_lines(facts)
 
 
+def _opened(one: Path, other: Path) -> Iterator[Source]:
+    """Both checkpoints, in order. The size of a Nanotron checkpoint's vocabulary without padding is that of a Hugging
+    Face checkpoint beside it."""
+    problems, vocab_size = Problems(), None
+    limit = memory.parse_limit(min(memory.DEFAULT_ALLOWED, memory.machine_limit()), memory.resident())
+    opened: dict[Path, Described | None] = {}
+    for root in filterfalse(is_nanotron, (one, other)):
+        opened[root] = source = open_any(root, limit, None, problems, is_exact=False)
+        vocab_size = source.config.vocab_size if source else None
+    for root in filter(is_nanotron, (one, other)):
+        opened[root] = open_any(root, limit, vocab_size, problems, is_exact=False)
+    for root in (one, other):
+        source = opened[root]
+        yield problems.required(source if isinstance(source, Source) else None)
+
+
 def _settings(config: ModelConfig) -> dict[str, Any]:
-    """The settings of a config, by name; of its token ids only those that every format can hold."""
+    """The settings of a config, by name; of its token ids those that every format can hold."""
     settings = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "unsaid_ids"}
     return settings | ids_written(config)
 
 
 def _differences(one: Source, other: Source) -> Iterator[str]:
-    mine, theirs = _settings(one.config), _settings(other.config)
-    yield from (f"{key}: {quoted(mine[key])} and {quoted(theirs[key])}" for key in mine if mine[key] != theirs[key])
+    left, right = _settings(one.config), _settings(other.config)
+    yield from (f"{key}: {quoted(left[key])} and {quoted(right[key])}" for key in left if left[key] != right[key])
     yield from layout_differences(one.layout, other.layout)

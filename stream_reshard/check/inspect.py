@@ -36,12 +36,12 @@ _MAX_NBYTES = 10 * 2**20
 _BLOCK_NBYTES = 2**20
 
 _EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0 << 48}
-"""The bits of the exponent: all of them set is an infinity, or NaN where any bit of the fraction is set too."""
+"""The exponent bits of each dtype: all set mean an infinity, or NaN if a fraction bit is set too."""
 
 
 def inspect(root: Path, values: bool = False, stop: Stop | None = None) -> dict[str, Any]:
-    """Facts about a folder, for people and for JSON; with `values` every weight is read, in bounded memory, and NaN and
-    infinities are counted. Raises SourceError where it holds no checkpoint."""
+    """Facts about a folder, for people and for JSON. With `values` every weight is read, in bounded memory, and NaN and
+    infinities are counted. Raises SourceError for a folder without a checkpoint."""
     check_readable(root)
     if is_nanotron(root):
         facts, tensors = _inspect_nanotron(root)
@@ -73,14 +73,13 @@ def _model_facts(config: ModelConfig, layout: Layout | None) -> dict[str, Any]:
 
 def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor]]:
     problems = Problems()
-    if not os.path.isfile(root / MODEL_CONFIG_NAME) and (cause := above(root)):
-        raise cause
     if os.path.isfile(root / MODEL_CONFIG_NAME):
         config = problems.collect(read_model_config, root, _MAX_NBYTES)
+    elif cause := above(root):
+        raise cause
     else:
         config = None
-        problems.append(SourceError(f"{MODEL_CONFIG_NAME} is missing: Nanotron does not take this folder for a "
-                                    f"checkpoint"))
+        problems.append(SourceError(f"{MODEL_CONFIG_NAME} is missing: without it Nanotron sees no checkpoint here"))
     manifest = problems.collect(read_manifest, root)
     files = scan(root, _MAX_NBYTES, problems)
     layout = problems.collect(_layout, root, config, manifest, files) if config else None
@@ -95,7 +94,7 @@ def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor
 
 def _layout(root: Path, config: NanotronModelConfig, manifest: Manifest | None,
             files: Mapping[str, WeightFile]) -> NanotronLayout:
-    """The layout by the headers. Without a manifest the vocabulary includes its padding. Raises Refused."""
+    """The layout that the headers describe; without a manifest its vocabulary includes the padding. Raises Refused."""
     vocab_size = manifest.facts["vocab_size"] if manifest else config.model.vocab_size
     return layout_of_files(root, config, min(vocab_size, config.model.vocab_size), agreeing(root, files))
 
@@ -132,31 +131,31 @@ def _depth(file: WeightFile) -> tuple[int, int]:
 
 
 def _holes(files: Iterable[WeightFile]) -> Iterator[SourceError]:
-    """Parameters of which some tensor-parallel rank has no file."""
+    """An error for each parameter that lacks the file of a tensor-parallel rank."""
     found: dict[tuple[str, int], set[int]] = {}
     for file in files:
         if file.rank:
             found.setdefault((file.parameter, file.rank.num_tp), set()).add(file.rank.tp)
     for (parameter, size), ranks in found.items():
         if len(ranks) != size:
-            yield SourceError(f"{quoted(parameter)}: {len(ranks)} of {size} tensor-parallel ranks are there")
+            yield SourceError(f"{quoted(parameter)}: {len(ranks)} of {size} tensor-parallel ranks have a file")
 
 
 def _value_facts(root: Path, tensors: Iterator[StoredTensor], stop: Stop) -> dict[str, Any]:
     """Counts of NaN and infinite weights, and the tensors that hold them."""
     num_nan = num_infinite = 0
-    where: dict[str, list[int]] = {}
+    listed: dict[str, list[int]] = {}
     with stop.awaited():
         for tensor in tensors:
             nan, infinite = _count(root, tensor, stop)
             num_nan, num_infinite = num_nan + nan, num_infinite + infinite
-            if (nan or infinite) and len(where) < MAX_LISTED:
-                where[f"{tensor.file}: {tensor.key}"] = [nan, infinite]
-    return {"num_nan": num_nan, "num_infinite": num_infinite, "nan_and_infinite": where}
+            if (nan or infinite) and len(listed) < MAX_LISTED:
+                listed[f"{tensor.file}: {tensor.key}"] = [nan, infinite]
+    return {"num_nan": num_nan, "num_infinite": num_infinite, "nan_and_infinite": listed}
 
 
 def _count(root: Path, tensor: StoredTensor, stop: Stop) -> tuple[int, int]:
-    """(NaN, infinities) in a tensor."""
+    """(number of NaN, of infinities) in a tensor."""
     import numpy as np
     if tensor.dtype not in _EXPONENT:
         return 0, 0

@@ -1,4 +1,4 @@
-"""Checking a source against sha256 sums made elsewhere: the only way to notice that it was damaged before we saw it."""
+"""Checks of a source against sha256 sums made elsewhere: only these show damage from before the conversion."""
 from __future__ import annotations
 
 import hashlib
@@ -13,7 +13,7 @@ from stream_reshard.storage.small_files import open_regular
 from stream_reshard.storage.source_file import digest_of
 
 CACHE = "cache"
-"""Instead of a file's name: take the sums from the names of the blobs that a Hugging Face cache links to."""
+"""Value of --source-sha256 for a Hugging Face cache: the sums are the names of the blobs that its links lead to."""
 
 MAX_SUMS_NBYTES = 10 * 2**20
 
@@ -21,15 +21,16 @@ _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
 
-def expected_sums(root: Path, names: Collection[str], told: str) -> dict[str, str]:
-    """sha256 by file name, for those of `names` that have one. Raises UsageError where `told` gives none at all."""
-    if told == CACHE:
+def expected_sums(root: Path, names: Collection[str], origin: str) -> dict[str, str]:
+    """Expected sha256 by file name, for those of `names` that have one; `origin`: a file of sums, or CACHE. Raises
+    UsageError for an origin without any of them."""
+    if origin == CACHE:
         targets = {name: os.path.basename(os.readlink(root / name)) for name in names if (root / name).is_symlink()}
         sums = {name: blob for name, blob in targets.items() if _BLOB.fullmatch(blob)}
     else:
-        sums = {name: digest for name, digest in _read_sums(Path(told)).items() if name in names}
+        sums = {name: digest for name, digest in _read_sums(Path(origin)).items() if name in names}
     if not sums:
-        raise UsageError(f"--source-sha256 {quoted(told)} gives no sum for any of the {len(names)} files")
+        raise UsageError(f"--source-sha256 {quoted(origin)} gives no sum for any of the {len(names)} files")
     return sums
 
 
@@ -51,7 +52,7 @@ def _read_sums(path: Path) -> dict[str, str]:
 
 def sum_problems(root: Path, names: Sequence[str], sums: Mapping[str, str],
                  stop: Stop) -> Iterator[StreamReshardError]:
-    """Files that do not have the sum they should have, and shards (`names`) for which none is given."""
+    """An error for each file with another sum than expected, and for each of `names` without an expected sum."""
     buffer = memoryview(bytearray(2**20))
     for name in dict.fromkeys([*names, *sums]):
         if name not in sums:

@@ -1,4 +1,4 @@
-"""The text of docs/options.md, made of the flags::
+"""The text of docs/options.md, made from the flags::
 
     python -m stream_reshard.cli.reference > docs/options.md
 """
@@ -13,12 +13,12 @@ from stream_reshard.options import ALLOWABLE
 _INTRO = """\
 # Options
 
-Every option is declared once, in `stream_reshard/options/`; this page is made of the declarations. In Python the same
+Every option is declared once, in `stream_reshard/options/`; this page is made from the declarations. In Python the same
 names are keywords of `stream_reshard.api`, with `_` for `-`: `--max-memory 256MiB` is `max_memory="256MiB"`. A size is
 a number of bytes, or a number with a unit such as 512MiB or 5GB."""
 
 _SAME = {"plan": "convert"}
-"""Commands that take the options of another one."""
+"""Commands with the options of another command."""
 
 
 def document() -> str:

@@ -1,7 +1,7 @@
-"""A conversion: from options to a plan that is proved and fits, and from there to a checkpoint.
+"""A conversion: from options to a plan that is proved and fits in memory and on disk, and from it to a checkpoint.
 
-- conversion: the plan with everything that running it needs
-- ends:       both ends of it, as the options ask for them
+- conversion: the plan with everything that its run needs
+- ends:       the source and the target that the options choose
 - notes:      facts about a conversion that a user may not expect
-- report:     the plan and the summary, for people and as JSON
+- report:     the plan and the summary of a run, for people and as JSON
 """

@@ -1,4 +1,4 @@
-"""A conversion: from options to a plan that is proved and fits, and from there to a checkpoint."""
+"""Conversion: a plan made from options, proved and within memory and disk, and its run."""
 from __future__ import annotations
 
 import hashlib
@@ -40,21 +40,18 @@ from stream_reshard.storage.small_files import real_path
 from stream_reshard.storage.target_file import Transport
 
 NUM_WAITING = 8
-"""Jobs that wait for the disk while others move bytes."""
+"""Number of jobs that wait for the disk while others move bytes."""
 
 _NUM_OPEN = 8
-"""Files open beside those of jobs: lock, journal, folders that are listed, modules being imported."""
-
-MAPPED: frozenset[str] = frozenset()
-"""File systems on which a mapping is faster than reading."""
+"""Number of files open beside those of jobs: lock, journal, listed folders, modules during their import."""
 
 _SMALL_FILES_NBYTES = 2**20
-"""Bytes that the documents, the manifest and folders may take beside the weights."""
+"""Bytes on disk for documents, manifest and folders beside the weights."""
 
 
 @dataclass(frozen=True, repr=False)
 class Conversion(Reported):
-    """A plan, with everything that running it needs."""
+    """A plan, with everything that its run needs."""
 
     options: Options
     source: Source
@@ -62,13 +59,13 @@ class Conversion(Reported):
     plan: Plan
     memory: memory.MemoryPlan
     notes: tuple[str, ...]
-    """Remarks for the user, and settings that the target will not honour."""
+    """Remarks for the user, accepted settings included."""
     num_threads: int
     """Jobs under way at once: some of them move bytes, others wait for the disk."""
     num_kept: int = 0
     """Files in the staging folder that the run can keep, from an earlier attempt."""
     companions: dict[str, Companion] = field(default_factory=dict)
-    """Files to copy, by name."""
+    """Companions to copy, by name."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -78,47 +75,42 @@ class Conversion(Reported):
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The plan for a person: source, target, parts, memory and disk, and what will not be honoured."""
+        """The plan for a person: source, target, parts, memory, disk, notes."""
         from stream_reshard.convert.report import plan_lines
         return tuple(plan_lines(self))
 
     @property
     def identities(self) -> Mapping[str, Identity]:
-        """The source files as they were before they were read, by path."""
+        """Identities of the source files, by path, from before they were read."""
         return self.source.identities
 
     @property
     def disk_nbytes(self) -> int:
-        """Bytes the destination needs."""
+        """Bytes that the destination takes on disk."""
         return self.plan.nbytes + sum(own.nbytes for own in self.companions.values()) + _SMALL_FILES_NBYTES
 
     @property
     def disk_free(self) -> int | None:
-        """Bytes that the destination's disk has free; None where no destination is given."""
+        """Free bytes on the disk of the destination; None without a destination."""
         return disk_free(real_path(self.options.destination))[0] if self.options.destination else None
 
     @property
     def transport(self) -> Transport:
-        """Way in which bytes move."""
-        is_mapped = self.options.io == "mmap" or (self.options.io == "auto" and self.file_system in MAPPED)
-        return Transport(is_mapped, copies_on_server=self.file_system in NETWORK_FILE_SYSTEMS,
-                         digests=self.options.digests)
-
-    @cached_property
-    def file_system(self) -> str:
-        """The type of the file system that the source is on."""
-        return file_system_of(self.plan.source.root)
+        """The way in which bytes move."""
+        is_remote = file_system_of(self.plan.source.root) in NETWORK_FILE_SYSTEMS
+        return Transport(self.options.io == "mmap", copies_on_server=is_remote, digests=self.options.digests)
 
     @property
     def dtype(self) -> str:
-        """The dtype most weights have in the target, under torch's name."""
+        """The dtype of most bytes of the target's weights, under torch's name."""
         return main_dtype(self.plan)
 
     @cached_property
     def output(self) -> Output:
-        """Output for the destination, which must be given."""
+        """The output at the destination. Raises UsageError for a plan without one."""
         options = self.options
-        assert options.destination is not None, "an output needs a destination"
+        if options.destination is None:
+            raise UsageError("the plan has no destination, so it cannot be run; give one to api.plan")
         destination = real_path(options.destination)
         texts = self.target.documents(self.source, self.plan.target, self.dtype, destination, self.companions)
         accepted = {*options.allow, *self.target.accepted_differences(self.plan.target)}
@@ -133,13 +125,13 @@ class Conversion(Reported):
 
     @property
     def is_done(self) -> bool:
-        """The destination holds this very output already."""
+        """True if the destination already holds this output, complete."""
         return self.options.destination is not None and self.output.is_done()
 
 
 def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
-    """Read the source's headers and make the plan. Raises Refused with every problem found; writes nothing."""
-    options, problems = _settled(options), Problems()
+    """Read the headers of the source and make the plan; nothing is written. Raises Refused with every problem found."""
+    options, problems = _with_fixed_paths(options), Problems()
     source, target = open_ends(options, problems)
     found = find_companions(options.source, options.tokenizer, problems)
     if options.source_sha256 is not None:
@@ -167,47 +159,48 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
 
 
 def _num_threads(options: Options, plan: Plan) -> int:
-    """Jobs that may be under way at once with the files that can be open. Raises ResourceError where those are too few
-    for the workers alone."""
+    """Number of jobs that can run at once within the limit on open files. Raises ResourceError if that is less than the
+    number of workers."""
     largest = max(last - first for first, last in pairwise([*plan.starts, len(plan.order)]))
-    per_job = largest * plan.target.most_files + 1  # And a folder that is synced.
+    per_job = largest * plan.target.most_files + 1  # One more for a folder that is synced.
     per_worker = plan.source.most_files + MAX_UNUSED
     room = free_descriptors() - _NUM_OPEN - options.num_workers * per_worker
     if room < options.num_workers * per_job:
         needed = _NUM_OPEN + options.num_workers * (per_job + per_worker)
-        raise ResourceError(f"the run would have up to {needed} files open at once with {options.num_workers} workers, "
-                            f"and {free_descriptors()} more can be; raise the limit (ulimit -n), or lower --workers")
+        raise ResourceError(f"the run would open up to {needed} files at once with {options.num_workers} workers, the "
+                            f"system allows {free_descriptors()} more; raise the limit (ulimit -n), or lower --workers")
     return min(room // per_job, options.num_workers + NUM_WAITING)
 
 
-def _settled(options: Options) -> Options:
-    """The same options, with paths that name one place whatever becomes of the working folder and of links on the way
-    to a source. Raises UsageError where a relative path begins in a folder that is gone."""
-    paths = {name: path for name in ("source", "destination", "tokenizer", "template")
-             if (path := getattr(options, name)) is not None}
-    settled: dict[str, Any] = {}
-    for name, path in paths.items():
+def _with_fixed_paths(options: Options) -> Options:
+    """The options with an absolute destination, and the folders to read by their real paths: changes of the working
+    folder, or of links, do not affect the run. Raises UsageError for a relative path in a removed working folder."""
+    fixed: dict[str, Any] = {}
+    for name in ("source", "destination", "tokenizer", "template"):
+        path: Path | None = getattr(options, name)
+        if path is None:
+            continue
         try:
-            whole = path.absolute()
+            absolute = path.absolute()
         except FileNotFoundError as error:
-            raise UsageError(f"{quoted(path)} begins in the working folder, which is gone; give the whole path"
+            raise UsageError(f"{quoted(path)} is relative, and the working folder is gone; give an absolute path"
                              ) from error
         if name == "destination":
-            settled[name] = whole
+            fixed[name] = absolute
         elif os.path.isdir(path):
-            settled[name] = real_path(path)
-    return replace(options, **settled)
+            fixed[name] = real_path(path)
+    return replace(options, **fixed)
 
 
 def _check_destination(conversion: Conversion, problems: Problems) -> None:
-    """Collects in `problems` what stands in the destination and what its disk has no room for."""
+    """Add to `problems` the reasons why the destination cannot be written: its contents, or a full disk."""
     options, output = conversion.options, conversion.output
     problems.extend(lock_problems(lock_of(output.destination)))
     manifest = None if options.overwrite else output.finished()
     if manifest is not None and (names := output.moved(manifest)):
         problems.append(DestinationError(
             f"{quoted(output.destination)} holds this conversion, complete, but was made at another place, which "
-            f"{', '.join(names)} names; change it there, or --overwrite makes the folder anew"))
+            f"{', '.join(names)} names; change the path there, or add --overwrite to make the folder again"))
     elif manifest is None:
         problems.extend(occupation_problems(output.destination, options.overwrite, NAMING))
         problems.extend(_disk_problems(conversion, output.destination))
@@ -219,7 +212,7 @@ def _num_kept(conversion: Conversion) -> int:
 
 
 def _digest(documents: Mapping[str, bytes], destination: Path) -> str:
-    """A digest of documents that is the same wherever the destination is."""
+    """A digest of documents that does not depend on the path of the destination."""
     begin = yaml_string(str(destination))[:-1].encode()
     texts = sorted((name, text.replace(begin, b'"')) for name, text in documents.items())
     return hashlib.sha256(repr(texts).encode()).hexdigest()
@@ -232,13 +225,13 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
     `progress` is called with every finished job, `check_progress` with parts of a comparison. A request to
     `stop` ends the run with Interrupted; it can be resumed.
     """
-    options, stop = conversion.options, stop or Stop()
-    executor = ThreadPoolExecutor(conversion.num_threads)
+    options, output, stop = conversion.options, conversion.output, stop or Stop()
     check = partial(_check, conversion, stop, check_progress) if options.verify else None
-    how = RunOptions(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
-                     conversion.transport, options.num_workers, check, progress, stop)
+    executor = ThreadPoolExecutor(conversion.num_threads)
+    run_options = RunOptions(conversion.memory.block_nbytes, executor, options.restart, options.overwrite,
+                             options.break_lock, conversion.transport, options.num_workers, check, progress, stop)
     try:
-        return run(conversion.output, how)
+        return run(output, run_options)
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -257,14 +250,14 @@ def _always(dtype: str, number: int) -> str:
 
 
 def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memory.MemoryPlan, list[str]]:
-    """Memory of the run, and remarks on it. A run keeps a record per file, and `held` bytes of documents. Without a
+    """(memory of the run, remarks on it). A run keeps a record per file, and `held` bytes of documents. Without a
     destination only the plan must fit in memory, not the run's per-file records."""
-    of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.num_workers, casts,
+    memory_of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.num_workers, casts,
                  NUM_BUFFERS + options.verify * memory.VERIFY_BUFFERS)
-    if options.verify:  # It keeps a record of each file once more, and opens the source again.
+    if options.verify:  # `verify` opens the source again, and keeps a second record of each file.
         held += memory.VERIFY_NBYTES
     num_files = plan.target.num_files + options.verify * (plan.target.num_files + plan.source.num_files)
-    whole, bare = of(num_files=num_files, held=held), of(num_files=0)
+    whole, bare = memory_of(num_files=num_files, held=held), memory_of(num_files=0)
     if options.destination is not None or whole.projected <= whole.allowed or bare.projected > bare.allowed:
         return whole, []
     return bare, [f"a run of this plan needs --max-memory {memory.human(whole.projected)} for the records of "
@@ -277,8 +270,9 @@ def _disk_problems(conversion: Conversion, destination: Path) -> Iterator[Stream
     if needed > free and can_clone_all(plan.source.root, plan.source.paths, existing_parent(destination)):
         needed -= cloneable_nbytes(plan.source, plan.target)
     if needed > free:
-        yield ResourceError(f"the destination needs {memory.human(needed)}, its disk has "
-                            f"{memory.human(free)} free")
-    num_files = conversion.plan.target.num_files
+        yield ResourceError(f"the destination needs {memory.human(needed)}, its disk has {memory.human(free)} free; "
+                            f"free some space, or choose another disk")
+    num_files = plan.target.num_files
     if num_free is not None and num_files > num_free:
-        yield ResourceError(f"the destination needs {num_files} files, its disk has room for {num_free}")
+        yield ResourceError(f"the destination needs {num_files} files, its disk has room for {num_free}; remove files, "
+                            f"or choose another disk")

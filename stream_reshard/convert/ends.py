@@ -1,4 +1,4 @@
-"""Both ends of a conversion, as the options ask for them: any source with any target."""
+"""Both ends of a conversion: the source and the target that the options choose."""
 from __future__ import annotations
 
 from typing import Any
@@ -17,8 +17,8 @@ from stream_reshard.options import Options
 
 
 def open_ends(options: Options, problems: Problems) -> tuple[Source, Target[Any]]:
-    """Open the source and choose the target. Raises Refused with everything that is wrong with source, flags and
-    destination; what was found before is in `problems`."""
+    """Open the source and choose the target. Raises Refused with all problems of source, flags and destination, and
+    those already in `problems`."""
     limit = memory.parse_limit(options.allowed_memory, memory.resident())
     source = open_any(options.source, limit, options.vocab_size, problems)
     if options.destination is not None:
@@ -34,12 +34,12 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target[Any]
 
 
 def _chosen(options: Options, source: Described, max_nbytes: int) -> Target[Any]:
-    """The target that the flags ask for. Raises UsageError or Refused."""
+    """The target that the flags choose. Raises UsageError or Refused."""
     if options.template is not None:
         return LikeTemplate.chosen_like(options.template, options, source, max_nbytes)
     if options.to == "hf":
         return ToHuggingFace.chosen(options, source)
     if options.to is None and source.config_class is not None:
-        raise UsageError("the source is a Nanotron checkpoint: say --to hf for shards, or --to nanotron for another "
+        raise UsageError("the source is a Nanotron checkpoint: add --to hf for shards, or --to nanotron for another "
                          "topology")
     return ToNanotron.chosen(options, source)

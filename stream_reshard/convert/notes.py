@@ -1,4 +1,4 @@
-"""Notes: what will not be as it seems, said before anything is written."""
+"""Notes: facts about a conversion that a user may not expect, reported before anything is written."""
 from __future__ import annotations
 
 import os
@@ -18,20 +18,20 @@ from stream_reshard.storage.small_files import open_regular
 _ADAPTER = "adapter_config.json"
 
 _TABLES = ("tokenizer.json", "added_tokens.json", "vocab.json")
-"""Files in which ids stand behind tokens."""
+"""Files with a table of tokens, each followed by its id."""
 
 _NOT_IDS = rb'(?<!max_length":)(?<!per_word":)(?<!stride":)(?<!multiple_of":)'
-"""Keys of a tokenizer.json with numbers that are no ids (Truncation, Padding, WordPiece of the tokenizers library)."""
+"""Keys of a tokenizer.json whose numbers are no ids (Truncation, Padding, WordPiece of the tokenizers library)."""
 
 _PIECE = re.compile(rb'\[\s{0,64}"(?:[^"\\]|\\.)*"\s{0,64},\s{0,64}-?[\d.]')
-"""An entry of a Unigram vocabulary; its id is its place."""
+"""An entry of a Unigram vocabulary; its id is its index in the list."""
 
 _CHUNK_NBYTES = 2**18
 _TAIL_NBYTES = 2**12
-"""No entry of a table is longer than the second."""
+"""Limit on an entry of a table; so many bytes of a chunk are searched again with the next chunk."""
 
 _MAX_READ_NBYTES = 2**26
-"""Tokenizers are looked through up to this size."""
+"""Bytes of a tokenizer file that are searched."""
 
 
 def notes_of(options: Options, source: Source, target: Target[Any], plan: Plan,
@@ -55,11 +55,12 @@ def main_dtype(plan: Plan) -> str:
 
 
 def rounded(plan: Plan) -> Iterator[str]:
-    """Weights in another dtype than Nanotron will load them as: the one of its config, but for routers, which it keeps
-    in float32 (nanotron/nn/moe.py)."""
+    """Notes on weights that Nanotron will load in another dtype: that of its config, or for routers float32
+    (nanotron/nn/moe.py)."""
     if len(plan.dtypes) < 2:
         return
-    layout, model, dtype, found = plan.target, plan.target.model, main_dtype(plan), dict[str, list[int]]()
+    layout, model, dtype = plan.target, plan.target.model, main_dtype(plan)
+    found: dict[str, list[int]] = {}
     for row in model.stored_rows:
         if not model.rows[row].is_float32:
             for number in model.numbers_of(row):
@@ -72,7 +73,7 @@ def rounded(plan: Plan) -> Iterator[str]:
 
 
 def too_many_ids(companions: Mapping[str, Companion], num_rows: int) -> Iterator[str]:
-    """A tokenizer that makes ids for which the embedding has no row."""
+    """Notes on a tokenizer with ids for which the embedding has no row."""
     found = {}
     for name in (*_TABLES, CONFIG_NAME):
         if name in companions:
@@ -88,14 +89,14 @@ def too_many_ids(companions: Mapping[str, Companion], num_rows: int) -> Iterator
 
 
 def _num_ids(path: Path, name: str, num_rows: int) -> int:
-    """One more than the highest id that a file of a tokenizer gives, where that is beyond the rows; else 0 or less than
-    that. Text is searched, not parsed: it may be large, and need not make sense."""
+    """1 + the highest id in a file of a tokenizer; ids below `num_rows` may be missed. The text is searched, not
+    parsed: it may be large, or invalid."""
     fewest = len(str(num_rows))
     digits = rb"(\d{%d,18})" % fewest
     if name == CONFIG_NAME:  # added_tokens_decoder
         pattern = re.compile(rb'"' + digits + rb'"\s{0,64}:\s{0,64}\{')
     else:
-        # A character that is rare comes first, and then what seldom follows it: it is a search of some MB.
+        # For speed in a text of some MB, the pattern begins with a rare character, and then tests a rare successor.
         begin = rb':(?=\s{0,64}\d{%d})(?<=":)' % fewest
         pattern = re.compile(begin + _NOT_IDS + rb"\s{0,64}" + digits + rb"\s{0,64}[,}]")
     highest, num_pieces, is_unigram, tail = -1, 0, False, b""

@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from stream_reshard.destination.manifest import MAX_FILE_NBYTES, FileDone, same_run
+from stream_reshard import __version__
+from stream_reshard.destination.manifest import FORMAT, MAX_FILE_NBYTES, FileDone, check_format, same_run
 from stream_reshard.errors import DestinationError, quoted
 from stream_reshard.storage.durable import sync_folder, target_error, temp_name, write_all
 from stream_reshard.storage.folder import Folder
@@ -69,7 +70,8 @@ class Journal:
             self._descriptor = os.open(temp, flags, self.folder.access.files, dir_fd=own)
             try:
                 self._end = 0
-                self._append(self.record.run, {"files": sorted(self.record.names)})
+                self._append(self.record.run, {"files": sorted(self.record.names), "format": FORMAT,
+                                               "version": __version__})
                 records = map(asdict, self.done.values())
                 while batch := list(islice(records, _BATCH)):
                     self._append(*batch)
@@ -150,9 +152,18 @@ def read_done(staging: Path, record: Record) -> dict[str, FileDone]:
             raise DestinationError(f"{quoted(staging)} was left by a run with another plan or source; finish that one, "
                                    f"or --restart to throw it away")
         is_first = False
+        if "format" in value:
+            _check_format(staging, value["format"])
         with suppress(ValueError, TypeError, KeyError):  # Not whole: what it would have said is done again.
             done[value["path"]] = FileDone.parsed(value)
     return done
+
+
+def _check_format(staging: Path, value: Any) -> None:
+    try:
+        check_format(value)
+    except ValueError as error:
+        raise DestinationError(f"the journal in {quoted(staging)}: {error}, or --restart throws it away") from error
 
 
 def names_in(path: Path) -> Iterator[str]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import xxhash
 
+from stream_reshard import __version__
 from stream_reshard.errors import SourceError, quoted
 from stream_reshard.model.parameters import parse_token_id
 from stream_reshard.storage.dtypes import ITEMSIZE
@@ -26,6 +27,9 @@ from stream_reshard.storage.json_stream import JsonReader, TooLong
 from stream_reshard.storage.small_files import MAX_JSON_NBYTES, open_regular, read_error, too_long
 
 MANIFEST_NAME = "stream_reshard.json"
+
+FORMAT = 1
+"""Version of the manifest and of the journal. A file without one is older and means the same."""
 
 MAX_MANIFEST_NBYTES = 2**28
 
@@ -84,14 +88,21 @@ class Manifest:
     def packed(self) -> bytes:
         """The file's content."""
         files = [asdict(self.files[path]) for path in sorted(self.files)]
-        rest = json.dumps({"tool": "stream_reshard", "run": self.run, "facts": self.facts, "files": files},
-                          indent=1)[2:].encode() + b"\n"
+        content = {"tool": "stream_reshard", "format": FORMAT, "version": __version__, "run": self.run,
+                   "facts": self.facts, "files": files}
+        rest = json.dumps(content, indent=1)[2:].encode() + b"\n"
         return b'{"xxh3_128": "%s",\n' % xxhash.xxh3_128(rest).hexdigest().encode() + rest
 
 
 def with_files(manifest: Manifest, files: Iterable[FileDone]) -> Manifest:
     """The same manifest of these files."""
     return Manifest(manifest.run, manifest.facts, {file.path: file for file in files})
+
+
+def check_format(value: Any) -> None:
+    """Raises ValueError for a format that this version does not read."""
+    if value not in range(1, FORMAT + 1):
+        raise ValueError(f"it has format {quoted(value)}, this version reads up to {FORMAT}; update stream_reshard")
 
 
 def same_run(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -245,6 +256,8 @@ def _parts(root: Path, max_file_nbytes: int, max_nbytes: int, whole_run: bool = 
                 _skip_run(reader)
             else:
                 value = reader.value()
+                if key == "format":
+                    check_format(value)
                 if key in ("run", "facts"):
                     yield key, _object(value)
         if reader.next():

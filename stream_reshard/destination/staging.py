@@ -25,7 +25,7 @@ from stream_reshard.destination.removal import Naming, clear, stranger_error, st
 from stream_reshard.errors import DestinationError, ResourceError, SourceError, quoted
 from stream_reshard.machine.kernel import file_system_of
 from stream_reshard.storage.durable import (
-    TEMP_NAME, NewFile, WriteFault, exchange, make_folder, sync_folder, sync_folders, target_error)
+    TEMP_NAME, NewFile, WriteFault, exchange, make_folder, sync_folder, sync_names, target_error)
 from stream_reshard.storage.folder import Access, Folder
 
 SUFFIX_NBYTES = len("..0123456789ab.replaced")
@@ -216,13 +216,13 @@ class Staging:
             return FileDone(name, offset, file.commit())
 
     def sync(self) -> None:
-        """Make every name below durable: those of folders, and of files at the top. Those of tensor files are since
-        their job is done (`jobs`)."""
+        """Make the names of all folders below durable, and of the files at the top. Jobs sync those of tensor
+        files."""
         try:
             folders = [entry.path for entry in entries_below(self.path) if entry.is_folder]
         except OSError as error:
             raise target_error(self.path, error) from error
-        sync_folders(self.folder, [".", *{path.rpartition("/")[0] or "." for path in folders}])
+        sync_names(self.folder, [JOURNAL_NAME, *folders])
 
     def close(self) -> None:
         """Let go of the folder; what is in it stays."""

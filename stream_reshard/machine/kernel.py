@@ -13,13 +13,12 @@ NETWORK_FILE_SYSTEMS = frozenset("""
     nfs nfs4 cifs smb3 smbfs ceph lustre gpfs beegfs afs 9p virtiofs glusterfs ocfs2 gfs2 pvfs2 orangefs davfs
     fuse.sshfs fuse.glusterfs fuse.s3fs fuse.goofys fuse.gcsfuse fuse.rclone fuse.mount-s3 fuse.blobfuse2
     fuse.juicefs fuse.cephfs fuse.ceph""".split())
-"""Types whose bytes come over a network: each page that a mapping misses would cost a journey of its own there."""
-
+"""Types of file systems whose bytes come over a network: there each page fault of a mapping is a round trip."""
 
 VIRTUAL_FILE_SYSTEMS = frozenset("""
     proc sysfs devtmpfs devpts securityfs debugfs tracefs cgroup cgroup2 cpuset pstore efivarfs bpf configfs fusectl
     mqueue hugetlbfs binfmt_misc selinuxfs smackfs rpc_pipefs nsfs nfsd resctrl sockfs pipefs anon_inodefs""".split())
-"""Types whose files the kernel makes up: they show it and its processes, and are on no disk."""
+"""Types of file systems whose files the kernel generates; they are on no disk."""
 
 
 class Mount(NamedTuple):
@@ -30,11 +29,11 @@ class Mount(NamedTuple):
     point: bytes
     """Path of the mount point."""
     kind: str
-    """Its type, such as ext4."""
+    """Type of the file system, such as ext4."""
 
 
 def mounts(text: bytes) -> Iterator[Mount]:
-    """The mounts that /proc/self/mountinfo tells of, in their order (proc_pid_mountinfo(5))."""
+    """The mounts in a text of /proc/self/mountinfo, in their order (proc_pid_mountinfo(5))."""
     for line in text.split(b"\n"):
         fields, _, rest = line.partition(b" - ")
         if len(words := fields.split(b" ")) > 4 and rest:
@@ -42,12 +41,12 @@ def mounts(text: bytes) -> Iterator[Mount]:
 
 
 def _unescaped(point: bytes) -> bytes:
-    """Spaces, tabs, newlines and backslashes stand there as three octal digits; all other bytes as they are."""
+    """A path of mountinfo, in which spaces, tabs, newlines and backslashes are written as three octal digits."""
     return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 0xFF]), point)
 
 
 def file_system_of(path: Path) -> str:
-    """The type of the file system that a path is on, such as ext4; "unknown" where the kernel does not tell."""
+    """Type of the file system that a path is on, such as ext4; "unknown" where the kernel does not report it."""
     try:
         device = os.stat(path).st_dev
         found = list(mounts(Path("/proc/self/mountinfo").read_bytes()))
@@ -59,17 +58,15 @@ def file_system_of(path: Path) -> str:
 
 
 def _by_mount_point(path: bytes, found: Iterable[Mount]) -> str:
-    """The type by the longest mount point above a path: the devices of btrfs are other ones than mountinfo's. Of two
-    mounts at one point the later one covers the other."""
+    """Type of the file system with the longest mount point above a path. Needed where `st_dev` is not in mountinfo, as
+    on btrfs. Of two mounts at one point the later one covers the other."""
     above = [mount for mount in found if path == mount.point or path.startswith(mount.point.rstrip(b"/") + b"/")]
-    return max(enumerate(above), key=lambda item: (len(item[1].point), item[0]), default=(0, _NOWHERE))[1].kind
-
-
-_NOWHERE = Mount("", b"", "unknown")
+    longest = max(reversed(above), key=lambda mount: len(mount.point), default=None)
+    return longest.kind if longest else "unknown"
 
 
 def read_ahead_nbytes(device: int) -> int:
-    """Bytes that the kernel reads ahead in files on a device (`st_dev`); 0 where it does not tell.
+    """Bytes that the kernel reads ahead in files on a device (`st_dev`); 0 where it does not report them.
 
     Source: sysfs-class-bdi, and for a partition the queue of its disk (sysfs-block).
     """
@@ -83,18 +80,18 @@ def read_ahead_nbytes(device: int) -> int:
 
 
 def num_cores() -> int:
-    """Cores that this process may use: by its affinity, and by the time that its control groups grant, rounded up."""
+    """Cores that this process may use: by its affinity and by the quota of its control groups, rounded up."""
     return max(1, min([len(os.sched_getaffinity(0)), *map(math.ceil, _quotas())]))
 
 
 def _quotas() -> Iterator[float]:
-    """Cores' worth of time that the control groups around this process grant (cgroup v2: cpu.max; v1: cpu.cfs_*)."""
+    """Quota of each control group around this process, in cores (cgroup v2: cpu.max; v1: cpu.cfs_*)."""
     for folder in _groups("cpu"):
         for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
             try:
                 quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
             except (OSError, ValueError):
-                continue  # Not of this version; "max", or no line at all.
+                continue  # A file of the other version, or "max".
             if quota > 0 and period > 0:
                 yield quota / period
 
@@ -109,8 +106,8 @@ def free_descriptors() -> int:
 
 
 def io_counters(since: Mapping[str, int] = {}) -> dict[str, int]:
-    """Bytes this process has moved so far, or since it counted `since`: `rchar` and `wchar` by reading and writing
-    calls, `read_bytes` and `write_bytes` from and to disks (proc(5), /proc/PID/io). Empty where nothing is counted."""
+    """Bytes that this process has moved, less those of an earlier count `since`: `rchar` and `wchar` by system calls,
+    `read_bytes` and `write_bytes` from and to disks (proc(5), /proc/PID/io). Empty where the kernel does not count."""
     try:
         lines = Path("/proc/self/io").read_text().splitlines()
     except OSError:
@@ -121,7 +118,8 @@ def io_counters(since: Mapping[str, int] = {}) -> dict[str, int]:
 
 
 def group_limit() -> int | None:
-    """Bytes that the memory control groups around this process allow, page cache included; None where none does."""
+    """Lowest limit in bytes of the memory control groups around this process, page cache included; None without a
+    limit."""
     limits = []
     for folder in _groups("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
@@ -137,7 +135,7 @@ _GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def _groups(controller: str) -> list[Path]:
-    """Folders of the control group of this process for a controller, and of those around it (cgroups(7))."""
+    """Folders of the control group of this process for a controller, and of the groups around it (cgroups(7))."""
     found = []
     try:
         lines = _OWN_GROUPS.read_text().splitlines()
@@ -148,6 +146,6 @@ def _groups(controller: str) -> list[Path]:
         if controllers == "" or controller in controllers.split(","):
             base = _GROUPS / controller if controllers else _GROUPS
             own = base / path.lstrip("/")
-            # Inside a container the path is that of the host, and the group is mounted at the root.
+            # In a container the path is that of the host and may be absent here; the root is then the own group.
             found += [folder for folder in (own, *own.parents) if folder.is_relative_to(base)]
     return found

@@ -1,7 +1,7 @@
-"""Memory: parse a limit, the limit of the machine, memory held now, memory that a run will reach. All in bytes.
+"""Memory: parse a limit, the limit of the machine, the resident set now, the projected peak of a run. All in bytes.
 
-*allowed* is the limit on the peak resident set of the whole process tree, *reserved* is what it holds before the work
-starts (measured), *projected* is what the work will bring it to. Words and idea are those of the cubed project.
+*allowed* is the limit on the peak resident set of the whole process tree, *reserved* is its resident set before the
+work starts (measured), *projected* is the peak that the work will reach. Words and idea are those of the cubed project.
 """
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ MAX_BLOCK_NBYTES = 2 * 2**20
 MIN_BLOCK_NBYTES = 64 * 2**10
 
 VERIFY_BUFFERS = 2
-"""Buffers that a worker of a comparison has."""
+"""Buffers of one worker of a comparison."""
 
 VERIFY_NBYTES = 3 * 2**20
-"""Memory of a check at the end of a run, beside its buffers: modules imported late, records of the source."""
+"""Memory of `--verify` at the end of a run, beside its buffers: modules imported late, records of the source."""
 
 _MANY_WORKERS_NBYTES = 2**28
 _MAX_DEFAULT_WORKERS = 8
 
 _PER_WORKER = 2 * 2**20
-"""Memory of a thread, beside its buffers: its stack, lists of pieces."""
+"""Memory of one worker, beside its buffers: its stack, lists of pieces."""
 _SLACK = 6 * 2**20
-"""Memory of a run, beside its workers: the journal, the manifest, modules imported late."""
+"""Memory of a run, beside that of its workers: the journal, the manifest, modules imported late."""
 TORCH_NBYTES = 230 * 2**20
 """Memory that importing torch adds."""
 _NUMPY_NBYTES = 16 * 2**20
 """Memory that importing numpy adds."""
 _NUMPY_SPACE_NBYTES, _BLAS_THREAD_NBYTES = 2**26, 2**25
-"""Address space that importing numpy takes, and for each core; hardly any of it is touched."""
+"""Address space that importing numpy takes: in all, and for each core. Hardly any of it becomes resident."""
 _NUM_DESCRIPTORS = 8
-"""Files that are open at once whatever is done: configs, a header, folders that are listed, modules being imported."""
+"""Files that any command has open at once: configs, a header, folders that are listed, modules being imported."""
 _PER_FILE = 2048
-"""Memory of a target file: its records, and its part of the manifest."""
+"""Memory for one target file: its records, and its entry in the manifest."""
 _PLAN_NBYTES = 5 * 2**20
 """Memory of headers and index: a few bytes per tensor."""
 _PARSED_PER_BYTE = 56
-"""Bytes that parsing a byte of JSON takes, at most: nested empty lists in a text with one wide character."""
+"""Memory for parsing one byte of JSON, at most. Worst case: nested empty lists in a text with one wide character."""
 
 
 def parse_nbytes(text: str) -> int:
@@ -73,7 +73,7 @@ def big(number: int) -> str:
 
 
 def human(nbytes: float) -> str:
-    """A size for people: binary units, as limits are given."""
+    """A size for people, in binary units, such as 1.5 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if nbytes < 1024:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -82,8 +82,8 @@ def human(nbytes: float) -> str:
 
 
 def _check_address_space() -> None:
-    """Raises MemoryError where numpy, which safetensors imports, would find no room for the threads of its BLAS: that
-    ends the process without a word of Python's."""
+    """Raises MemoryError where the address space is too small for numpy, which safetensors imports: the BLAS of numpy
+    would end the process without a Python error."""
     if "numpy" in sys.modules or resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
         return
     try:
@@ -93,6 +93,7 @@ def _check_address_space() -> None:
 
 
 def _check_descriptors() -> None:
+    """Raises ResourceError where fewer files can be opened than any command needs."""
     if (num_free := free_descriptors()) < _NUM_DESCRIPTORS:
         raise ResourceError(f"{num_free} more files can be opened at once, and at least {_NUM_DESCRIPTORS} are needed; "
                             f"raise the limit (ulimit -n)")
@@ -100,8 +101,8 @@ def _check_descriptors() -> None:
 
 @contextmanager
 def granted() -> Iterator[None]:
-    """Meanwhile memory or a thread that the system refuses is a ResourceError: limits of the shell or of a control
-    group may be smaller than what was planned with. Raises it at once where hardly a file can be opened."""
+    """A context that turns MemoryError and a refused thread into ResourceError: limits of the shell or of a control
+    group may be smaller than the plan assumes. Raises ResourceError at once where too few files can be opened."""
     try:
         _check_address_space()
         _check_descriptors()
@@ -117,14 +118,14 @@ def granted() -> Iterator[None]:
 
 
 def resident() -> int:
-    """Resident set of the process tree now."""
+    """Current resident set of the process tree."""
     import psutil
     process = psutil.Process()
     return sum(int(one.memory_info().rss) for one in (process, *process.children(recursive=True)))
 
 
 def peak_resident() -> int:
-    """Highest resident set of this process so far (VmHWM, which unlike ru_maxrss forgets the parent's)."""
+    """Highest resident set of this process so far (VmHWM; ru_maxrss would include that of the parent)."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -135,21 +136,21 @@ def peak_resident() -> int:
 
 
 def machine_limit() -> int:
-    """All memory of the machine, or of the control group of this process."""
+    """Memory of the machine, or the limit of the control group of this process if that is lower."""
     import psutil
     total, group = int(psutil.virtual_memory().total), group_limit()
     return total if group is None else min(total, group)
 
 
 def default_workers(allowed: int, num_cores: int) -> int:
-    """Workers where nobody says how many: what measured best. A disk likes one stream that is read in order, and a
-    worker keeps two cores busy; more help where there are many cores and, usually, many disks."""
+    """Number of workers without --workers; these were the fastest. One worker keeps two cores busy, and a disk is
+    fastest with one stream in order; several help on machines with many cores, which usually have several disks."""
     return 1 if allowed < _MANY_WORKERS_NBYTES else min(max(1, num_cores // 8), _MAX_DEFAULT_WORKERS)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The three numbers, and the buffers that follow from them."""
+    """Allowed, reserved and projected memory, and the size of the buffers that follows from them."""
 
     allowed: int
     reserved: int
@@ -157,21 +158,21 @@ class MemoryPlan:
     block_nbytes: int
     """Size of one buffer."""
     casts: bool
-    """Buffers for results of casts are needed too."""
+    """Each worker has two more buffers, for the results of casts."""
     to_import: int
-    """Memory added before the work begins: modules that are imported later, records of files."""
+    """Memory that modules not yet imported and the records of files will add."""
     num_buffers: int
-    """Buffers that one worker has."""
+    """Buffers of one worker, without those for casts."""
 
     @property
     def projected(self) -> int:
-        """Peak that the process tree will reach."""
+        """Peak resident set of the process tree."""
         buffers = self.num_buffers + 2 * self.casts
         return (self.reserved + self.to_import + _SLACK
                 + self.num_workers * (_PER_WORKER + buffers * self.block_nbytes))
 
     def problems(self, work: str) -> Iterator[ResourceError]:
-        """An error where `work` (such as "the run") would exceed the limit."""
+        """An error if `work`, such as "the run", would exceed the limit."""
         if self.projected > self.allowed:
             fewer = ", or lower --workers" if self.num_workers > 1 else ""
             yield ResourceError(f"--max-memory {human(self.allowed)} cannot be kept: {work} would reach "
@@ -181,23 +182,22 @@ class MemoryPlan:
 
 
 def parse_limit(allowed: int, reserved: int) -> int:
-    """Bytes of JSON that can be parsed at once in what is left of the limit: one header, while a plan is growing."""
+    """Most bytes of JSON, such as one header, that can be parsed at once within the limit while a plan grows."""
     to_import = 0 if "numpy" in sys.modules else _NUMPY_NBYTES  # safetensors imports it.
     return max(2**16, (allowed - reserved - to_import - _PLAN_NBYTES) // _PARSED_PER_BYTE)
 
 
 def yaml_limit(allowed: int, reserved: int) -> int:
-    """Bytes of a YAML file that can be parsed in what is left of the limit: PyYAML takes some 340 for each."""
+    """Most bytes of a YAML file that can be parsed within the limit: PyYAML takes some 340 bytes of memory for each."""
     return max(2**15, (allowed - reserved) // 512)
 
 
 def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool, num_buffers: int,
                 num_files: int = 0, held: int = 0) -> MemoryPlan:
-    """The largest buffers that keep the limit; the smallest ones where none do (compare `projected`). `held`: bytes
-    that documents beside the weights take."""
-    to_import = TORCH_NBYTES if casts and "torch" not in sys.modules else 0
-    to_import += num_files * _PER_FILE + held
-    to_import += _NUMPY_NBYTES if not casts and "numpy" not in sys.modules else 0
+    """The plan with the largest buffers that keep the limit; with the smallest buffers if none do (see
+    `MemoryPlan.problems`). `held`: bytes of memory that documents take."""
+    module, nbytes = ("torch", TORCH_NBYTES) if casts else ("numpy", _NUMPY_NBYTES)
+    to_import = nbytes * (module not in sys.modules) + num_files * _PER_FILE + held
     plan = MemoryPlan(allowed, reserved, num_workers, MAX_BLOCK_NBYTES, casts, to_import, num_buffers)
     while plan.projected > allowed and plan.block_nbytes > MIN_BLOCK_NBYTES:
         plan = replace(plan, block_nbytes=plan.block_nbytes // 2)

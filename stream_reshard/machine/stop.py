@@ -1,4 +1,4 @@
-"""Stop: a request to stop, made by a signal handler and honoured between two blocks, so that nothing is torn."""
+"""Stop: a request to stop, made by a signal handler; the work checks it between blocks, so no block is torn."""
 from __future__ import annotations
 
 import signal
@@ -10,26 +10,26 @@ from stream_reshard.errors import Interrupted
 
 
 class Stop:
-    """A request to stop the run, once it is made. Shared by all threads; the copy in another process stays silent, so
-    that a worker there finishes its job."""
+    """A possible request to stop the run, shared by all threads. Pickled to another process it is a new one without a
+    request, so that a worker there finishes its job."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
         self.signal_number = 0
-        """The signal that asked; 0 where a failure elsewhere in the run did."""
+        """The signal that asked for the stop; 0 if a failure in another part of the run did."""
         self.is_awaited = False
-        """The work now looks at this request often; where False, a signal handler has to raise by itself."""
+        """The work calls `check` often now; while False, a signal handler has to raise Interrupted itself."""
 
     def __reduce__(self) -> tuple[type[Stop], tuple[()]]:
         return Stop, ()
 
     def request(self, signal_number: int = 0) -> None:
-        """Ask for a stop; the first signal counts."""
+        """Ask for a stop; of several signals the first is kept."""
         self.signal_number = self.signal_number or signal_number
         self._event.set()
 
     def check(self) -> None:
-        """Raises Interrupted once a stop was asked for."""
+        """Raises Interrupted if a stop was asked for."""
         if self._event.is_set():
             raise self.interruption()
 
@@ -41,7 +41,7 @@ class Stop:
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """While this lasts the work calls `check` between blocks."""
+        """A context in which the work calls `check` between blocks."""
         before, self.is_awaited = self.is_awaited, True
         try:
             yield

@@ -2,7 +2,7 @@
 
 - parameters:    logical weights with their true dims
 - architectures: one small table per model family
-- names:         names made from templates, and the way back
+- names:         names made from templates, and the template of a name
 - topology:      sizes of the parallel axes, parts of a dim
 - box:           half-open n-d regions
 """

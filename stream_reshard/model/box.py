@@ -1,4 +1,4 @@
-"""Box: a half-open n-d region, counted in elements. It does not know which array it cuts."""
+"""Box: a half-open n-d region of an array, in elements. It does not know the array."""
 from __future__ import annotations
 
 import math
@@ -44,10 +44,7 @@ class Box:
         return math.prod(self.shape)
 
     def overlap(self, other: Box) -> Box | None:
-        """The common region, in the coordinates both boxes use; None where they share nothing.
-
-        A box overlapped with itself is itself (unless it is empty).
-        """
+        """The common region; None where the boxes share no element. A box that is not empty overlaps itself wholly."""
         start = tuple(map(max, self.start, other.start))
         stop = tuple(map(min, self.stop, other.stop))
         return Box(start, stop) if all(map(lt, start, stop)) else None
@@ -57,18 +54,18 @@ class Box:
         return self.overlap(other) == other or not other.num_elements
 
     def seen_from(self, origin: Box) -> Box:
-        """The same region in the coordinates of `origin`: a box seen from itself starts at zero."""
+        """This box in coordinates whose zero is the start of `origin`."""
         return Box(tuple(map(sub, self.start, origin.start)), tuple(map(sub, self.stop, origin.start)))
 
     def with_extent(self, dim: int, start: int, stop: int) -> Box:
-        """The same box with another extent in one dim."""
+        """A box that runs from `start` to `stop` in one dim, and like this one in all others."""
         return Box(self.start[:dim] + (start,) + self.start[dim + 1:], self.stop[:dim] + (stop,) + self.stop[dim + 1:])
 
     def blocks(self, max_elements: int, order: Sequence[int] | None = None) -> Iterator[Box]:
-        """Cut into boxes of at most `max_elements`, each contiguous in an array of this box's shape.
+        """Cut this box into boxes of at most `max_elements`, each contiguous in an array of this box's shape.
 
-        `order` lists the dims from the outermost to the innermost one of that array (default: 0, 1, 2 ...).
-        The blocks come in that array's order, cover this box, and do not overlap.
+        `order` lists the dims of the array from the outermost to the innermost (default: 0, 1, 2 ...). The boxes come
+        in the order of the array, cover this box, and do not overlap.
         """
         if max_elements < 1:
             raise ValueError(f"a block of {max_elements} elements")
@@ -81,8 +78,8 @@ class Box:
         outer, inner = dims[0], dims[1:]
         per_index = math.prod(self.shape[dim] for dim in inner)
         step = max(1, max_elements // per_index)
-        for begin in range(self.start[outer], self.stop[outer], step):
-            band = self.with_extent(outer, begin, min(begin + step, self.stop[outer]))
+        for start in range(self.start[outer], self.stop[outer], step):
+            band = self.with_extent(outer, start, min(start + step, self.stop[outer]))
             yield from band.blocks(max_elements, inner) if per_index > max_elements else (band,)
 
 
@@ -106,8 +103,10 @@ def tiling_fault(boxes: Sequence[Box], whole: Box) -> str | None:
 
 
 def has_duplicates(numbers: Iterable[int]) -> bool:
-    """True where a number (of at most 64 bits, with a sign) occurs twice. Sorted in parts: a list of a million would
-    take five times their size."""
+    """True where a number occurs twice; numbers are signed and have at most 64 bits.
+
+    The numbers are sorted in 64 parts, because a sorted list takes five times the memory of an array.
+    """
     parts = [array("q") for _ in range(64)]
     for number in numbers:
         parts[number & 63].append(number)

@@ -1,8 +1,8 @@
-"""Names that are made from templates, such as `layers.{layer}.attention.q`, and the way back from a name.
+"""Names made from templates such as `layers.{layer}.attention.q`, and the template of a name.
 
-A model of 100,000 tensors has a dozen templates. A name is looked up by its words, and its numbers say which instance
-of a template it is, so no table of names is ever held. Instances count like the digits of a number: where a template
-has the fields `layer` and `expert`, the last expert of a layer is followed by the first one of the next.
+A model of 100,000 tensors has a dozen templates. The words of a name give its template, and its numbers give the
+instance of the template, so no table of names is kept in memory. Instances are counted as digits are: in a template
+with the fields `layer` and `expert`, the last expert of a layer is followed by the first expert of the next layer.
 """
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 
 _FIELD = re.compile(r"\{(\w+)\}")
 _NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,11})(?=\.|\Z)")
-"""One spelling per number: `layers.07` is no layer."""
+"""A number in a name, without leading zeros: `layers.07` is no layer."""
 
 
 def fields_of(template: str) -> tuple[str, ...]:
-    """The fields in braces, each of them a whole word between dots: ("layer",)."""
+    """The fields of a template, such as ("layer",). A field stands in braces and is a whole word between dots."""
     return tuple(_FIELD.findall(template))
 
 
 def indices_of(template: str, extents: Mapping[str, int], instance: int) -> dict[str, int]:
-    """The number of each field in an instance of a template. `extents`: how many numbers each field takes."""
+    """The number of each field in an instance of a template. `extents`: the count of numbers of each field."""
     indices = {}
     for field in reversed(fields_of(template)):
         instance, indices[field] = divmod(instance, extents[field])
@@ -28,7 +28,7 @@ def indices_of(template: str, extents: Mapping[str, int], instance: int) -> dict
 
 
 class Templates:
-    """The way back from names to templates."""
+    """Finds the template of a name."""
 
     def __init__(self, templates: Sequence[str], extents: Mapping[str, int]):
         self._extents = [tuple(extents[field] for field in fields_of(template)) for template in templates]

@@ -13,9 +13,8 @@ from stream_reshard.errors import quoted
 from stream_reshard.model.box import Box
 from stream_reshard.model.names import Templates, fields_of, indices_of
 
-
 _BASE = "model."
-"""transformers' base_model_prefix of every family here."""
+"""The base_model_prefix of every family here in transformers."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,18 @@ class Parameter:
     shape: tuple[int, ...]
     """Extent per dim, in elements, without any padding."""
     matrix: tuple[tuple[int, ...], ...]
-    """The dims that make up each dim of the array as formats store it: ((0, 1, 2), (3,)) for a query projection."""
+    """For each dim of the stored array, the dims merged into it: ((0, 1, 2), (3,)) for a query projection."""
     split: str | None
     """The dim that tensor parallelism splits; None where every rank holds the whole parameter."""
     hugging_face: str
-    """Name of the tensor that holds it in a Hugging Face checkpoint."""
+    """Name of its tensor in a Hugging Face checkpoint."""
     nanotron: str
-    """Name of the (maybe fused) parameter that holds it in Nanotron, below `model.`."""
+    """Name of its parameter in Nanotron, below `model.`; several parameters fused into one share a name."""
     tied_to: str | None = None
-    """Name of the parameter whose values it shares; a tied parameter is stored nowhere itself."""
+    """Name of the parameter whose values it shares; a tied parameter is not stored itself."""
     stacked: int | None = None
-    """Index of its expert, where Nanotron stacks the transposed matrices of all of them in one array
-    (expert, column, row); rows of several matrices stand beside each other there."""
+    """Index of its expert; None outside of experts. Nanotron stacks all experts in one array (expert, column, row) of
+    transposed matrices; the rows of fused matrices stand beside each other."""
     is_float32: bool = False
     """Nanotron keeps the parameter in float32, whatever the dtype of the others."""
 
@@ -55,41 +54,40 @@ class Parameter:
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
-        """Shape of the array as formats store it, in elements."""
+        """Shape of the stored array, in elements."""
         return tuple(math.prod(self.shape[dim] for dim in group) for group in self.matrix)
 
     @property
     def num_elements(self) -> int:
-        """Number of weights."""
+        """Count of its weights."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixture of experts that every layer has in place of its MLP."""
+    """The mixture of experts in every layer, in place of the MLP. Sizes in elements."""
 
     num_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
-    """Of one expert."""
+    """Intermediate size of one expert."""
     shared_expert_intermediate_size: int
-    """Of the expert that sees every token."""
+    """Intermediate size of the expert that sees every token."""
     router_aux_loss_coef: float
 
 
 TokenId = int | tuple[int, ...] | None
-"""The id of a special token; several, as chat models have for the end of a text; None where there is none."""
+"""The id of a special token; a tuple for several ids, as chat models have to end a text; None for no such token."""
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Keys of the special tokens, the same in both formats."""
-
+"""Keys of the special tokens in the configs of both formats."""
 
 MAX_IDS, MAX_ID = 1000, 2**48
-"""No model has so many tokens of one purpose, or an id so large."""
+"""Limits on the number of ids for one purpose, and on an id; no model reaches them."""
 
 
 def parse_token_id(value: Any) -> TokenId:
-    """The token id that JSON holds; several as a tuple. Raises ValueError for anything else."""
+    """The token id in a JSON value; a list becomes a tuple. Raises ValueError for any other value."""
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if len(ids) > MAX_IDS or not all(type(id) is int and -1 <= id < MAX_ID for id in ids):
         raise ValueError(f"{quoted(value)} is not a token id")
@@ -97,13 +95,13 @@ def parse_token_id(value: Any) -> TokenId:
 
 
 def first_id(ids: TokenId) -> int | None:
-    """The first of several ids, for a config that holds one."""
+    """The first of several ids, for a config with room for one."""
     return next(iter(ids), None) if isinstance(ids, tuple) else ids
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Settings of the model in a checkpoint's config, in one spelling. Sizes in elements."""
+    """Settings of a model, under the same names for both formats. Sizes in elements."""
 
     family: str
     """Name of the architecture table."""
@@ -126,18 +124,18 @@ class ModelConfig:
     unsaid_ids: frozenset[str] = frozenset()
     """Keys of token ids that the config leaves out; their fields hold the defaults of the family."""
     no_rope_layer: int | None = None
-    """Layers n, 2n, 3n ... (counted from 1) go without rotary embedding; None where all have it."""
+    """n: layers n, 2n, 3n ... (counted from 1) have no rotary embedding. None: all layers have it."""
     experts: Experts | None = None
-    """None where every layer has a plain MLP."""
+    """The mixture of experts; None where every layer has a plain MLP."""
 
     @property
     def token_ids(self) -> dict[str, TokenId]:
-        """The token ids that the config says, by key."""
+        """The token ids that the config gives, by key."""
         return {key: getattr(self, key) for key in TOKEN_IDS if key not in self.unsaid_ids}
 
     @property
     def head_dim(self) -> int:
-        """Extent of one attention head. Nanotron knows no other rule (nanotron/models/llama.py)."""
+        """Extent of one attention head. Nanotron supports no other (nanotron/models/llama.py)."""
         return self.hidden_size // self.num_attention_heads
 
     @property
@@ -159,33 +157,34 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter, or one per layer where the names hold `{layer}`."""
+    """A line of an architecture's table: one parameter, or one per `{layer}` and `{expert}` in the names."""
 
     parameter: str
     """Format-neutral name."""
     dims: str
-    """The true dims, outermost first. A `|` separates what formats merge: "hidden | heads head_dim" is a matrix."""
+    """The true dims, outermost first, with `|` between the dims of the stored array: "hidden | heads head_dim" is a
+    matrix."""
     split: str | None
-    """The dim that tensor parallelism splits (section 4 of Nanotron's format: column and row parallel layers)."""
+    """The dim that tensor parallelism splits; None where every rank holds the whole parameter."""
     hugging_face: str
     """Tensor name in Hugging Face."""
     nanotron: str
     """Parameter name in Nanotron, below `model.`. Rows that share a name are fused along dim 0, in table order."""
     is_stacked: bool = False
-    """Nanotron keeps all `{expert}`s in one array, each transposed; fused rows stand beside each other then."""
+    """Nanotron keeps all experts in one array; see `Parameter.stacked`."""
     is_float32: bool = False
     """Nanotron keeps the parameter in float32."""
 
     @property
     def per_layer(self) -> bool:
-        """The row stands for parameters of each layer, not for one of the model."""
+        """The row stands for parameters in each layer."""
         return "{layer}" in self.parameter
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model: its config, and the table of its parameters. A parameter is derived when it is asked for, by its number:
-    those of a row follow each other, layer by layer, and the rows as they stand in the table."""
+    """A model: its config, and the table of its parameters. These are numbered row by row as in the table, and layer by
+    layer within a row; each is derived from its number when it is needed."""
 
     config: ModelConfig
     rows: tuple[Row, ...]
@@ -193,7 +192,7 @@ class Model:
 
     @cached_property
     def firsts(self) -> tuple[int, ...]:
-        """Number of the first parameter of each row, and behind them how many there are in all."""
+        """Number of the first parameter of each row; the last entry is the count of all parameters."""
         counts = (math.prod(self.config.counts[field] for field in fields_of(row.parameter)) for row in self.rows)
         return tuple(accumulate(counts, initial=0))
 
@@ -202,12 +201,12 @@ class Model:
         return Templates([row.parameter for row in self.rows], self.config.counts)
 
     def row_of(self, number: int) -> tuple[int, int]:
-        """(row, which one of its parameters) of a parameter."""
+        """(index of the row, index within the row) of a parameter."""
         row = bisect_right(self.firsts, number) - 1
         return row, number - self.firsts[row]
 
     def number_of(self, name: str) -> int:
-        """The number of a parameter. Raises KeyError where the model has none of this name."""
+        """The number of the parameter with this name. Raises KeyError where the model has none."""
         if (found := self._names.find(name)) is None:
             raise KeyError(name)
         return self.firsts[found[0]] + found[1]
@@ -217,25 +216,25 @@ class Model:
         return Templates([row.hugging_face for row in self.rows], self.config.counts)
 
     def number_of_tensor(self, key: str) -> int | None:
-        """The number of the parameter that a tensor of this name holds in a Hugging Face checkpoint, if any; see
-        `spelling_of`."""
+        """The number of the parameter in a Hugging Face tensor of this name, in any of its `spellings`; None where the
+        model has no such parameter."""
         for spelled in (key, key.removeprefix(_BASE), _BASE + key):
             if found := self._tensors.find(spelled):
                 return self.firsts[found[0]] + found[1]
         return None
 
     def spelling_of(self, number: int, key: str) -> int:
-        """Index in `spellings` of the name of a tensor that holds a parameter."""
+        """Index in `spellings` of the name of a parameter's tensor."""
         return self.spellings(number).index(key)
 
     def spellings(self, number: int) -> tuple[str, str, str]:
-        """The names under which transformers 5 loads a parameter: its own, with another `model.` in front, and without
-        its own (rename_source_key in core_model_loading.py strips or adds that one prefix, name by name)."""
+        """The names under which transformers 5 loads a parameter: its own, one with another `model.` in front, and one
+        without `model.` (rename_source_key in core_model_loading.py strips or adds that prefix, name by name)."""
         own = self.parameter(number).hugging_face
         return own, _BASE + own, own.removeprefix(_BASE)
 
     def parameter(self, number: int) -> Parameter:
-        """The parameter of a number."""
+        """The parameter with this number."""
         index, instance = self.row_of(number)
         row, sizes = self.rows[index], self.config.sizes
         groups = [group.split() for group in row.dims.split("|")]
@@ -249,17 +248,17 @@ class Model:
             stacked=indices["expert"] if row.is_stacked else None, is_float32=row.is_float32)
 
     def is_tied(self, row: int) -> bool:
-        """True where the parameters of a row share the values of another: checkpoints need not hold them."""
+        """True where the parameters of a row share the values of others; checkpoints need not hold them."""
         return self.rows[row].parameter == "lm_head" and self.config.tie_word_embeddings
 
     @property
     def stored_rows(self) -> list[int]:
-        """The rows whose parameters checkpoints hold themselves."""
+        """The rows whose parameters are stored: all but the tied ones."""
         return [row for row in range(len(self.rows)) if not self.is_tied(row)]
 
     @property
     def tied_rows(self) -> list[int]:
-        """The other rows."""
+        """The rows whose parameters are tied."""
         return [row for row in range(len(self.rows)) if self.is_tied(row)]
 
     def numbers_of(self, row: int) -> range:
@@ -267,14 +266,14 @@ class Model:
         return range(self.firsts[row], self.firsts[row + 1])
 
     def numbers_in(self, row: int, layer: int) -> range:
-        """Those of one layer."""
+        """The numbers of the parameters of a row in one layer."""
         numbers = self.numbers_of(row)
         num_each = len(numbers) // self.config.num_hidden_layers
         return numbers[layer * num_each:(layer + 1) * num_each]
 
     @property
     def num_stored(self) -> int:
-        """Number of parameters that checkpoints hold themselves."""
+        """Count of the stored parameters."""
         return sum(len(self.numbers_of(row)) for row in self.stored_rows)
 
     @property
@@ -288,11 +287,11 @@ class Model:
         yield from map(self.parameter, self.firsts[layered[-1] + 1:-1])
 
     def stored(self) -> Iterator[Parameter]:
-        """The parameters that checkpoints hold themselves: all but the tied ones."""
+        """The stored parameters: all but the tied ones."""
         return (parameter for parameter in self.parameters if parameter.tied_to is None)
 
     @property
     def num_elements(self) -> int:
-        """Number of weights, tied ones counted once."""
+        """Count of weights, tied ones counted once."""
         return sum(len(self.numbers_of(row)) * self.parameter(self.firsts[row]).num_elements
                    for row in self.stored_rows)

@@ -1,4 +1,4 @@
-"""Topology: how many ranks stand along each parallel axis, which part of a dim each holds, which stage each block."""
+"""Topology: the number of ranks on each parallel axis, and the part of a dim that one rank holds."""
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Topology:
     pp: int = 1
     """Pipeline stages."""
     dp: int = 1
-    """Replicas of the whole model; appears in no weight file."""
+    """Replicas of the whole model; their number appears in no weight file."""
 
     def __post_init__(self) -> None:
         for axis in ("tp", "pp", "dp"):
@@ -24,7 +24,7 @@ class Topology:
 
     @property
     def world_size(self) -> int:
-        """Processes that a training run at this topology has."""
+        """Number of processes in a training run at this topology."""
         return self.tp * self.pp * self.dp
 
     def __str__(self) -> str:
@@ -34,6 +34,6 @@ class Topology:
 def part_of(size: int, num_parts: int, index: int) -> tuple[int, int]:
     """(start, stop) of the `index`-th of `num_parts` equal parts of a dim with `size` elements."""
     if size % num_parts:
-        raise ValueError(f"{size} is not a multiple of {num_parts}")
+        raise ValueError(f"{size} elements cannot be split into {num_parts} equal parts")
     part = size // num_parts
     return index * part, (index + 1) * part

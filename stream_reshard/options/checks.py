@@ -1,4 +1,4 @@
-"""Options of the two ways in which checkpoints are compared."""
+"""Options of the two comparisons of checkpoints: of weights, and of forward passes."""
 from __future__ import annotations
 
 import re
@@ -15,10 +15,10 @@ SCOPE, FORWARD = "scope", "with --forward"
 
 
 def parse_part(text: str) -> float:
-    """"10%" as 0.1. Raises UsageError."""
+    """The fraction of a percentage: 0.1 of "10%". Raises UsageError."""
     match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)%?", text)
     if not match or not 0 < float(match[1]) <= 100:
-        raise UsageError(f"--sample {quoted(text)} is not a part between 0% and 100%; write it as 10%")
+        raise UsageError(f"--sample {quoted(text)} is not between 0% and 100%; write it as 10%")
     return float(match[1]) / 100
 
 
@@ -29,49 +29,49 @@ class VerifyOptions(Resources):
     dtype: Dtype = option("keep", "dtype to which SRC is cast before the comparison; keep: the one in DST's manifest, "
                           "else none")
     allow: tuple[str, ...] = option((), "accept a difference by its name: padding (rows of padding that are not zero), "
-                                    "stages (blocks on other stages than Nanotron's balancing gives them), config.yaml "
-                                    "and checkpoint_metadata.json (missing, or starting elsewhere), a token id, "
-                                    "initializer_range, or a name that a conversion accepts", metavar="NAME",
-                                    group=ACCEPTED)
-    quick: bool = option(False, "structure, configs and digests only; no weight of SRC is read", group=SCOPE)
-    sample: float = option(1.0, "seeded part of the weights that is compared, such as 10%%", metavar="PERCENT",
-                           parse=parse_part, shown="100%%", group=SCOPE)
+                                    "stages (blocks on other stages than in Nanotron's balancing), "
+                                    "checkpoint_metadata.json (missing), config.yaml (missing, or starting from other "
+                                    "weights), a token id, initializer_range, or a name that a conversion accepts",
+                                    metavar="NAME", group=ACCEPTED)
+    quick: bool = option(False, "compare structure, configs and digests only; no weight of SRC is read", group=SCOPE)
+    sample: float = option(1.0, "part of the weights that is compared, such as 10%%, chosen by --seed",
+                           metavar="PERCENT", parse=parse_part, shown="100%%", group=SCOPE)
     seed: int = option(0, "seed of the sample, and of random tokens", metavar="N", least=0, group=SCOPE)
-    vocab_size: int | None = option(None, "rows of the embedding without padding, of a Nanotron SRC that was not made "
-                                    "by this tool", metavar="N", least=1)
-    edited: tuple[str, ...] = option((), "a file of DST that was edited on purpose, such as config.yaml: its digest is "
-                                     "not compared, its contents are", metavar="PATH", group=ACCEPTED)
+    vocab_size: int | None = option(None, "rows of the embedding without padding, for a Nanotron SRC without a "
+                                    "manifest of this tool", metavar="N", least=1)
+    edited: tuple[str, ...] = option((), "a file of DST that was edited on purpose, such as config.yaml: its content "
+                                     "is compared, its digest is not", metavar="PATH", group=ACCEPTED)
     ignored: tuple[str, ...] = ()
-    """Paths in the copy that are not part of it."""
+    """Paths in the copy's folder that do not belong to the checkpoint."""
     name: Path | None = None
     """Final path of the copy; None: its present path."""
     plan: memory.MemoryPlan | None = None
-    """Memory plan of a run that read or wrote both folders itself; their small files then need no cap."""
+    """Memory plan of a run that wrote the copy itself; small files of both folders then need no cap."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.sample <= 1:
-            raise UsageError(f"--sample {self.sample:g} is not a part above 0 and up to 1")
+            raise UsageError(f"--sample {self.sample:g} is not above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardOptions(Resources):
     """Scope, tolerance and resources of two forward passes."""
 
-    text: Path | None = option(None, "text whose first tokens are run, by the tokenizer.json of the model",
+    text: Path | None = option(None, "text whose first tokens the models read, by their own tokenizer.json",
                                metavar="FILE", shown="random tokens", group=FORWARD)
-    tokens: int = option(128, "tokens that are run, at most", metavar="N", least=2, group=FORWARD)
+    tokens: int = option(128, "largest number of tokens that the models read", metavar="N", least=2, group=FORWARD)
     seed: int = option(0, "seed of random tokens", metavar="N", least=0)
-    tolerance: float = option(1e-4, "largest difference of a forward pass, relative to the largest value of a token",
+    tolerance: float = option(1e-4, "largest accepted difference, relative to the largest value of the token",
                               metavar="X", group=FORWARD)
-    plot: Path | None = option(None, "picture of the differences by layer, to be drawn; needs the extra [plot]",
+    plot: Path | None = option(None, "write a picture of the differences by layer; needs the extra [plot]",
                                metavar="FILE.png", group=FORWARD)
     dtype: Dtype = option("keep", "dtype to which weights of SRC are rounded first; keep: the one in DST's manifest, "
                           "else none")
-    allow: tuple[str, ...] = option((), "stages: layers of DST may stand on other stages than Nanotron's balancing "
-                                    "gives them", metavar="NAME")
+    allow: tuple[str, ...] = option((), "stages: blocks of DST may stand on other stages than in Nanotron's balancing",
+                                    metavar="NAME")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.tolerance > 0:
-            raise UsageError(f"--tolerance {self.tolerance:g} is not above 0; rounding alone is a difference")
+            raise UsageError(f"--tolerance {self.tolerance:g} is not above 0: rounding alone makes a difference")

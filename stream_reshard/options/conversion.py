@@ -19,65 +19,68 @@ Io = Literal["auto", "mmap", "pread"]
 Digests = Literal["auto", "all", "none"]
 
 ALLOWABLE = {
-    "rope_scaling": "convert the weights although Nanotron will turn q and k with unscaled frequencies",
-    "rope_theta": "convert for release 0.4 although it only knows the base 10000",
-    "partial_rotary_factor": "convert although Nanotron turns whole heads",
-    "sliding_window": "convert although Nanotron will attend to everything",
-    "hidden_act": "pass an activation other than silu on to Nanotron by its name",
+    "rope_scaling": "convert although Nanotron rotates q and k with unscaled frequencies",
+    "rope_theta": "convert for release 0.4 although it has no base but 10000",
+    "partial_rotary_factor": "convert although Nanotron rotates whole heads",
+    "sliding_window": "convert although Nanotron attends to all earlier tokens",
+    "hidden_act": "give Nanotron the name of an activation other than silu",
 }
-"""The names that --allow takes in a conversion, with the meaning of each."""
+"""The names for --allow in a conversion, with their meanings."""
 
 
 @dataclass(frozen=True)
 class Options(Resources):
-    """Everything a user can choose about a conversion."""
+    """All options of a conversion."""
 
     source: Path
     destination: Path | None = None
-    """None where only a plan is asked for."""
+    """None: a plan only."""
     _: KW_ONLY
 
-    to: Format | None = option(None, "format of DST; it must be given where SRC is a Nanotron checkpoint",
+    to: Format | None = option(None, "format of DST; required if SRC is a Nanotron checkpoint",
                                shown="nanotron")
     tp: int = option(1, "tensor-parallel ranks", metavar="T", least=1)
     pp: int = option(1, "pipeline stages, balanced as Nanotron balances them", metavar="P", least=1)
     dp: int = option(1, "data-parallel replicas, for config.yaml; changes no weight file", metavar="D", least=1)
     template: Path | None = option(None, "a Nanotron checkpoint, such as one saved from a random model: DST gets its "
-                                   "files, names, versions, slices and dtypes; where they differ from this tool's own "
-                                   "choice, the plan says so, tensor by tensor", metavar="DIR")
+                                   "files, names, versions, slices and dtypes; the plan lists the tensors in which "
+                                   "they differ from this tool's own choice", metavar="DIR")
     dtype: Dtype = option("keep", "dtype of the weights in DST; a cast needs the extra [torch], rounds as torch does, "
                           "and counts weights that became infinite")
     rope: Rope = option("auto", "order of the rows of q and k in a head: neox as in Hugging Face, interleaved as in "
-                        "release 0.4; auto keeps the order of SRC, but is interleaved for format 1.2")
+                        "release 0.4; auto: the order of SRC, for format 1.2 interleaved")
     nanotron_config: NanotronConfig = option("auto", "Nanotron's config class; auto: LlamaConfig for Llama, "
                                              "Qwen2Config for Qwen2")
-    checkpoint_version: Version = option("1.5", "format version: 1.5 for Nanotron's main, 1.4 for its trees from "
-                                         "September 2024 on, 1.2 for release 0.4, which interleaves RoPE and knows the "
-                                         "base 10000 only")
+    checkpoint_version: Version = option("1.5", "format version: 1.5 for Nanotron's main, 1.4 for its source trees "
+                                         "from September 2024 on, 1.2 for release 0.4, which interleaves RoPE and has "
+                                         "no base but 10000")
     vocab_multiple: int = option(1, "Nanotron's make_vocab_size_divisible_by", metavar="N", least=1)
-    vocab_size: int | None = option(None, "rows of the embedding without padding, of a Nanotron SRC that was not made "
-                                    "by this tool and so has no manifest with their number", metavar="N", least=1)
-    max_shard_size: int = option(5 * 10**9, "bytes of tensors in a Hugging Face shard, at most; a larger tensor has a "
-                                 "shard for itself", metavar="SIZE", parse=memory.parse_nbytes, least=1, shown="5GB")
-    tokenizer: Path | None = option(None, "folder of the tokenizer and generation files; licences and README.md are "
-                                    "those of SRC. Code that tokenizer_config.json names is copied and never run",
+    vocab_size: int | None = option(None, "rows of the embedding without padding, for a Nanotron SRC without a "
+                                    "manifest of this tool", metavar="N", least=1)
+    max_shard_size: int = option(5 * 10**9, "largest number of bytes in a Hugging Face shard; a larger tensor gets a "
+                                 "shard of its own", metavar="SIZE", parse=memory.parse_nbytes, least=1, shown="5GB")
+    tokenizer: Path | None = option(None, "folder of the tokenizer and generation files; licences and README.md come "
+                                    "from SRC. Code that tokenizer_config.json names is copied and never run",
                                     metavar="DIR", shown="SRC")
     allow: tuple[str, ...] = option((), "accept a setting of SRC that Nanotron will not honour, by its name; "
-                                    "--allow list shows the names", metavar="NAME", group=ACCEPTED)
-    verify: bool = option(False, "compare everything with SRC before DST gets its name", group=SAFETY)
-    source_sha256: str | None = option(None, "check the files of SRC first: FILE as sha256sum writes it, or `cache`, "
-                                       "where they are links to blobs named by their sha256", metavar="FILE",
+                                    "--allow list shows the names",
+                                    metavar="NAME", group=ACCEPTED)
+    verify: bool = option(False, "compare every weight, header and file with SRC before DST gets its name",
+                          group=SAFETY)
+    source_sha256: str | None = option(None, "check the files of SRC first: FILE as sha256sum writes it, or `cache` "
+                                       "for links to blobs that are named by their sha256", metavar="FILE",
                                        group=SAFETY)
-    io: Io = option("auto", "way in which SRC is read: pread into buffers, mmap written straight from a mapping; auto: "
+    io: Io = option("auto", "way in which SRC is read: pread reads into buffers, mmap writes from a mapping; auto: "
                     "pread, which measured faster", group=RUN)
-    digests: Digests = option("auto", "tensor files that get a digest in the manifest: auto leaves out those that "
-                              "share blocks with SRC, which are not read; all reads them back", group=RUN)
+    digests: Digests = option("auto", "tensor files that get a digest in the manifest; auto: all but files that share "
+                              "blocks with SRC, which are not read; all: these too, by reading them back", group=RUN)
     overwrite: bool = option(False, "replace the checkpoint at DST, or a folder that this tool made there, once the "
-                             "new one is complete; nothing else is ever replaced", group=SAFETY)
-    restart: bool = option(False, "throw away the files that an interrupted run left in DST.partial; a file that no "
-                           "run has written is refused, by name", group=SAFETY)
-    break_lock: bool = option(False, "take over from a run on another machine, or in another container, that is known "
-                              "to be dead; a process that lives on this machine is never robbed", group=SAFETY)
+                             "new one is complete; no other folder is ever replaced", group=SAFETY)
+    restart: bool = option(False, "delete the files that an interrupted run left in DST.partial; a file that no run "
+                           "has written is refused, by name", group=SAFETY)
+    break_lock: bool = option(False, "take the lock of a run on another machine, or in another container, that you "
+                              "know to be dead; the lock of a living process on this machine is never taken",
+                              group=SAFETY)
 
     @property
     def topology(self) -> Topology:
@@ -85,14 +88,14 @@ class Options(Resources):
         return Topology(self.tp, self.pp, self.dp)
 
 
-_OF_NANOTRON = ("rope", "vocab_multiple", "nanotron_config", "checkpoint_version")
-"""Options that choose something which only a Nanotron checkpoint has."""
+_NANOTRON_ONLY = ("rope", "vocab_multiple", "nanotron_config", "checkpoint_version")
+"""Options of which only a Nanotron target makes use, beside `tp` and `pp`."""
 
 
 def nanotron_flags(options: Options) -> Iterator[str]:
-    """The flags that were given and choose how a Nanotron checkpoint is cut anew."""
+    """The flags among the options that only a Nanotron target makes use of."""
     for own in options_of(Options):
-        if own.name in _OF_NANOTRON and getattr(options, own.name) != own.default:
+        if own.name in _NANOTRON_ONLY and getattr(options, own.name) != own.default:
             yield own.flag
     if (options.tp, options.pp) != (1, 1):
         yield "--tp, --pp"

@@ -1,4 +1,4 @@
-"""Declaring options: a field of a dataclass holds everything that flags, the interface and documents need."""
+"""The declaration of an option: a field of a dataclass, from which flag, keyword and documentation are made."""
 from __future__ import annotations
 
 import types
@@ -19,34 +19,34 @@ Own = TypeVar("Own", bound="Declared")
 
 @dataclass(frozen=True)
 class Option:
-    """One declared choice."""
+    """One declared option."""
 
     help: str
-    """Meaning, without the default; a `%` is doubled."""
+    """Meaning, without the default; each `%` is doubled."""
     metavar: str = ""
-    """Word for the value in a usage line."""
+    """Name of the value in a usage line."""
     least: int | None = None
-    """Smallest int that is taken."""
+    """Smallest accepted int."""
     parse: Callable[[str], Any] | None = None
-    """Value of a text that a user wrote. Raises UsageError."""
+    """Function from the user's text to the value. Raises UsageError."""
     shown: str = ""
     """Default as a person reads it; "" where it is the value itself."""
     group: str = ""
     """Heading in the help under which the flag stands."""
     name: str = ""
     kind: Any = None
-    """Type without None: bool, int, float, str, Path, tuple[str, ...] or a Literal."""
+    """Type of the value, without None: bool, int, float, str, Path, tuple[str, ...] or a Literal."""
     is_optional: bool = False
     default: Any = None
 
     @property
     def flag(self) -> str:
-        """The option on a command line."""
+        """The flag on a command line."""
         return flag_of(self.name)
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values that are taken; () where any of the type is."""
+        """The accepted values; () if every value of the type is accepted."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     @property
@@ -55,21 +55,21 @@ class Option:
         shown = self.shown or (str(self.default) if self.default not in (None, False, ()) else "")
         return f"{self.help} (default {shown})" if shown else self.help
 
-    def value_of(self, said: Any) -> Any:
-        """The value that a user means: a text where a size or a part is wanted, a path in any form, one name instead of
-        several. Raises UsageError."""
-        if self.parse is not None and isinstance(said, str):
-            return self.parse(said)
-        if self.kind is Path and isinstance(said, (str, PathLike)):
-            if not fspath(said):
+    def value_of(self, given: Any) -> Any:
+        """The value for what a user gave: the value itself, a size or percentage as text, a path as str or PathLike,
+        one name or several. Raises UsageError."""
+        if self.parse is not None and isinstance(given, str):
+            return self.parse(given)
+        if self.kind is Path and isinstance(given, (str, PathLike)):
+            if not fspath(given):
                 raise UsageError(f"{self.flag}: the path is empty")
-            return Path(said)
+            return Path(given)
         if get_origin(self.kind) is tuple:
-            return (said,) if isinstance(said, str) else tuple(said)
-        return said
+            return (given,) if isinstance(given, str) else tuple(given)
+        return given
 
     def check(self, value: Any) -> None:
-        """Raises UsageError for a value that the option does not take."""
+        """Raises UsageError for a value that is not accepted."""
         if value is None and self.is_optional:
             return
         if self.choices:
@@ -107,7 +107,7 @@ def flag_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Declared:
-    """A value whose fields are options. No value that an option does not take ever exists."""
+    """Base of classes whose fields are options; an instance holds accepted values only."""
 
     def __post_init__(self) -> None:
         """Raises UsageError with a line for every wrong choice."""
@@ -117,12 +117,12 @@ class Declared:
         _raise_all(problems)
 
     @classmethod
-    def of(cls: type[Own], **said: Any) -> Own:
-        """The options that a user means (`Option.value_of`). Raises UsageError with a line for every wrong choice."""
-        problems, values = Problems(), dict(said)
+    def of(cls: type[Own], **given: Any) -> Own:
+        """The options for what a user gave (`Option.value_of`). Raises UsageError with a line for each wrong choice."""
+        problems, values = Problems(), dict(given)
         for own in options_of(cls):
-            if said.get(own.name) is not None:
-                values[own.name] = problems.collect(own.value_of, said[own.name])
+            if given.get(own.name) is not None:
+                values[own.name] = problems.collect(own.value_of, given[own.name])
         _raise_all(problems)
         return cls(**values)
 
@@ -133,7 +133,7 @@ def _raise_all(problems: Problems) -> None:
 
 
 def options_of(cls: type[Declared]) -> tuple[Option, ...]:
-    """The options that a class declares, its own first."""
+    """The options of a class: its own, then those of its base classes."""
     return tuple(sorted(_options_of(cls), key=lambda own: own.name not in cls.__annotations__))
 
 
@@ -151,7 +151,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def did_you_mean(word: str, known: tuple[str, ...]) -> str:
-    """The end of a message that names the known word nearest to a wrong one, if any is near."""
+    """The end of a message about an unknown word: the most similar known word; "" if none is similar."""
     import difflib
     near = difflib.get_close_matches(word.lower(), known, 1)
     near = near or [name for name in known if name.startswith(word.lower()) or word.lower().startswith(name)][:1]

@@ -13,21 +13,21 @@ Dtype = Literal["keep", "bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True, kw_only=True)
 class Resources(Declared):
-    """Memory and workers of any command that reads weights."""
+    """Options of every command that reads weights."""
 
     max_memory: int = option(memory.DEFAULT_ALLOWED, "limit on the peak resident set of the whole process tree, the "
                              "interpreter included", metavar="SIZE", parse=memory.parse_nbytes, least=1, shown="512MiB",
                              group=RUN)
-    workers: int | None = option(None, "jobs that move bytes at the same time; they share --max-memory, and the result "
-                                 "does not depend on them", metavar="N", least=1,
-                                 shown="an eighth of the cores that control groups grant, 1 to 8", group=RUN)
+    workers: int | None = option(None, "number of parallel jobs; all share --max-memory, and the result does not "
+                                 "depend on their number", metavar="N", least=1,
+                                 shown="an eighth of the available cores, from 1 to 8", group=RUN)
 
     @property
     def allowed_memory(self) -> int:
-        """`max_memory`, but never more than the machine has, in bytes."""
+        """`max_memory` in bytes, limited to the memory of the machine or its control group."""
         return min(self.max_memory, memory.machine_limit())
 
     @property
     def num_workers(self) -> int:
-        """`workers`, or what measured best."""
+        """`workers`, or the number that measured best."""
         return self.workers or memory.default_workers(self.allowed_memory, num_cores())

@@ -1,10 +1,9 @@
-"""One block of a parameter: what to read, which pieces of it go where. Pure arithmetic on slices; moves nothing.
+"""One block of a parameter: the windows that are read, their parts, and the places of these. Pure arithmetic on slices.
 
-A parameter passes through memory in blocks. A block is one stretch of the source (per slice; where something of
-another parameter stands in between, that is read with it), and its pieces are written to every file that wants some of
-them, in the order of that file::
+A parameter passes through memory in blocks. A block has one window per source slice; elements of other parameters
+inside the window are read with it. Each part is written to its target file in the order of that file::
 
-    o_proj rows in a shard          rank files (TP=2)
+    rows of o_proj in a shard       rank files (TP=2)
     [a0 a1 | b0 b1]  one read       [a0 a1]  one gathered write
     [a2 a3 | b2 b3]  ---------->    [a2 a3]
                                     [b0 b1]  one gathered write
@@ -27,7 +26,7 @@ class Window:
 
     slice: Slice
     start: int
-    """First element, counted from the tensor's first one."""
+    """First element, counted from the start of the tensor."""
     stop: int
     """Past the last element."""
 
@@ -38,71 +37,66 @@ class Window:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are read."""
+        """Bytes in the window."""
         return (self.stop - self.start) * self.slice.tensor.itemsize
 
     def offset_of(self, part: Part) -> int:
-        """Offset in the window's file of the elements of a part, in bytes."""
+        """Offset of a part in the window's file, in bytes."""
         return self.offset + part.window_offset * self.slice.tensor.itemsize
 
 
 @dataclass(frozen=True)
 class Part:
-    """Place in one target tensor of the elements of a block that one window holds. Strides and offsets in elements."""
+    """The elements that one window holds for one target tensor. Strides and offsets in elements."""
 
     window: int
-    """Index of the window."""
+    """Index of the window in its block."""
     target: Slice
     target_offset: int
-    """Of the first element, from the target tensor's first one."""
+    """Offset of the first element, from the start of the target tensor."""
     window_offset: int
-    """Of the first element, from the window's first one."""
+    """Offset of the first element, from the start of the window."""
     shape: tuple[int, ...]
-    """Extents, in the order of the target's dims."""
+    """Extent per dim, in the order of the target's dims."""
     target_strides: tuple[int, ...]
     window_strides: tuple[int, ...]
 
     @property
     def num_elements(self) -> int:
-        """Elements of the part."""
+        """Count of the elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes in the target."""
+        """Bytes in the target."""
         return self.num_elements * self.target.tensor.itemsize
 
     @property
     def offset(self) -> int:
-        """Offset of the part in the target's file, in bytes."""
+        """Offset of the part in the target file, in bytes."""
         return self.target.tensor.begin + self.target_offset * self.target.tensor.itemsize
 
     @property
-    def target_end(self) -> int:
-        """Past its last element in the target tensor."""
+    def target_stop(self) -> int:
+        """Past the last element, from the start of the target tensor."""
         return self.target_offset + sum((n - 1) * step for n, step in zip(self.shape, self.target_strides)) + 1
-
-    @property
-    def run(self) -> int:
-        """Elements that are neighbours on both sides: the longest piece that one copy moves."""
-        return run_length(self.shape, self.target_strides, self.window_strides)
 
     @property
     def is_contiguous(self) -> bool:
         """The elements are contiguous and in the same order on both sides."""
-        return self.run == self.num_elements
+        return run_length(self.shape, self.target_strides, self.window_strides) == self.num_elements
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block: stretches that are read, and the parts of them that are written."""
+    """One block: the windows that are read, and the parts that are written."""
 
     windows: tuple[Window, ...]
     parts: tuple[Part, ...]
     """Grouped by target tensor."""
 
     def keeps_bytes(self, part: Part) -> bool:
-        """True where a part is contiguous and keeps its order and dtype: its bytes are copied unchanged."""
+        """True where a part is contiguous and keeps its dtype, so its bytes are copied unchanged."""
         return part.is_contiguous and part.target.tensor.dtype == self.windows[part.window].slice.tensor.dtype
 
     @property
@@ -112,8 +106,8 @@ class Block:
 
 
 def blocks(sources: Sequence[Slice], targets: Sequence[Slice], max_elements: int) -> Iterator[Block]:
-    """The blocks of what `targets` hold of a parameter, in the source's order. No block's windows have more than
-    `max_elements` elements in all."""
+    """The blocks of a parameter that bring `targets` their elements, in the order of the source. The windows of a block
+    have at most `max_elements` elements in all."""
     spread = max(-(-(stop - start) // source.region.num_elements) for source in sources
                  for start, stop in [source.extent_of(source.region)])
     for box in Box.hull([target.region for target in targets]).blocks(max(1, max_elements // spread),
@@ -124,7 +118,7 @@ def blocks(sources: Sequence[Slice], targets: Sequence[Slice], max_elements: int
 
 
 def whole_block(sources: Sequence[Slice], targets: Sequence[Slice]) -> Block:
-    """Everything that `targets` hold of a parameter at once: its parts tell which way the bytes can take."""
+    """All elements of `targets` in one block."""
     return _block(sources, targets, Box.hull([target.region for target in targets]))
 
 
@@ -158,7 +152,7 @@ def run_length(shape: tuple[int, ...], target_strides: tuple[int, ...], window_s
 
 def _inner(shape: tuple[int, ...], target_strides: tuple[int, ...],
            window_strides: tuple[int, ...]) -> tuple[int, int]:
-    """(number of outer dims, elements in the contiguous inner dims)."""
+    """(count of outer dims, elements in the inner dims, which are contiguous under both strides)."""
     length = 1
     for dim in reversed(range(len(shape))):
         if shape[dim] == 1:
@@ -172,10 +166,8 @@ def _inner(shape: tuple[int, ...], target_strides: tuple[int, ...],
 @lru_cache(maxsize=16)
 def runs(shape: tuple[int, ...], target_strides: tuple[int, ...],
          window_strides: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """(target offset, window offset) of every piece of `run_length` elements, relative to the first, in target order.
-
-    The same for all blocks of one shape, so layer after layer shares one list.
-    """
+    """(target offset, window offset) of every piece of `run_length` elements, counted from the first piece, in the
+    order of the target. Blocks of one shape share the result, layer after layer."""
     outer, _ = _inner(shape, target_strides, window_strides)
     offsets = [(0, 0)]
     for extent, target, window in zip(shape[:outer], target_strides, window_strides):

@@ -2,7 +2,7 @@
 
 - output:  the run of a plan, up to the commit
 - jobs:    one job
-- moving:  bringing one parameter to where it is wanted
+- moving:  one parameter, from its source files into the files of a job
 - lanes:   one block is written while the next is read
-- engines: whoever runs jobs: any executor
+- engines: executors that run the jobs
 """

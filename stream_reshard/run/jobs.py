@@ -11,7 +11,7 @@ from stream_reshard.machine.stop import Stop
 from stream_reshard.plan.plan import Job, Plan
 from stream_reshard.run.lanes import Lanes, Writing
 from stream_reshard.run.moving import Moved, OpenFiles, move, write_zeros
-from stream_reshard.storage.durable import WriteFault, sync_folders
+from stream_reshard.storage.durable import WriteFault, sync_names
 from stream_reshard.storage.folder import Folder
 from stream_reshard.storage.identity import Identity
 from stream_reshard.storage.source_file import SourceFile, digest_of
@@ -95,7 +95,7 @@ def _written(work: Work, job: Job, ticket: int) -> JobDone:
                 writing.write(own.close, reads=False)  # A shard is cut from more files than may be open at once.
         writing.wait()
         done = tuple(FileDone(path, target.nbytes, target.commit()) for path, target in targets.items())
-        sync_folders(work.staging, (path.rpartition("/")[0] or "." for path in targets))
+        sync_names(work.staging, targets)
     return JobDone(done, False, moved.corrected_by(targets.values()))
 
 

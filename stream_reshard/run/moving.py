@@ -1,6 +1,6 @@
-"""Moving one parameter into the files of a job: in stretches where both sides have it in one piece, else in blocks.
+"""Moving one parameter into the files of a job: unchanged where the plan is a plain copy, else rearranged in blocks.
 
-A block is read once; its pieces are written to every file that wants some of them, in the order of that file.
+A block is read once; its parts are written to each file in the order of that file.
 """
 from __future__ import annotations
 
@@ -20,67 +20,68 @@ from stream_reshard.storage.target_file import NewTensorFile
 
 @dataclass(frozen=True)
 class OpenFiles:
-    """Files, writes and stop request of a job that moves bytes."""
+    """Open files, writes and stop request of a job."""
 
     sources: Mapping[str, SourceFile]
-    """By path, as in the slices."""
+    """The source files of one parameter, by path."""
     targets: Mapping[str, NewTensorFile]
+    """The files of the job, by path."""
     writing: Writing
     stop: Stop
 
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes of tensors that were written, by the way they took."""
+    """Bytes of tensors that a job or a run has written: cloned, copied, rearranged."""
 
     cloned: int = 0
-    """Blocks that are now the source's too."""
+    """Bytes in blocks shared with the source."""
     copied: int = 0
-    """In stretches as long as the source has them."""
+    """Bytes moved unchanged."""
     strided: int = 0
-    """Cut into pieces, put in another order, or cast."""
+    """Bytes rearranged: moved piece by piece, or cast."""
     num_overflowed: int = 0
-    """Weights that were too large for the dtype they were cast to, and are infinite now."""
+    """Weights too large for the target dtype; a cast made them infinite."""
 
     def __add__(self, other: Moved) -> Moved:
         return Moved(self.cloned + other.cloned, self.copied + other.copied, self.strided + other.strided,
                      self.num_overflowed + other.num_overflowed)
 
     def corrected_by(self, targets: Iterable[NewTensorFile]) -> Moved:
-        """Corrected by what the files counted: copied bytes that turned out to be cloned, overflowed casts."""
+        """Corrected by the counts of the files: copied bytes that were cloned instead, and overflowed casts."""
         files = list(targets)
         cloned, overflowed = sum(file.cloned_nbytes for file in files), sum(file.num_overflowed for file in files)
         return Moved(self.cloned + cloned, self.copied - cloned, self.strided, self.num_overflowed + overflowed)
 
 
-def move(held: Sequence[Slice], wanted: Sequence[Slice], files: OpenFiles) -> Moved:
-    """Bring one parameter from where it is held to where it is wanted. It is there once all is written; what is cloned
-    counts as copied here."""
-    if not wanted:
+def move(sources: Sequence[Slice], targets: Sequence[Slice], files: OpenFiles) -> Moved:
+    """Give the writes of one parameter to the lane's assistant. Bytes that will be cloned are counted as copied."""
+    if not targets:
         return Moved()
-    source, target = held[0].tensor, wanted[0].tensor
-    whole, transport = whole_block(held, wanted), files.targets[target.file].transport
-    nbytes = sum(part.num_elements for part in whole.parts) * target.itemsize
-    if whole.is_plain_copy and (transport.bypasses_process or transport.is_mapped):
-        for part in whole.parts:
-            _take(part, whole.windows[part.window], files)
-    elif whole.is_plain_copy:
-        for index, window in enumerate(whole.windows):
-            _copy(window, [part for part in whole.parts if part.window == index], files)
-    else:
+    source, target = sources[0].tensor, targets[0].tensor
+    whole, transport = whole_block(sources, targets), files.targets[target.file].transport
+    nbytes = sum(part.nbytes for part in whole.parts)
+    if not whole.is_plain_copy:
         block_nbytes = len(files.writing.lane.scratch)
-        for block in blocks(held, wanted, block_nbytes // max(source.itemsize, target.itemsize)):
+        for block in blocks(sources, targets, block_nbytes // max(source.itemsize, target.itemsize)):
             files.stop.check()
             files.writing.write(partial(_write_parts, block, _read(block, files), files))
-    return Moved(copied=nbytes) if whole.is_plain_copy else Moved(strided=nbytes)
+        return Moved(strided=nbytes)
+    if transport.bypasses_process or transport.is_mapped:
+        for part in whole.parts:
+            _take(part, whole.windows[part.window], files)
+    else:
+        for index, window in enumerate(whole.windows):
+            _copy(window, [part for part in whole.parts if part.window == index], files)
+    return Moved(copied=nbytes)
 
 
 def _copy(window: Window, parts: Sequence[Part], files: OpenFiles) -> None:
-    """Read a window in blocks, and write what each block has of each stretch."""
+    """Read a window in blocks, and write the bytes that each block holds for each part."""
     source = files.sources[window.slice.tensor.file]
-    firsts = [window.offset_of(part) - window.offset for part in parts]
+    offsets = [window.offset_of(part) - window.offset for part in parts]
     stretches = [(first, first + part.nbytes, files.targets[part.target.tensor.file], part.offset)
-                 for first, part in zip(firsts, parts)]
+                 for first, part in zip(offsets, parts)]
     for begin in range(0, window.nbytes, len(files.writing.lane.scratch)):
         files.stop.check()
         view = files.writing.lane.buffer()[:window.nbytes - begin]
@@ -99,7 +100,7 @@ def _write_pieces(pieces: Sequence[tuple[NewTensorFile, int, memoryview]], sourc
 
 
 def _take(part: Part, window: Window, files: OpenFiles) -> None:
-    """Bring a stretch to its place without reading it."""
+    """Clone a part, let the file system copy it, or write it from a mapping: it passes through no buffer."""
     source, target = files.sources[window.slice.tensor.file], files.targets[part.target.tensor.file]
     take = target.take if target.transport.bypasses_process else target.take_mapped
     files.writing.write(partial(take, source, window.offset_of(part), part.offset, part.nbytes,
@@ -123,62 +124,66 @@ def _write_parts(block: Block, views: Sequence[memoryview], files: OpenFiles) ->
 
 
 def _read(block: Block, files: OpenFiles) -> list[memoryview]:
-    """The windows, one behind the other in a buffer."""
-    buffer, windows, begin = files.writing.lane.buffer(), [], 0
+    """The bytes of the windows, one window after the other in a buffer."""
+    buffer, views, begin = files.writing.lane.buffer(), [], 0
     for window in block.windows:
-        windows.append(buffer[begin:begin + window.nbytes])
-        assert len(windows[-1]) == window.nbytes, "the windows of a block fit into a buffer"
-        files.sources[window.slice.tensor.file].read_into(windows[-1], window.offset)
+        views.append(buffer[begin:begin + window.nbytes])
+        assert len(views[-1]) == window.nbytes, "the windows of a block fit into a buffer"
+        files.sources[window.slice.tensor.file].read_into(views[-1], window.offset)
         begin += window.nbytes
-    return windows
+    return views
 
 
 def _pieces(parts: Sequence[Part], windows: Sequence[memoryview], itemsize: int,
             scratch: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(byte offset in the tensor, bytes), in the tensor's order: from where they stand if they stand in order there,
-    else put in order in `scratch` by strided copies. That is cheaper than to digest and gather small pieces."""
-    first, last = min(part.target_offset for part in parts), max(part.target_end for part in parts)
+    """(byte offset in the target tensor, bytes) of the parts for one target tensor, in its order.
+
+    Contiguous parts are views of the windows. Other parts are copied into `scratch` in the order of the target, which
+    is cheaper than to digest and write many small pieces.
+    """
+    start, stop = min(part.target_offset for part in parts), max(part.target_stop for part in parts)
     if all(part.is_contiguous for part in parts):
         for part in sorted(parts, key=lambda part: part.target_offset):
             begin = part.window_offset * itemsize
             yield part.target_offset * itemsize, windows[part.window][begin:begin + part.num_elements * itemsize]
-    elif last - first == sum(part.num_elements for part in parts):  # Together they leave no gap.
+    elif stop - start == sum(part.num_elements for part in parts):  # Together they leave no gap.
         for part in parts:
-            _arrange(part, windows[part.window], scratch[(part.target_offset - first) * itemsize:], part.target_strides)
-        yield first * itemsize, scratch[:(last - first) * itemsize]
+            _arrange(part, windows[part.window], scratch[(part.target_offset - start) * itemsize:], part.target_strides)
+        yield start * itemsize, scratch[:(stop - start) * itemsize]
     else:
         yield from _scattered(parts, windows, itemsize, scratch)
 
 
 def _scattered(parts: Sequence[Part], windows: Sequence[memoryview], itemsize: int,
                scratch: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The same for parts between which something of other blocks stands: each in order, run by run."""
+    """(byte offset in the target tensor, bytes) of parts with elements of other blocks between them: each part is
+    arranged by itself, and yielded run by run."""
     begin = 0
     for part in sorted(parts, key=lambda part: part.target_offset):
-        own = strides_of(part.shape)
+        strides = strides_of(part.shape)
         arranged = scratch[begin:begin + part.num_elements * itemsize]
-        _arrange(part, windows[part.window], arranged, own)
+        _arrange(part, windows[part.window], arranged, strides)
         begin += len(arranged)
-        length = run_length(part.shape, part.target_strides, own) * itemsize
-        for there, here in runs(part.shape, part.target_strides, own):
-            yield (part.target_offset + there) * itemsize, arranged[here * itemsize:here * itemsize + length]
+        length = run_length(part.shape, part.target_strides, strides) * itemsize
+        for target, own in runs(part.shape, part.target_strides, strides):
+            yield (part.target_offset + target) * itemsize, arranged[own * itemsize:own * itemsize + length]
 
 
 def _arrange(part: Part, window: memoryview, arranged: memoryview, strides: Sequence[int]) -> None:
-    """Copy a part out of its window to where its elements stand under these strides, from the begin of `arranged`."""
+    """Copy a part from its window to `arranged`, where its elements have these strides."""
     import numpy as np
     itemsize = part.target.tensor.itemsize
 
-    def view(memory: memoryview, first: int, steps: Sequence[int]) -> np.ndarray:
-        found: np.ndarray = np.ndarray(part.shape, f"u{itemsize}", memory, first * itemsize,
-                                       [step * itemsize for step in steps])
-        return found
+    def view(memory: memoryview, start: int, steps: Sequence[int]) -> np.ndarray:
+        elements: np.ndarray = np.ndarray(part.shape, f"u{itemsize}", memory, start * itemsize,
+                                          [step * itemsize for step in steps])
+        return elements
 
     np.copyto(view(arranged, 0, strides), view(window, part.window_offset, part.window_strides))
 
 
 def _joined(pieces: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, list[memoryview]]]:
-    """(byte offset in the tensor, pieces) of every contiguous stretch that the pieces make up."""
+    """(byte offset in the tensor, pieces) of every contiguous stretch of pieces."""
     stretch: list[memoryview] = []
     begin = end = -1
     for offset, piece in pieces:
@@ -193,7 +198,7 @@ def _joined(pieces: Iterable[tuple[int, memoryview]]) -> Iterator[tuple[int, lis
 
 
 def write_zeros(fill: Fill, files: OpenFiles) -> None:
-    """Fill padding, where it stands in one of these files."""
+    """Write the zeros of padding, if its file is one of the job's."""
     if fill.tensor.file in files.targets:
         files.writing.write(partial(_write_zeros, fill, files.targets[fill.tensor.file], files.writing.lane.scratch),
                             reads=False)

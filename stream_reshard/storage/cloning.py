@@ -1,8 +1,8 @@
-"""Sharing blocks between files instead of copying bytes, where the file system can: XFS, btrfs, bcachefs, NFS 4.2.
+"""Cloning: blocks shared with the source instead of copied bytes. XFS, btrfs, bcachefs and NFS 4.2 can.
 
 Source offset, target offset and length must be multiples of the block size; the kernel does not trim ragged edges. The
-headers of target files are padded so that slices stand congruent to their source (`plan`); the edges are copied.
-Whether a file system can is found by trying, never by its name.
+headers of target files are padded so that source and target offset are equal modulo the block size (`plan`); the edges
+are copied. A trial decides if a file system can clone, never its name.
 """
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _FILE_CLONE_RANGE = struct.Struct("=qQQQ")
 
 _CANNOT = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EPERM,
                      errno.ETXTBSY, errno.EBADF, errno.EISDIR, errno.EMLINK})
-"""errno values for two files that cannot share these blocks, not for a full or broken disk. EMLINK: a
-block has as many owners as its file system can count."""
+"""errno values for two files that cannot share these blocks; a full or broken disk has others. EMLINK: a block has the
+most owners that its file system can count."""
 
 
 def clone(source: int, source_offset: int, target: int, offset: int, nbytes: int) -> bool:
-    """Let a stretch of the target file be the source's blocks; False where that cannot be. Offsets, `nbytes` and the
-    file system's block must fit. Raises OSError where the disk is full or broken."""
+    """Make `nbytes` from byte `offset` of the target share blocks with the source; False if that is impossible. All
+    three numbers must be multiples of the block size. Raises OSError if the disk is full or broken."""
     try:
         fcntl.ioctl(target, _FICLONERANGE, _FILE_CLONE_RANGE.pack(source, source_offset, nbytes, offset))
     except OSError as error:
@@ -38,7 +38,7 @@ def clone(source: int, source_offset: int, target: int, offset: int, nbytes: int
 
 
 def can_clone(source: Path, folder: Path) -> bool:
-    """True where new files in `folder` can share blocks with the file `source`; tried on a file without a name."""
+    """True if new files in `folder` can share blocks with the file `source`; tried on a file without a name."""
     try:
         if os.stat(source).st_dev != os.stat(folder).st_dev or os.stat(source).st_size < BLOCK_NBYTES:
             return False
@@ -56,14 +56,14 @@ def can_clone(source: Path, folder: Path) -> bool:
 
 
 def can_clone_all(root: Path, paths: Iterable[str], folder: Path) -> bool:
-    """True where new files in `folder` can share blocks with every one of these files below `root`."""
+    """True if new files in `folder` can share blocks with every one of these files below `root`."""
     return all(can_clone(root / path, folder) for path in paths)
 
 
 def inner_blocks(source_offset: int, offset: int, nbytes: int) -> tuple[int, int]:
-    """(first, last) byte of the target between which whole blocks of the stretch stand, if both offsets are congruent
-    and there are enough of them; else an empty range at the stretch's end."""
-    first, last = -(-offset // BLOCK_NBYTES) * BLOCK_NBYTES, (offset + nbytes) // BLOCK_NBYTES * BLOCK_NBYTES
-    if (source_offset - offset) % BLOCK_NBYTES or last - first < MIN_CLONED_NBYTES:
+    """(begin, end) of the whole blocks in a stretch of the target, bytes of the file. Both are the end of the stretch
+    if the two offsets differ modulo the block size, or the blocks hold less than MIN_CLONED_NBYTES."""
+    begin, end = -(-offset // BLOCK_NBYTES) * BLOCK_NBYTES, (offset + nbytes) // BLOCK_NBYTES * BLOCK_NBYTES
+    if (source_offset - offset) % BLOCK_NBYTES or end - begin < MIN_CLONED_NBYTES:
         return offset + nbytes, offset + nbytes
-    return first, last
+    return begin, end

@@ -1,11 +1,11 @@
-"""Files and names that survive a power cut whole, or are not there: the one place where the destination is written.
+"""Files and names that survive a power cut whole, or are absent: the one module that writes to the destination.
 
 Order of a write, so that a file under its final name is always whole: a unique temp name in the same folder (one that
 no loader's pattern matches), exclusive create that follows no link, final size, blocks, fsync, rename. An fsync that
-failed is never repeated: the kernel may have dropped the pages, so only writing anew helps.
+failed is never repeated: the kernel may have dropped the pages, and then only a new file holds the bytes.
 
-What is written goes to the disk at once and out of the page cache once it is durable: nothing piles up that an fsync
-would have to wait for, and a control group that counts the cache has room for no more.
+Writeback begins with each write, and durable pages leave the page cache. So an fsync never waits for a backlog, and the
+cache stays small in a control group that counts it.
 """
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from stream_reshard.errors import DestinationError, ResourceError, StreamReshard
 from stream_reshard.storage.folder import Folder
 
 MAX_PIECES = 1024
-"""Pieces one gathered write may have (IOV_MAX on Linux)."""
+"""Most pieces of one gathered write (IOV_MAX on Linux)."""
 
 TEMP_NAME = re.compile(r"\..+\.[0-9a-f]{12}\.part")
-"""Names of files that were being written when a run was killed."""
+"""Names of unfinished files: `temp_name` makes them, and a killed run leaves them."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _sync_file_range = getattr(_libc, "sync_file_range", None)
@@ -37,49 +37,49 @@ _fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", 
 _SYNC_FILE_RANGE_WRITE = 2
 
 _DIGESTED_NBYTES = 2**18
-"""Bytes that are read back at a time: a piece stays in the processor's cache."""
+"""Bytes read back at a time for a digest: so many stay in the cache of the processor."""
 
 _WRITEBACK_NBYTES = 2**18
-"""Smaller writes wait for the next fsync: a request of its own costs more than it saves."""
+"""Shorter writes do not begin writeback: the call costs more than it saves."""
 
-_REFUSALS = frozenset({errno.EROFS, errno.EPERM, errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP,
-                       errno.EISDIR, errno.EEXIST, errno.EXDEV, errno.EBUSY, errno.ENOTEMPTY})
+_PERMANENT_ERRNOS = frozenset({
+    errno.EROFS, errno.EPERM, errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EEXIST,
+    errno.EXDEV, errno.EBUSY, errno.ENOTEMPTY})
 """errno values that no retry cures."""
 
 _CURES = {errno.ENOSPC: "; free some space and run the same command again",
           errno.EDQUOT: "; raise the quota or free some space, and run the same command again",
           errno.EFBIG: "; raise the limit on file sizes (ulimit -f) and run the same command again",
-          errno.ENOENT: "; it was removed while the run went on: run the same command again, which writes what is "
-                        "missing",
-          errno.EXDEV: "; the file system does not rename it (overlayfs keeps folders of lower layers where they are): "
-                       "move it away by a copy, or choose another DST"}
+          errno.ENOENT: "; it was removed during the run; run the same command again, which writes the missing files",
+          errno.EXDEV: "; the file system cannot rename it (on overlayfs it is a folder of a lower layer); copy it "
+                       "elsewhere and remove it, or choose another DST"}
 
 
 class WriteFault(ResourceError):
-    """An I/O error of the destination: what was written may be lost, and only writing it anew can tell."""
+    """An I/O error of the destination: bytes already written may be lost, so the file has to be written again."""
 
 
 def target_error(path: Path, error: OSError) -> StreamReshardError:
-    """The error a user sees when `path` of the destination cannot be written."""
+    """The error for a `path` of the destination that cannot be written."""
     kind = (WriteFault if error.errno == errno.EIO else
-            DestinationError if error.errno in _REFUSALS else ResourceError)
+            DestinationError if error.errno in _PERMANENT_ERRNOS else ResourceError)
     return kind(f"{quoted(path)}: {error.strerror or error}{_CURES.get(error.errno or 0, '')}")
 
 
 def temp_name(name: str) -> str:
-    """A new name for a file while it is written."""
+    """A new temporary name for a file that is being written."""
     return f".{name}.{os.urandom(6).hex()}.part"
 
 
 class NewFile:
-    """A file being written. As a context manager it leaves a whole file under its final name, or nothing.
+    """A file being written. The context leaves a whole file under its final name, or nothing.
 
-    Raises DestinationError or ResourceError, with the OSError as cause, from every method that touches the disk.
+    Every method that touches the disk raises DestinationError or ResourceError, with the OSError as cause.
     """
 
     def __init__(self, folder: Folder, path: str, nbytes: int = 0, is_digested: bool = True, mode: int = 0o666):
-        """`path`: below the folder. `nbytes`: its final size, where it is known: a full disk shows itself before the
-        work then. `mode`: what it has at most, beside what the folder and the umask say."""
+        """`path`: relative to the folder. `nbytes`: final size, if known; a full disk is then noticed before the first
+        byte. `mode`: permission bits, of which the folder's access and the umask take away."""
         self.folder, self.path, self.nbytes, self.is_digested = folder, path, nbytes, is_digested
         self.final = folder.path / path
         self._above, slash, name = path.rpartition("/")
@@ -87,7 +87,7 @@ class NewFile:
         self.mode = mode & folder.access.files
         self._digest: Any = xxhash.xxh3_128()
         self._position = 0
-        """Past the last byte digested; -1 once bytes came out of order, or past this process."""
+        """End of the digested bytes; -1 once bytes came out of order or did not pass through this process."""
         self._descriptor = -1
 
     def __enter__(self) -> NewFile:
@@ -100,8 +100,8 @@ class NewFile:
         return self
 
     def _created(self) -> int:
-        """The descriptor of the new file. The folders above it are made where they are missing, but for the one that is
-        held open: it would be another one."""
+        """The descriptor of the new file. Missing folders above it are made, except `self.folder`: a new one under its
+        path would not be the folder that the run holds."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             return os.open(self.temp, flags, self.mode, dir_fd=self.folder.descriptor)
@@ -112,22 +112,22 @@ class NewFile:
             return os.open(self.temp, flags, self.mode, dir_fd=self.folder.descriptor)
 
     def _reserve(self) -> None:
-        """Take the final size at once; where the file system has no such call, its blocks come as they are written."""
+        """Set the final size and allocate its blocks; a file system without fallocate allocates them with each write."""
         if self.nbytes and not fallocate(self._descriptor, self.nbytes):
             os.ftruncate(self._descriptor, self.nbytes)
 
     def write(self, offset: int, pieces: Sequence[memoryview | bytes], is_mapped: bool = False) -> None:
-        """Write the pieces one behind the other from byte `offset` on.
+        """Write the pieces one after the other from byte `offset` on.
 
-        `is_mapped`: they are a mapping of a file that may shrink. The kernel reports that as EFAULT; this process must
-        not touch them, it would be killed.
+        `is_mapped`: the pieces are in a mapping of a file that may shrink. The kernel reports that as EFAULT, while a
+        read by this process would end it with SIGBUS.
         """
         try:
             begin = offset
             for first in range(0, len(pieces), MAX_PIECES):
                 offset = self._gather(offset, pieces[first:first + MAX_PIECES], is_mapped)
             if offset - begin >= _WRITEBACK_NBYTES:
-                # A page that the next write goes on with is left to that one: begun now, it would be written twice.
+                # The last page may be incomplete. The next write completes it; now it would reach the disk twice.
                 end = offset if offset == self.nbytes else offset // mmap.PAGESIZE * mmap.PAGESIZE
                 start_writeback(self._descriptor, begin, end - begin)
         except OSError as error:
@@ -155,20 +155,20 @@ class NewFile:
             offset += len(rest)
 
     def _digest_again(self) -> None:
-        """Digest the file as it stands, for bytes that did not come by in its order. They are still cached."""
+        """Digest the file by reading it back, for bytes that were written out of order; they are still cached."""
         self._digest.reset()
         buffer = memoryview(bytearray(min(self.nbytes, _DIGESTED_NBYTES)))
         for offset in range(0, self.nbytes, len(buffer)):
             view = buffer[:min(len(buffer), self.nbytes - offset)]
             if os.preadv(self._descriptor, [view], offset) != len(view):
-                raise OSError(errno.EIO, "what was written cannot be read back")
+                raise OSError(errno.EIO, "the file is shorter than what was written")
             self._digest.update(view)
         self._position = self.nbytes
 
     def commit(self) -> str | None:
-        """Make the file durable under its final name; returns its xxh3_128 digest, in hex, if one is wanted.
+        """Sync the file and give it its final name; returns its xxh3_128 digest in hex, None if no digest is wanted.
 
-        The new name itself is durable only after `sync_folder`.
+        The new name itself is durable only after `sync_names`.
         """
         try:
             if self.is_digested and self._position != self.nbytes:
@@ -184,7 +184,7 @@ class NewFile:
         return self._digest.hexdigest() if self.is_digested else None
 
     def abandon(self) -> None:
-        """Remove what was written so far; a failure to do so is left to the next run, which removes it."""
+        """Remove the unfinished file. If that fails, the next run removes it."""
         descriptor, self._descriptor = self._descriptor, -1
         try:
             if descriptor >= 0:
@@ -200,9 +200,9 @@ class NewFile:
 
 
 def fallocate(descriptor: int, nbytes: int) -> bool:
-    """Give a file its size and its blocks; False where the file system cannot (fallocate(2)).
+    """Set the size of a file and allocate its blocks; False if the file system cannot (fallocate(2)).
 
-    That of the C library under the name of POSIX writes a byte into every block then: a million calls for 4 GiB.
+    posix_fallocate would then write a byte into every block: a million calls for 4 GiB.
     """
     while _fallocate is not None and _fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
         code = ctypes.get_errno()
@@ -214,14 +214,14 @@ def fallocate(descriptor: int, nbytes: int) -> bool:
 
 
 def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
-    """Ask the kernel to bring a stretch of a file to the disk, without waiting (sync_file_range). It only saves time:
-    whether it worked is for fsync to say."""
+    """Begin to write a stretch of a file to the disk, without waiting (sync_file_range). Errors are ignored: the fsync
+    that follows reports them."""
     if _sync_file_range is not None:
         _sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
 
 
 def drop_from_cache(descriptor: int, offset: int = 0, nbytes: int = 0) -> None:
-    """Give back what the page cache holds of a stretch of a file (0 bytes: all of it), as far as it is on the disk."""
+    """Drop the clean pages of a stretch of a file from the page cache; 0 bytes: up to the end of the file."""
     try:
         os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
     except OSError:
@@ -229,17 +229,18 @@ def drop_from_cache(descriptor: int, offset: int = 0, nbytes: int = 0) -> None:
 
 
 def write_all(descriptor: int, content: memoryview | bytes, offset: int) -> None:
-    """Write all of `content` from byte `offset` on, however short the writes are."""
+    """Write all of `content` from byte `offset` on, in several calls after a short write."""
     rest = memoryview(content)
     while len(rest):
         count = os.pwrite(descriptor, rest, offset)
         if not count:
-            raise OSError(errno.EIO, "nothing could be written")
+            raise OSError(errno.EIO, "a write returned 0 bytes")
         rest, offset = rest[count:], offset + count
 
 
 def sync_folder(path: Path | str, below: Folder | None = None) -> None:
-    """Make the names in a folder durable. File systems that cannot say EINVAL, which is tolerated."""
+    """Make the names in a folder durable; `path` is relative to `below` if that is given. EINVAL is ignored: file
+    systems that cannot sync a folder return it."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     descriptor = os.open(path, flags, dir_fd=below.descriptor if below else None)
     try:
@@ -251,10 +252,10 @@ def sync_folder(path: Path | str, below: Folder | None = None) -> None:
         os.close(descriptor)
 
 
-def sync_folders(below: Folder, paths: Iterable[str]) -> None:
-    """Make the names in these folders below one durable, each folder once; "." is that one itself. Raises as NewFile
-    does."""
-    for path in dict.fromkeys(paths):
+def sync_names(below: Folder, paths: Iterable[str]) -> None:
+    """Make the names of these files and folders durable, by one sync of each folder that holds some of them. `paths`
+    are relative to `below`. Raises DestinationError or ResourceError."""
+    for path in dict.fromkeys(path.rpartition("/")[0] or "." for path in paths):
         try:
             sync_folder(path, below)
         except OSError as error:
@@ -262,7 +263,7 @@ def sync_folders(below: Folder, paths: Iterable[str]) -> None:
 
 
 def make_folder(path: Path, mode: int = 0o777) -> None:
-    """Make a folder, of a mode at most, and what is missing above it, all of it durable."""
+    """Make a folder and the missing folders above it, durably. The umask takes away from `mode`."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(mode, parents=True, exist_ok=True)
     for folder in missing:
@@ -270,7 +271,7 @@ def make_folder(path: Path, mode: int = 0o777) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the file system or the C library cannot."""
+    """Swap two names in one step; False if the file system or the C library cannot."""
     if _renameat2 is None:
         return False
     at_fdcwd, rename_exchange = -100, 2

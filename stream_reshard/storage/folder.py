@@ -1,7 +1,7 @@
-"""A folder that is held open, and who may enter what is made below it.
+"""A folder held open, and the modes of files and folders made below it.
 
-What is made lands in the folder that was opened, under whatever name it stands now. Once it is removed nothing lands
-anywhere: another folder that somebody makes under its path is not written to.
+New entries are made in the folder that was opened, even if it was renamed since. Once that folder is removed, making an
+entry fails, even if somebody made another folder under its path.
 """
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE})
-"""Errors of opening the path of a folder that is not there any more."""
+"""errno values of opening the path of a folder that was removed."""
 
 
 @dataclass(frozen=True)
 class Access:
-    """Modes that new files and folders have at most; the umask takes away from them as ever. The owner's bits stay."""
+    """Most permission bits of new files and folders; the umask takes away from them. The owner's are always set."""
 
     files: int = 0o666
     folders: int = 0o777
@@ -27,15 +27,16 @@ class Access:
 
     @classmethod
     def of_file(cls, mode: int) -> Access:
-        """No more for group and others than a file of this mode lets them do; who may read may enter folders."""
-        shared = mode & 0o066
-        return cls(0o600 | shared, 0o700 | shared | (shared & 0o044) >> 2)
+        """Access of group and others as a file of this mode gives them. Who may read files may also enter folders."""
+        others = mode & 0o066
+        return cls(0o600 | others, 0o700 | others | (others & 0o044) >> 2)
 
     @classmethod
     def of_folder(cls, mode: int) -> Access:
-        """No more for group and others than a folder of this mode lets them do; who may not enter may not read."""
-        entered = sum(6 * one for one in (0o010, 0o001) if mode & one)
-        return cls(0o600 | mode & entered, 0o700 | mode & 0o077)
+        """Access of group and others as a folder of this mode gives them. Who may not enter folders may not read or
+        write files."""
+        if_entering = 6 * (mode & 0o011)
+        return cls(0o600 | mode & if_entering, 0o700 | mode & 0o077)
 
 
 class Folder:
@@ -44,7 +45,7 @@ class Folder:
     descriptor = -1
 
     def __init__(self, path: Path, access: Access = Access()):
-        """Raises OSError where it is absent, or a link."""
+        """Raises OSError if `path` is absent, a link, or no folder."""
         self.path, self.access = path, access
         self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
@@ -52,7 +53,7 @@ class Folder:
         return Folder, (self.path, self.access)
 
     def make(self, path: str) -> None:
-        """Make the folder `path` below this one, and those between. Raises OSError."""
+        """Make the folder `path` below this one, and the missing folders between. Raises OSError."""
         try:
             self._make(path)
         except FileNotFoundError:
@@ -67,12 +68,13 @@ class Folder:
             os.mkdir(path, self.access.folders, dir_fd=self.descriptor)
 
     def unlink(self, path: str) -> None:
-        """Remove the file `path` below this one, if it is there. Raises OSError."""
+        """Remove the file `path` below this folder, if it exists. Raises OSError."""
         with suppress(FileNotFoundError):
             os.unlink(path, dir_fd=self.descriptor)
 
     def is_there(self) -> bool:
-        """True while its path still names it. The path is opened: that asks the server where a file system has one."""
+        """True if the path still names this folder. The path is opened, as only that asks the server of a network file
+        system."""
         try:
             now = Folder(self.path)
         except OSError as error:
@@ -82,7 +84,7 @@ class Folder:
         return os.path.samestat(os.fstat(self.descriptor), os.fstat(now.descriptor))
 
     def close(self) -> None:
-        """Let it go."""
+        """Close the descriptor."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)

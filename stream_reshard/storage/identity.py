@@ -1,4 +1,4 @@
-"""The identity of a file: what tells it from another one, and from itself after a change."""
+"""The identity of a file, by which another file in its place, or a change, is noticed."""
 from __future__ import annotations
 
 import os
@@ -12,31 +12,31 @@ Identity = list[int]
 
 
 def identity_of(status: os.stat_result) -> Identity:
-    """[device, inode, size in bytes, mtime in ns, ctime in ns]. The last one changes also where a file was written to
-    and its mtime was put back."""
+    """[device, inode, size in bytes, mtime in ns, ctime in ns]. The ctime changes even if somebody writes to the file
+    and then sets its mtime back."""
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def lasting(identity: Identity) -> Identity:
-    """[size in bytes, mtime in ns, ctime in ns]: the part of an identity that a remount, a reboot and another machine
-    leave as it is. Devices are numbered by the mount, and on FUSE inodes too."""
+    """[size in bytes, mtime in ns, ctime in ns]: the part of an identity that stays equal after a remount or a reboot,
+    and on another machine. A mount numbers its device anew, and on FUSE the inodes too."""
     return identity[2:]
 
 
 def identities_of(root: Path, paths: Iterable[str]) -> dict[str, Identity]:
-    """The identity of each of these files that is there, by its path below `root`."""
+    """The identity of each of these files, by its path below `root`; absent files are left out."""
     found = {}
     for path in paths:
         try:
             status = os.stat(root / path)
         except OSError:
-            continue  # Opening it says what is wrong.
+            continue  # Whoever opens it reports the error.
         found[path] = identity_of(status)
     return found
 
 
 def changed(path: str, before: Identity, now: Identity | None) -> SourceError:
-    """The error of a source file that is not the one the plan saw; `now` is None where it vanished."""
+    """The error for a source file that changed since the plan; `now` is None if the file vanished."""
     names = ("device", "inode", "size", "mtime", "ctime")
     if now is None:
         what = "it vanished"

@@ -11,7 +11,7 @@ from trees import write_sparse_source
 
 from stream_reshard.machine.memory import parse_nbytes
 
-pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("torch")
 
 
 @pytest.fixture(scope="module")

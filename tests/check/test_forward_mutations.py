@@ -12,8 +12,7 @@ from running import call
 from stream_reshard import api
 from stream_reshard.errors import Refused
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("transformers")
 
 TP2 = ("--tp", 2, "--pp", 2)
 

@@ -3,8 +3,7 @@ import pytest
 from conversions import convert
 from forwards import OTHERS, PLAIN, assert_close, run, save_model, told_by_transformers
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("transformers")
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ BARE = [
     ("metadata's version", lambda c: edit_json(c, "checkpoint_metadata.json", version="1.4"),
      ["version '1.4'", "'1.5'"]),
     *[(f"metadata's tp {tp}", partial(edit_json, name="checkpoint_metadata.json", tp=tp),
-       ["checkpoint_metadata.json says tp", str(tp)])
+       ["checkpoint_metadata.json has tp", str(tp)])
       for tp in (1, "2", None, [2], {"2": 2})],
     ("metadata is a list", lambda c: (c / "checkpoint_metadata.json").write_text("[]"), ["list"]),
     ("padding not zero", lambda c: poke(every(c, EMBEDDING, "tp-rank-1")[0], -1), ["padding", "[11, 15]", EMBEDDING]),

@@ -96,7 +96,7 @@ def test_a_resumed_training_goes_where_nanotron_goes(made, copied, tmp_path, ver
 
     resumed(tmp_path / "empty")
     code, out, _ = verify(made("hf"), root)
-    assert code == 0 and "holds no checkpoint, so Nanotron goes by model.init_method" in out
+    assert code == 0 and "holds no checkpoint, so Nanotron starts from model.init_method" in out
     for path in (made("tp1"), "s3://bucket/steps"):
         resumed(path)
         differs(made("hf"), root, ["resume_checkpoint_path", "does not start from"])

@@ -11,8 +11,7 @@ from running import call
 from stream_reshard import api
 from stream_reshard.errors import Interrupted, Refused
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("transformers")
 
 WORDS = ["never", "half", "a", "checkpoint", "is", "left", "of", "what", "was", "whole"]
 
@@ -41,6 +40,7 @@ def forward(capsys):
 
 
 def loss_of_transformers(folder, tokens):
+    import torch
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_any_two_formats_are_compared(pair, tmp_path, forward, flags):
         assert code == 0 and said["agrees"], err
 
 
-def test_a_cast_is_taken_over_or_shows_itself(pair, tmp_path, forward):
+def test_a_cast_is_taken_over_or_shows_itself(pair, tmp_path, forward, torch):
     """By default the source is rounded as the conversion rounded it; --dtype float32 shows what rounding costs."""
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
@@ -100,7 +100,7 @@ def test_a_cast_is_taken_over_or_shows_itself(pair, tmp_path, forward):
     assert (code, said["dtype"]) == (0, "bfloat16")
 
 
-def test_the_router_is_not_rounded_with_the_rest(tmp_path, forward):
+def test_the_router_is_not_rounded_with_the_rest(tmp_path, forward, torch):
     """Nanotron keeps it in float32, so a cast leaves it out."""
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "bf16", *PLAIN["qwen2_moe"]), dtype=torch.float32)
@@ -174,7 +174,7 @@ def test_flags_that_make_no_sense(pair, capsys, flags, code, words):
 @pytest.mark.parametrize("flags", [("--text", "x"), ("--tokens", 5), ("--tolerance", 1), ("--plot", "x.png")], ids=str)
 def test_flags_of_a_forward_pass_alone_mean_nothing(pair, capsys, flags):
     assert call("verify", *pair, *flags) == 2
-    assert f"{flags[0]} means nothing without --forward" in capsys.readouterr().err
+    assert f"{flags[0]} has no effect without --forward" in capsys.readouterr().err
 
 
 def test_a_long_text_is_cut_between_letters(pair, tmp_path, forward):
@@ -211,7 +211,7 @@ def test_tokenizers_that_do_not_fit(pair, tmp_path, capsys, tokenizer, words):
     ({"hidden_act": "tanh"}, "hidden_act 'tanh' is not computed here"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"), ({"num_attention_heads": "8"}, "num_attention_heads"),
-    ({"model_type": "opt", "architectures": ["OPTForCausalLM"]}, "a forward pass of 'opt' is not known here"),
+    ({"model_type": "opt", "architectures": ["OPTForCausalLM"]}, "a forward pass of 'opt' is not computed here"),
     ({"head_dim": 7}, "do not make heads of pairs"), ({"num_key_value_heads": 3}, "do not make heads of pairs"),
     ({"num_hidden_layers": 99_999}, "num_hidden_layers is 99999, but there are 39 tensors"),
     ({"model_type": "qwen2_moe", "num_experts": 2**30}, "num_experts is 1073741824"),

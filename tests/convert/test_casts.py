@@ -7,13 +7,14 @@ from sources import make_source
 
 from stream_reshard.cli import main
 
-torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("torch")
 SHAPE = (20, 16)
 
 
 def source_of(root, values):
     """A source in float32 but for what `values` say of gate_proj."""
     make_source(root / "bits")
+    import torch
     from safetensors.torch import load_file, save_file
     random = torch.Generator().manual_seed(0)
     tensors = {key: torch.randn(tensor.shape, generator=random)
@@ -26,7 +27,7 @@ def source_of(root, values):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_every_weight_is_rounded_as_torch_rounds_it(tmp_path, dtype):
+def test_every_weight_is_rounded_as_torch_rounds_it(tmp_path, torch, dtype):
     """Ties go to even, subnormals and infinities and NaN stay what they are."""
     from safetensors.torch import load_file
     edges = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 2**-133, -0.0, float("inf"), float("nan"), 2049.0, 2051.0])
@@ -40,7 +41,7 @@ def test_every_weight_is_rounded_as_torch_rounds_it(tmp_path, dtype):
     convert("verify", source, tmp_path / "nt")
 
 
-def test_what_is_too_large_for_float16_is_counted(tmp_path, capsys):
+def test_what_is_too_large_for_float16_is_counted(tmp_path, torch, capsys):
     values = torch.zeros(SHAPE)
     values[3, :5] = torch.tensor([65504.0, 65519.9, 65520.0, -1e30, float("inf")])
     source, _ = source_of(tmp_path, values)

@@ -14,7 +14,8 @@ from sources import FAMILY, INDEX, shapes_of
 
 from stream_reshard.convert.conversion import Options, plan_conversion
 from stream_reshard.model.box import Box
-from stream_reshard.plan.plan import coverage_faults
+from stream_reshard.plan.alignment import Alignment
+from stream_reshard.plan.proof import Survey
 
 LIMIT = 64 * 2**20
 SIZES = {
@@ -155,5 +156,5 @@ def test_jobs_read_the_source_from_its_begin_to_its_end(plan):
         last = lowest
         assert {held.tensor.file for name in job.parameters for held in plan.target.slices[name]} == {
             file.path for file in job.files}
-    assert sum(1 for _ in plan.target.paths) == len(plan.target.files)
-    assert not list(coverage_faults(plan))
+    assert sum(1 for _ in plan.target.paths) == plan.target.num_files
+    assert not Survey(Alignment(plan.source, plan.target), plan.target).faults

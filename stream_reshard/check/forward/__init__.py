@@ -1,17 +1,17 @@
 """Forward: prove that two checkpoints compute the same, by running both over the same tokens, layer by layer.
 
-- tokens:                 what both read
-- side:                   one of the two folders, whatever its format
-- settings:               values of a config, checked
-- hugging_face(_config, _tensors): what transformers computes, and from what
-- nanotron(_config, _tensors):     what Nanotron's ranks compute, and from what
-- weights:                matrices multiplied by bands of rows
-- steps:                  intermediate results of a forward pass
-- compare, result:        the two passes side by side
-- report, plot:           the outcome as text, JSON, picture
+- tokens:                          the tokens that both models read
+- side:                            one of the two folders, of either format
+- settings:                        values of a config, checked
+- hugging_face(_config, _tensors): the computation of transformers, its settings and tensors
+- nanotron(_config, _tensors):     the computation of Nanotron's ranks, its settings and tensors
+- weights:                         products with matrices that are read by bands of rows
+- steps:                           intermediate results of a forward pass
+- compare, result:                 the two passes side by side
+- report, plot:                    the outcome as text, JSON, picture
 
-Neither pass uses the planner, the layouts or the table of names, nor the other's arithmetic: what is shared is the
-reader of files. Both are float32 on a CPU. Only `run_forward` imports torch.
+Neither pass uses the planner, the layouts, the table of names, or the other's arithmetic; both use the reader of files.
+Both compute in float32 on a CPU. Only `run_forward` imports torch.
 """
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _MAX_BAND_NBYTES = 8 * 2**20
 _MIN_BAND_NBYTES = 2**18
 _MAX_HEAD_ROWS = 4096
 _SLACK_NBYTES = 48 * 2**20
-"""Memory of the libraries that multiply matrices, and of all the small things."""
+"""Memory of the libraries that multiply matrices, and of small objects."""
 _PLOT_NBYTES = 64 * 2**20
-"""Memory that importing matplotlib and drawing add."""
+"""Memory that importing matplotlib and drawing a plot add."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -101,31 +101,31 @@ class ForwardPlan(Reported):
 def plan_forward(source: Path, copy: Path, options: ForwardOptions = ForwardOptions()) -> ForwardPlan:
     """Open both folders, find every tensor, choose the tokens; reads headers and configs only, and imports no torch.
 
-    Raises Refused or SourceError with everything that keeps the source from being run, Refused with a DifferenceError
-    for everything that keeps the copy, UsageError, ResourceError where the limit on memory cannot be kept.
+    Raises Refused or SourceError for a source that cannot be run, Refused with a DifferenceError for each reason why
+    the copy cannot be run, UsageError, and ResourceError for a limit on memory that is too small.
     """
     _check(options)
     allowed = options.allowed_memory
     limit = memory.parse_limit(allowed, memory.resident())
-    ours = open_side(source, limit)
+    source_side = open_side(source, limit)
     try:
-        theirs = open_side(copy, limit, options.allow)
+        copy_side = open_side(copy, limit, options.allow)
     except Refused as refused:
         raise Refused(DifferenceError(str(problem)) for problem in refused.problems) from refused
-    vocab_size = min(size for size in (ours.vocab_size, theirs.vocab_size, ours.config.vocab_size,
-                                       theirs.config.vocab_size) if size is not None)
-    number = min(options.tokens, ours.config.max_num_tokens, theirs.config.max_num_tokens)
+    sides = source_side, copy_side
+    vocab_size = min(size for side in sides for size in (side.vocab_size, side.config.vocab_size) if size is not None)
+    number = min(options.tokens, *(side.config.max_num_tokens for side in sides))
     tokens = (random_tokens(number, vocab_size, options.seed) if options.text is None else
               tokens_of(options.text, (source, copy), number, vocab_size))
-    dtype = options.dtype if options.dtype != "keep" else theirs.dtype
+    dtype = options.dtype if options.dtype != "keep" else copy_side.dtype
     to_import = 0 if "torch" in sys.modules else memory.TORCH_NBYTES
     to_import += _PLOT_NBYTES if options.plot and "matplotlib" not in sys.modules else 0
-    return _fitted(ForwardPlan(options, ours, theirs, tuple(tokens), dtype, vocab_size, allowed, memory.resident(),
-                               to_import, _MAX_BAND_NBYTES))
+    return _fitted(ForwardPlan(options, source_side, copy_side, tuple(tokens), dtype, vocab_size, allowed,
+                               memory.resident(), to_import, _MAX_BAND_NBYTES))
 
 
 def _check(options: ForwardOptions) -> None:
-    """Raises Refused with everything that cannot be done, before any file is opened."""
+    """Raises Refused for missing packages and for a plot that cannot be written, before any file is opened."""
     problems = Problems()
     if importlib.util.find_spec("torch") is None:
         problems.collect(import_torch, "a forward pass")
@@ -142,7 +142,7 @@ def _check_plot(path: Path) -> None:
 
 
 def _fitted(plan: ForwardPlan) -> ForwardPlan:
-    """The plan with the largest bands that keep the limit. Raises ResourceError where none do."""
+    """The plan with the largest bands that keep the limit. Raises ResourceError if the smallest bands exceed it."""
     while plan.projected > plan.allowed and plan.band_nbytes > _MIN_BAND_NBYTES:
         plan = replace(plan, band_nbytes=plan.band_nbytes // 2)
     if plan.projected > plan.allowed:
@@ -157,8 +157,8 @@ def run_forward(plan: ForwardPlan, progress: Callable[[int, int], None] = lambda
                 stop: Stop | None = None) -> Comparison:
     """Run both models and draw the plot. `progress(done, total)` counts parts of the work.
 
-    Raises DifferenceError where the two do not go through the same steps, SourceError where a file shrank meanwhile,
-    ResourceError where one cannot be read, Interrupted.
+    Raises DifferenceError for models with different steps, SourceError for a file that shrank since the plan,
+    ResourceError for a file that cannot be read, Interrupted.
     """
     torch, stop = import_torch("a forward pass"), stop or Stop()
     from stream_reshard.check.forward.compare import compare

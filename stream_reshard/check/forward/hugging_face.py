@@ -1,7 +1,7 @@
-"""A Hugging Face checkpoint run forward, in float32 on a CPU: what transformers computes in eager attention.
+"""A Hugging Face checkpoint run forward, in float32 on a CPU, as transformers does with eager attention.
 
 Written from transformers' modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen2_moe and modeling_smollm3.
-It shares no arithmetic with the Nanotron side, so that a mistake in one of them is a difference.
+No arithmetic is shared with the Nanotron side, so that a mistake in one of them shows as a difference.
 """
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stream_reshard.check.forward.weights import Weights
 
 
 class HuggingFaceModel:
-    """All modules of a checkpoint, one after the other."""
+    """A checkpoint, computed module by module."""
 
     def __init__(self, config: HuggingFaceConfig, tensors: HuggingFaceTensors, weights: Weights):
         self._config, self._tensors, self._weights = config, tensors, weights
@@ -39,7 +39,7 @@ class HuggingFaceModel:
                                     last)
 
     def _layer(self, layer: int, hidden: Tensor) -> Work:
-        """The decoder layer; returns its output."""
+        """A decoder layer; returns its output."""
         name = f"model.layers.{layer}."
         for norm, inner in (("input_layernorm", self._attention), ("post_attention_layernorm", self._feed_forward)):
             normed = self._norm(f"{name}{norm}.weight", hidden)
@@ -82,10 +82,12 @@ class HuggingFaceModel:
         config, scaling = self._config, self._config.rope_scaling
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
         plain = 1.0 / (config.rope_theta ** exponents)
-        if scaling is None or scaling.original_max_position_embeddings is None:
-            return plain / (1.0 if scaling is None else scaling.factor)
-        low, high, length = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
-        assert low is not None and high is not None, "llama3 has all four"
+        if scaling is None:
+            return plain
+        if scaling.llama3 is None:
+            return plain / scaling.factor
+        low, high = scaling.llama3.low_freq_factor, scaling.llama3.high_freq_factor
+        length = scaling.llama3.original_max_position_embeddings
         wavelengths = 2 * math.pi / plain
         smooth = (length / wavelengths - low) / (high - low)
         between = (1 - smooth) * plain / scaling.factor + smooth * plain
@@ -124,7 +126,7 @@ class HuggingFaceModel:
         return down
 
     def _experts(self, layer: int, x: Tensor) -> Work:
-        """Qwen2MoeSparseMoeBlock. Nanotron keeps the router in float32, so it is not rounded either."""
+        """Qwen2MoeSparseMoeBlock. The router is not rounded to the dtype of a cast: Nanotron keeps it in float32."""
         config, name = self._config, f"model.layers.{layer}.mlp."
         probabilities = self._weights.as_stored().linear(x, self._tensors[f"{name}gate.weight"]).softmax(dim=-1)
         yield Step(layer, "mlp.gate", probabilities, f"{name}gate.weight")

@@ -1,4 +1,4 @@
-"""The computation of a Hugging Face checkpoint, by its config.json, in the spelling of transformers 4 and 5.
+"""Settings of the computation of a Hugging Face checkpoint: its config.json, as transformers 4 or 5 writes it.
 
 Written from transformers' configuration classes and their defaults (LlamaConfig, MistralConfig, Qwen2Config,
 Qwen2MoeConfig, SmolLM3Config) and from its modeling_rope_utils.
@@ -28,9 +28,18 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 """Defaults by family that differ from those of Llama's config class."""
 
 _MAX_EXPERTS = 4096
-"""No model has more in a layer."""
+"""Limit on the experts of a layer; no known model has more."""
 
 _ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Settings of the rope_type `llama3` beside its factor."""
+
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -38,15 +47,16 @@ class RopeScaling:
     """Change of the frequencies of rotary embedding."""
 
     factor: float
-    low_freq_factor: float | None = None
-    """The three of `llama3`; None where all frequencies are divided by the factor (`linear`)."""
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
+    llama3: Llama3Scaling | None = None
+    """None: all frequencies are divided by the factor (`linear`)."""
+
+    def __str__(self) -> str:
+        return f"linear, factor {self.factor:g}" if self.llama3 is None else f"factor {self.factor:g}, {self.llama3}"
 
 
 @dataclass(frozen=True)
 class HuggingFaceConfig:
-    """A config.json, and values that follow from it."""
+    """Settings in a config.json, defaults included."""
 
     hidden_size: int
     intermediate_size: int
@@ -61,43 +71,43 @@ class HuggingFaceConfig:
     rope_scaling: RopeScaling | None
     layers_with_rope: tuple[bool, ...]
     windows: tuple[int | None, ...]
-    """Per layer: tokens that one attends to, itself included; None: all before it."""
+    """Per layer: number of tokens that a token attends to, itself included; None: all up to itself."""
     has_qkv_bias: bool
     has_o_bias: bool
     has_mlp_bias: bool
     is_tied: bool
-    """True where the head is the embedding."""
+    """True if the head shares the weights of the embedding."""
     activation: str
     layers_with_experts: tuple[bool, ...]
     num_experts: int
-    """0 without experts, as are the three fields below."""
+    """0 without experts; the three sizes below are 0 then too."""
     top_k: int
     expert_intermediate_size: int
     shared_intermediate_size: int
     is_top_k_normalised: bool
-    """True where the weights of the chosen experts are scaled to a sum of 1."""
+    """True if the weights of the chosen experts are scaled to a sum of 1."""
 
     @property
     def num_features(self) -> int:
-        """Values of one token that are alive at once in a layer, at most."""
+        """Largest number of values held at once for one token in a layer."""
         ffn = max(self.intermediate_size, self.num_experts, 2 * self.expert_intermediate_size,
                   self.shared_intermediate_size)
         return 4 * self.hidden_size + max(4 * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, 5 * ffn)
 
     @property
     def num_scores(self) -> int:
-        """Attention scores of a pair of tokens that are alive at once, at most."""
+        """Largest number of attention scores held at once for a pair of tokens."""
         return 4 * max(1, self.num_heads // self.num_kv_heads)
 
 
 def read_hugging_face_config(root: Path, problems: Problems, max_nbytes: int) -> HuggingFaceConfig:
-    """Read config.json. What makes no sense, or is not computed here, goes to `problems`; raises SourceError where
-    there is no such file."""
-    raw = read_json(root, CONFIG_NAME, max_nbytes, matters=())  # What is doubtful is for verify to refuse.
+    """Read config.json. Values that are invalid, or not computed here, go to `problems`. Raises SourceError for a
+    missing file."""
+    raw = read_json(root, CONFIG_NAME, max_nbytes, matters=())  # `verify` refuses doubtful values.
     family = _family(raw)
     settings = Settings(raw, CONFIG_NAME, problems, _DEFAULTS.get(family, {}))
     if family not in _DEFAULTS:
-        settings.complain(f"a forward pass of {quoted(family)} is not known here; known are {', '.join(_DEFAULTS)}")
+        settings.complain(f"a forward pass of {quoted(family)} is not computed here; {', '.join(_DEFAULTS)} are")
     num_heads, hidden_size = settings.size("num_attention_heads"), settings.size("hidden_size")
     num_layers = settings.num_layers()
     has_bias = family in ("llama", "smollm3") and settings.flag("attention_bias", False)
@@ -119,7 +129,7 @@ def read_hugging_face_config(root: Path, problems: Problems, max_nbytes: int) ->
 
 
 def _family(raw: Mapping[str, Any]) -> str:
-    """`model_type` decides, as in transformers; without one the class that architectures names."""
+    """The `model_type`, as in transformers; without one, that of the class in `architectures`."""
     model_type, names = raw.get("model_type"), raw.get("architectures")
     name = names[0] if isinstance(names, list) and names else names
     return str(model_type_of(str(name)) or name) if model_type is None else str(model_type)
@@ -141,30 +151,30 @@ def _rope(settings: Settings) -> tuple[float, RopeScaling | None]:
     if kind == "linear":
         return theta, RopeScaling(inner.number("factor"))
     if kind == "llama3":
-        return theta, RopeScaling(inner.number("factor"), inner.number("low_freq_factor"),
-                                  inner.number("high_freq_factor"), inner.size("original_max_position_embeddings"))
+        return theta, RopeScaling(inner.number("factor"), Llama3Scaling(
+            inner.number("low_freq_factor"), inner.number("high_freq_factor"),
+            inner.size("original_max_position_embeddings")))
     return theta, None
 
 
 def _layers_with_rope(settings: Settings, family: str, num_layers: int) -> list[bool]:
     if family != "smollm3":
         return [True] * num_layers
-    told = settings.raw.get("no_rope_layers")
-    if told is None:
-        every = settings.size("no_rope_layer_interval", 4)
-        return [(layer + 1) % every != 0 for layer in range(num_layers)]
-    if not isinstance(told, list) or len(told) != num_layers:
-        settings.complain(f"no_rope_layers is {quoted(told)}, not a list of {num_layers} entries")
+    flags = settings.raw.get("no_rope_layers")  # Despite its name, 1 is a layer with rotary embedding.
+    if flags is None:
+        interval = settings.size("no_rope_layer_interval", 4)
+        return [(layer + 1) % interval != 0 for layer in range(num_layers)]
+    if not isinstance(flags, list) or len(flags) != num_layers:
+        settings.complain(f"no_rope_layers is {quoted(flags)}, not a list of {num_layers} entries")
         return [True] * num_layers
-    return [bool(entry) for entry in told]
+    return [bool(flag) for flag in flags]
 
 
 def _windows(settings: Settings, family: str, num_layers: int) -> list[int | None]:
-    """Families without the setting attend to everything; of the others some ask a flag first."""
-    every: list[int | None] = [None] * num_layers
+    """The window of each layer. Llama has none, Mistral always has one, the others only with `use_sliding_window`."""
     window = settings.raw.get("sliding_window", settings.defaults.get("sliding_window"))
     if family == "llama" or window is None or (family != "mistral" and not settings.flag("use_sliding_window", False)):
-        return every
+        return [None] * num_layers
     size, kinds = settings.size("sliding_window"), settings.raw.get("layer_types")
     if isinstance(kinds, list) and len(kinds) == num_layers:
         return [size if kind == "sliding_attention" else None for kind in kinds]
@@ -173,21 +183,21 @@ def _windows(settings: Settings, family: str, num_layers: int) -> list[int | Non
 
 
 def _experts(settings: Settings, family: str, num_layers: int) -> dict[str, Any]:
-    """Qwen2MoeDecoderLayer: every n-th layer that mlp_only_layers does not name has experts."""
+    """Settings of Qwen2MoeDecoderLayer: every n-th layer has experts, unless mlp_only_layers lists it."""
     if family != "qwen2_moe":
         return {"layers_with_experts": (False,) * num_layers, "num_experts": 0, "top_k": 0,
                 "expert_intermediate_size": 0, "shared_intermediate_size": 0, "is_top_k_normalised": False}
-    every, named = settings.size("decoder_sparse_step", 1), settings.raw.get("mlp_only_layers") or []
-    if not isinstance(named, list):
-        settings.complain(f"mlp_only_layers is {quoted(named)}, not a list")
-        named = []
+    interval, plain = settings.size("decoder_sparse_step", 1), settings.raw.get("mlp_only_layers") or []
+    if not isinstance(plain, list):
+        settings.complain(f"mlp_only_layers is {quoted(plain)}, not a list")
+        plain = []
     num_experts, top_k = settings.size("num_experts"), settings.size("num_experts_per_tok")
     if num_experts > _MAX_EXPERTS:
-        settings.complain(f"num_experts is {num_experts}")
+        settings.complain(f"num_experts is {num_experts}, at most {_MAX_EXPERTS} are computed here")
         num_experts = 1
     elif top_k > num_experts:
         settings.complain(f"num_experts_per_tok is {top_k} of {num_experts} experts")
-    has_experts = (layer not in named and (layer + 1) % every == 0 for layer in range(num_layers))
+    has_experts = (layer not in plain and (layer + 1) % interval == 0 for layer in range(num_layers))
     return {"layers_with_experts": tuple(has_experts), "num_experts": num_experts, "top_k": top_k,
             "expert_intermediate_size": settings.size("moe_intermediate_size"),
             "shared_intermediate_size": settings.size("shared_expert_intermediate_size"),

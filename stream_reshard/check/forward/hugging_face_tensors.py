@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from stream_reshard.check.forward.hugging_face_config import HuggingFaceConfig
 from stream_reshard.check.forward.settings import DTYPES
@@ -18,12 +19,12 @@ class HuggingFaceTensors(dict[str, StoredTensor]):
     """Stored tensors by name."""
 
     def __init__(self, root: Path, problems: Problems, max_nbytes: int):
-        """Reads index and headers; each may have `max_nbytes`. Raises SourceError."""
+        """Read the index and headers of at most `max_nbytes` each. Raises SourceError."""
         self._root, self._problems = root, problems
         names: list[str] = [_SINGLE]
         if (root / _INDEX).is_file():
-            told = read_json(root, _INDEX, max_nbytes, {"weight_map"}).get("weight_map")
-            names = sorted(set(told.values())) if isinstance(told, dict) and _are_shards(told) else []
+            weight_map = read_json(root, _INDEX, max_nbytes, {"weight_map"}).get("weight_map")
+            names = sorted(set(weight_map.values())) if _names_shards(weight_map) else []
         elif not (root / _SINGLE).is_file():
             raise SourceError(f"{quoted(root)} holds neither {_SINGLE} nor {_INDEX}")
         if not names:
@@ -31,7 +32,7 @@ class HuggingFaceTensors(dict[str, StoredTensor]):
         self._stored = {tensor.key: tensor for name in names for tensor in read_header(root, name, max_nbytes).tensors}
 
     def find(self, config: HuggingFaceConfig) -> None:
-        """Look for every parameter. What is missing or has another shape goes to `problems`."""
+        """Look up every parameter. Missing ones, and ones of another shape or dtype, go to `problems`."""
         if config.num_layers > len(self._stored):
             self._problems.append(SourceError(f"num_hidden_layers is {config.num_layers}, but there are "
                                               f"{len(self._stored)} tensors in {quoted(self._root)}"))
@@ -85,5 +86,6 @@ class HuggingFaceTensors(dict[str, StoredTensor]):
             self[name] = tensor
 
 
-def _are_shards(weight_map: dict[str, object]) -> bool:
-    return all(isinstance(name, str) and len(name) < 256 and SHARD_NAME.fullmatch(name) for name in weight_map.values())
+def _names_shards(weight_map: Any) -> TypeGuard[dict[str, str]]:
+    return isinstance(weight_map, dict) and all(
+        isinstance(name, str) and len(name) < 256 and SHARD_NAME.fullmatch(name) for name in weight_map.values())

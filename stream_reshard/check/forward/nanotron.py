@@ -1,9 +1,9 @@
 """A Nanotron checkpoint run forward as its ranks do, in float32 on a CPU.
 
 Written from Nanotron's modules: models/llama.py, models/qwen.py, nn/moe.py, nn/rotary.py, nn/layer_norm.py, and
-parallel/tensor_parallel/nn.py. A list holds what the tensor-parallel ranks have, one entry each; a sum over it is their
-all-reduce, a concatenation their gathering. Nothing of the planner, the layouts or the table of names is used, so that
-a conversion that went wrong there cannot look right here.
+parallel/tensor_parallel/nn.py. A list holds one entry per tensor-parallel rank; its sum is their all-reduce, its
+concatenation their all-gather. The planner, the layouts and the table of names are not used, so that a mistake in them
+shows as a difference.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stream_reshard.check.forward import steps
-from stream_reshard.check.forward.nanotron_config import NanotronConfig
+from stream_reshard.check.forward.nanotron_config import ExpertsConfig, NanotronConfig
 from stream_reshard.check.forward.nanotron_tensors import EMBEDDING, FINAL_NORM, HEAD, NanotronTensors
 from stream_reshard.check.forward.steps import Step, Work
 from stream_reshard.check.forward.weights import Weights
@@ -27,14 +27,14 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class NanotronModel:
-    """All ranks of a checkpoint, one module after the other."""
+    """All ranks of a checkpoint, computed module by module."""
 
     def __init__(self, config: NanotronConfig, tensors: NanotronTensors, weights: Weights):
         self._config, self._tensors, self._weights = config, tensors, weights
         self._num_tp = tensors.num_tp
 
     def steps(self, tokens: Sequence[int]) -> Iterator[Step]:
-        """See `steps.Model`. The stages pass the hidden states on, and their layers are in order: that was checked."""
+        """See `steps.Model`. Stages need no step of their own: their layers are in order (`NanotronTensors.find`)."""
         hidden = self._embedded(tokens)
         yield Step(None, steps.EMBEDDING, hidden, EMBEDDING)
         for layer in range(self._config.num_layers):
@@ -42,7 +42,7 @@ class NanotronModel:
         yield Step(None, steps.FINAL_NORM, self._norm(FINAL_NORM, hidden), FINAL_NORM, self._norm_settings)
 
     def logits(self, hidden: Tensor, first: int, last: int) -> Tensor:
-        """See `steps.Model`. Every rank has its part of the vocabulary."""
+        """See `steps.Model`. Each rank holds one part of the vocabulary."""
         name = EMBEDDING if self._config.is_tied else HEAD
         num_rows = self._config.vocab_size // self._num_tp
         parts = []
@@ -53,12 +53,12 @@ class NanotronModel:
         return torch.cat(parts, -1)
 
     def _embedded(self, tokens: Sequence[int]) -> Tensor:
-        """TensorParallelEmbedding: a rank looks up the tokens in its part of the vocabulary, the others are zero."""
+        """TensorParallelEmbedding: a rank looks up the tokens of its part of the vocabulary; its other rows are 0."""
         num_rows = self._config.vocab_size // self._num_tp
         total = torch.zeros(len(tokens), self._config.hidden_size)
         for tp, weight in enumerate(self._tensors[EMBEDDING]):
-            places = [place for place, token in enumerate(tokens) if token // num_rows == tp]
-            total[places] += self._weights.picked(weight, [tokens[place] % num_rows for place in places])
+            positions = [position for position, token in enumerate(tokens) if token // num_rows == tp]
+            total[positions] += self._weights.picked(weight, [tokens[position] % num_rows for position in positions])
         return total
 
     def _layer(self, layer: int, hidden: Tensor) -> Work:
@@ -70,8 +70,8 @@ class NanotronModel:
         normed = self._norm(f"{name}post_attention_layernorm.weight", hidden)
         yield Step(layer, "post_attention_layernorm", normed, f"{name}post_attention_layernorm.weight",
                    self._norm_settings)
-        has_experts = self._config.experts is not None and layer in self._config.experts.layers
-        made = yield from (self._experts(layer, normed) if has_experts else
+        experts = self._config.experts
+        made = yield from (self._experts(layer, experts, normed) if experts and layer in experts.layers else
                            self._mlp(layer, "mlp", f"{name}mlp", normed))
         hidden = hidden + made
         yield Step(layer, steps.HIDDEN, hidden)
@@ -86,11 +86,10 @@ class NanotronModel:
         yield self._shown(layer, "self_attn.q_proj", [self._in_halves(part) for part in q], f"{name}qkv_proj", order)
         yield self._shown(layer, "self_attn.k_proj", [self._in_halves(part) for part in k], f"{name}qkv_proj", order)
         yield self._shown(layer, "self_attn.v_proj", v, f"{name}qkv_proj", order)
-        turns, window = not self._goes_without_rope(layer), config.window
+        turns = self._has_rope(layer)
+        window = config.window if turns else None
         if turns:
             q, k = [self._turned(part) for part in q], [self._turned(part) for part in k]
-        else:
-            window = None
         scaling = "unscaled" if config.rope_interpolation == 1 else f"positions / {config.rope_interpolation:g}"
         options = f"rope_theta {config.rope_theta:g}, {scaling}, {order}" if turns else "no rotary embedding"
         yield self._shown(layer, "self_attn.q_turned", [self._in_halves(part) for part in q], "", options)
@@ -102,12 +101,12 @@ class NanotronModel:
         yield Step(layer, "self_attn.o_proj", summed, f"{name}o_proj")
         return summed
 
-    def _goes_without_rope(self, layer: int) -> bool:
-        every = self._config.no_rope_layer
-        return every is not None and (layer + 1) % every == 0
+    def _has_rope(self, layer: int) -> bool:
+        interval = self._config.no_rope_layer
+        return interval is None or (layer + 1) % interval != 0
 
     def _turned(self, x: Tensor) -> Tensor:
-        """Rotary embedding of the heads of one rank, as flash-attn's RotaryEmbedding does it."""
+        """Rotary embedding of the heads of one rank, as in flash-attn's RotaryEmbedding."""
         config = self._config
         heads = x.unflatten(-1, (-1, config.head_dim))
         inverse = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
@@ -126,7 +125,7 @@ class NanotronModel:
         return x.unflatten(-1, (-1, self._config.head_dim // 2, 2)).transpose(-1, -2).flatten(1)
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Causal attention of the heads of one rank, scaled by the root of the head's size."""
+        """Causal attention of the heads of one rank, scaled with the square root of head_dim."""
         q, k, v = (part.unflatten(-1, (-1, self._config.head_dim)).transpose(0, 1) for part in (q, k, v))
         num_queries = len(q) // len(k)
         k, v = k.repeat_interleave(num_queries, 0), v.repeat_interleave(num_queries, 0)
@@ -137,7 +136,7 @@ class NanotronModel:
         return out.transpose(0, 1).flatten(1)
 
     def _mlp(self, layer: int, title: str, name: str, x: Tensor) -> Work:
-        """Qwen2MLP, and Llama's MLP: gate and up of a rank stand one after the other."""
+        """Qwen2MLP, and Llama's MLP: a rank's features are those of gate, then those of up."""
         gate, up = zip(*(part.chunk(2, -1) for part in self._column(f"{name}.gate_up_proj", x)))
         yield self._shown(layer, f"{title}.gate_proj", gate, f"{name}.gate_up_proj")
         yield self._shown(layer, f"{title}.up_proj", up, f"{name}.gate_up_proj")
@@ -147,20 +146,19 @@ class NanotronModel:
         yield Step(layer, f"{title}.down_proj", down, f"{name}.down_proj", f"hidden_act {self._config.activation}")
         return down
 
-    def _experts(self, layer: int, x: Tensor) -> Work:
-        """Qwen2MoELayer: weights of the chosen experts are those of a softmax over all; every rank has all experts."""
-        config, name = self._config.experts, f"decoder.{layer}.pp_block.mlp."
-        assert config is not None, "only a layer with experts comes here"
-        chances = F.softmax(self._weights.linear(x, self._tensors[f"{name}router.weight"][0]), -1)
-        yield Step(layer, "mlp.gate", chances, f"{name}router.weight")
-        weights, chosen = chances.topk(config.top_k, -1)
+    def _experts(self, layer: int, config: ExpertsConfig, x: Tensor) -> Work:
+        """Qwen2MoELayer: the weights of the chosen experts come from a softmax over all; every rank has all experts."""
+        name = f"decoder.{layer}.pp_block.mlp."
+        probabilities = F.softmax(self._weights.linear(x, self._tensors[f"{name}router.weight"][0]), -1)
+        yield Step(layer, "mlp.gate", probabilities, f"{name}router.weight")
+        weights, chosen = probabilities.topk(config.top_k, -1)
         gate_up, down = (self._tensors[f"{name}experts.merged_{which}_proj"][0] for which in ("gate_up", "down"))
         out = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
-            places, ranks = (chosen == expert).nonzero(as_tuple=True)
-            gate, up = self._weights.stacked(x[places], gate_up, expert).chunk(2, -1)
+            tokens, choices = (chosen == expert).nonzero(as_tuple=True)
+            gate, up = self._weights.stacked(x[tokens], gate_up, expert).chunk(2, -1)
             made = self._weights.stacked(ACTIVATIONS[self._config.activation](gate) * up, down, expert)
-            out.index_add_(0, places, made * weights[places, ranks, None])
+            out.index_add_(0, tokens, made * weights[tokens, choices, None])
         yield Step(layer, "mlp.experts", out, f"{name}experts", f"{config.top_k} chosen")
         if config.shared_intermediate_size is not None:
             shared = yield from self._mlp(layer, "mlp.shared_expert", f"{name}shared_expert", x)
@@ -179,12 +177,12 @@ class NanotronModel:
         return f"rms_norm_eps {self._config.norm_eps:g}"
 
     def _column(self, name: str, x: Tensor) -> list[Tensor]:
-        """TensorParallelColumnLinear: every rank makes its own features."""
+        """TensorParallelColumnLinear: each rank computes its own features."""
         weights, biases = self._tensors[f"{name}.weight"], self._tensors.get(f"{name}.bias")
         return [self._weights.linear(x, weight, biases[tp] if biases else None) for tp, weight in enumerate(weights)]
 
     def _row(self, name: str, parts: Sequence[Tensor]) -> Tensor:
-        """TensorParallelRowLinear: every rank makes a part of all features, and they are summed up."""
+        """TensorParallelRowLinear: each rank computes a part of the sum that makes up every feature."""
         products = (self._weights.linear(x, weight) for x, weight in zip(parts, self._tensors[f"{name}.weight"]))
         total = next(products)
         for product in products:

@@ -1,7 +1,7 @@
-"""The computation of a Nanotron checkpoint, by its model_config.json and the format version of its files.
+"""Settings of the computation of a Nanotron checkpoint: its model_config.json and the format version of its files.
 
-Written from Nanotron's LlamaConfig, Qwen2Config and MoEConfig (nanotron/config/models_config.py), their defaults
-included, and from what the modules make of them.
+Written from Nanotron's LlamaConfig, Qwen2Config and MoEConfig (nanotron/config/models_config.py), with their defaults,
+and from the modules that read them.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DEFAULTS = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers
 
 @dataclass(frozen=True)
 class ExpertsConfig:
-    """The mixture of experts that takes the place of an MLP."""
+    """A mixture of experts in place of an MLP."""
 
     num_experts: int
     top_k: int
@@ -30,12 +30,12 @@ class ExpertsConfig:
     shared_intermediate_size: int | None
     """None without a shared expert."""
     layers: tuple[int, ...]
-    """Indices of the layers that have it."""
+    """Indices of the layers with experts."""
 
 
 @dataclass(frozen=True)
 class NanotronConfig:
-    """A model config, and values that follow from it."""
+    """Settings in a model_config.json, defaults included."""
 
     hidden_size: int
     intermediate_size: int
@@ -48,17 +48,17 @@ class NanotronConfig:
     norm_eps: float
     rope_theta: float
     rope_interleaved: bool
-    """True where rotary embedding turns neighbouring elements of a head, False where those of its two halves."""
+    """True if rotary embedding turns neighbouring elements of a head, False for elements of its two halves."""
     rope_interpolation: float
-    """Divisor of positions."""
+    """Divisor of the positions of tokens."""
     no_rope_layer: int | None
     """Every n-th layer has no rotary embedding."""
     window: int | None
-    """Tokens that one attends to, itself included; None: all before it."""
+    """Number of tokens that a token attends to, itself included; None: all up to itself."""
     has_bias: bool
-    """True where qkv_proj has a bias."""
+    """True if qkv_proj has a bias."""
     is_tied: bool
-    """True where the head is the embedding."""
+    """True if the head shares the weights of the embedding."""
     activation: str
     experts: ExpertsConfig | None
 
@@ -69,7 +69,7 @@ class NanotronConfig:
 
     @property
     def num_features(self) -> int:
-        """Values of one token that are alive at once in a layer, at most."""
+        """Largest number of values held at once for one token in a layer."""
         ffn = self.intermediate_size
         if self.experts:
             ffn = max(self.experts.num_experts, 2 * self.experts.intermediate_size,
@@ -78,7 +78,7 @@ class NanotronConfig:
 
     @property
     def num_scores(self) -> int:
-        """Attention scores of a pair of tokens that are alive at once, at most."""
+        """Largest number of attention scores held at once for a pair of tokens."""
         return 2 * self.num_heads
 
     @property
@@ -89,8 +89,8 @@ class NanotronConfig:
 
 
 def read_nanotron_config(root: Path, version: str, problems: Problems, max_nbytes: int) -> NanotronConfig:
-    """Read model_config.json. `version` is that of the files. What makes no sense goes to `problems`; raises
-    SourceError where there is no such file."""
+    """Read model_config.json; `version`: format version of the weight files. Invalid values go to `problems`. Raises
+    SourceError for a missing file."""
     raw = read_json(root, CONFIG_NAME, max_nbytes)
     settings = Settings(raw, CONFIG_NAME, problems, _DEFAULTS)
     is_qwen2 = raw.get("is_qwen2_config") is True
@@ -112,8 +112,8 @@ def read_nanotron_config(root: Path, version: str, problems: Problems, max_nbyte
 
 
 def _rope(settings: Settings, version: str) -> dict[str, Any]:
-    """Trees of format 1.2 turn neighbours around a base of 10,000, whatever a config says; those of 1.3 and 1.4 were
-    written by trees with and without the setting, and the older ones turn neighbours."""
+    """Nanotron of format 1.2 interleaves and has the base 10,000, whatever the config holds. Formats 1.3 and 1.4 were
+    written both before and after rope_interleaved became a setting; Nanotron before it interleaves."""
     if version == "1.2":
         return {"rope_theta": 10000.0, "rope_interleaved": True}
     return {"rope_theta": settings.number("rope_theta"),
@@ -121,14 +121,12 @@ def _rope(settings: Settings, version: str) -> dict[str, Any]:
 
 
 def _of_qwen2(settings: Settings, is_qwen2: bool) -> dict[str, Any]:
-    """Settings that Qwen2Config alone has."""
-    def told(key: str) -> bool:
-        return is_qwen2 and settings.raw.get(key) is not None
+    """Settings that only Qwen2Config has."""
+    def size(key: str) -> int | None:
+        return settings.size(key) if is_qwen2 and settings.raw.get(key) is not None else None
 
-    factor, skipped, window = "rope_seq_len_interpolation_factor", "no_rope_layer", "sliding_window_size"
-    return {"rope_interpolation": settings.number(factor) if told(factor) else 1.0,
-            skipped: settings.size(skipped) if told(skipped) else None,
-            "window": settings.size(window) if told(window) else None}
+    return {"rope_interpolation": settings.number("rope_seq_len_interpolation_factor", 1.0) if is_qwen2 else 1.0,
+            "no_rope_layer": size("no_rope_layer"), "window": size("sliding_window_size")}
 
 
 def _experts(settings: Settings, num_layers: int) -> ExpertsConfig:

@@ -1,9 +1,8 @@
-"""The tensors of a Nanotron checkpoint by parameter and rank, found as each rank finds its own: by the file's name.
+"""The tensors of a Nanotron checkpoint by parameter and rank, found by the names of the files, as each rank does.
 
-Written from Nanotron: names as `get_path` makes them (nanotron/serialize/utils.py), stages as `build_model` balances
-them (nanotron/models/base.py), shapes as the modules have them. A rank opens the file of its own name and copies what
-is in it; it does not look at the slices in the header (nanotron/serialize/weights.py), and so neither are they looked
-at here.
+Written from Nanotron: names from `get_path` (nanotron/serialize/utils.py), stages from `build_model`
+(nanotron/models/base.py), shapes from the modules. A rank opens the file of its own name and copies its content
+without reading the slices in the header (nanotron/serialize/weights.py); so they are not read here either.
 """
 from __future__ import annotations
 
@@ -25,10 +24,10 @@ _RANKS = re.compile(r"_pp-rank-(\d{1,6})-of-(\d{1,6})_tp-rank-(\d{1,6})-of-(\d{1
 
 
 class NanotronTensors(dict[str, list[StoredTensor]]):
-    """Tensors by parameter: one per tensor-parallel rank of a sharded parameter, one in all of any other."""
+    """Tensors by parameter: one per tensor-parallel rank of a sharded parameter, else a single one."""
 
     def __init__(self, root: Path, problems: Problems, max_nbytes: int):
-        """Looks for the topology only; `max_nbytes` limits a header. Raises SourceError where there is none."""
+        """Find the topology; `max_nbytes`: limit on a header. Raises SourceError if the files do not agree on one."""
         self._root, self._problems, self._max_nbytes = root, problems, max_nbytes
         folder = _folder_of(EMBEDDING)
         names = [path.name for path in sorted((root / folder).glob("*"))
@@ -42,8 +41,8 @@ class NanotronTensors(dict[str, list[StoredTensor]]):
         """Format version, from the header of the embedding."""
 
     def find(self, config: NanotronConfig, may_be_moved: bool) -> None:
-        """Look for every parameter of the model. What is missing, or has another shape than Nanotron's module, goes to
-        `problems`. With `may_be_moved` blocks may stand on other stages than Nanotron's balancing gives them."""
+        """Look up every parameter. Missing ones, and ones of another shape or dtype than in Nanotron's module, go to
+        `problems`. With `may_be_moved`, blocks may stand on other stages than in Nanotron's balancing."""
         self._check_splits(config)
         layers = (path.name for path in (self._root / "model/model/decoder").glob("*"))
         num_found = sum(not is_litter(f"{name}/") and not is_litter(name) for name in layers)
@@ -57,13 +56,13 @@ class NanotronTensors(dict[str, list[StoredTensor]]):
             blocks = [EMBEDDING, *(f"decoder.{layer}.pp_block.attn.qkv_proj.weight" for layer in range(
                 config.num_layers)), FINAL_NORM, HEAD]
             stages = [min(self._stages_named(block), default=stage) for block, stage in zip(blocks, stages)]
-        of_layers = stages[1:-2]
-        if of_layers != sorted(of_layers):
-            self._problems.append(SourceError(f"the layers of {quoted(self._root)} stand on the stages {of_layers}, "
+        layer_stages = stages[1:-2]
+        if layer_stages != sorted(layer_stages):
+            self._problems.append(SourceError(f"the layers of {quoted(self._root)} stand on the stages {layer_stages}, "
                                               f"which are not in order"))
         hidden, rows = config.hidden_size, config.vocab_size // self.num_tp
         self._sharded(EMBEDDING, stages[0], (rows, hidden))
-        for layer, stage in enumerate(of_layers):
+        for layer, stage in enumerate(layer_stages):
             self._find_layer(config, layer, stage)
         self._whole(FINAL_NORM, (hidden,))
         if not config.is_tied:
@@ -113,12 +112,12 @@ class NanotronTensors(dict[str, list[StoredTensor]]):
         found = self._problems.collect(self._tensor, parameter, name, shape, "every rank")
         self[parameter] = [found] if found is not None else []
 
-    def _tensor(self, parameter: str, name: str, shape: tuple[int, ...], who: str) -> StoredTensor:
+    def _tensor(self, parameter: str, name: str, shape: tuple[int, ...], reader: str) -> StoredTensor:
         path = f"{_folder_of(parameter)}/{name}"
         if not (self._root / path).is_file():
             stages = sorted(self._stages_named(parameter))
-            where = f"; its files name stage {', '.join(map(str, stages))}" if stages else ""
-            raise SourceError(f"{quoted(path)} is missing: {who} of Nanotron looks for it there{where}")
+            found = f"; its files name stage {', '.join(map(str, stages))}" if stages else ""
+            raise SourceError(f"{quoted(path)} is missing: {reader} of Nanotron looks for it there{found}")
         tensor, *others = read_header(self._root, path, self._max_nbytes).tensors
         if tensor.key != "data" or others:
             raise SourceError(f"{quoted(path)} holds {quoted(tensor.key)}, Nanotron reads the one tensor data")
@@ -134,7 +133,7 @@ class NanotronTensors(dict[str, list[StoredTensor]]):
 
 
 def _ranks_in(name: str) -> tuple[int, ...]:
-    """(stage, stages, tp rank, tp ranks) that a file's name says; empty where it says none."""
+    """(stage, number of stages, tp rank, number of tp ranks) in the name of a file; () for a name without ranks."""
     match = _RANKS.search(name)
     return tuple(map(int, match.groups())) if match else ()
 
@@ -148,8 +147,8 @@ def _stem_of(parameter: str) -> str:
 
 
 def balanced(num_layers: int, layer_cost: int, head_cost: int, num_stages: int) -> Iterator[int]:
-    """The stage of embedding, layers, final norm and head, in this order: `build_model` gives each block to the current
-    stage, and goes on to the next one once the cost so far is more than that stage's part of the whole."""
+    """The stages of embedding, layers, final norm and head, in this order. `build_model` gives blocks to a stage until
+    the cost of all blocks so far exceeds the share of all stages so far."""
     total, done, stage = num_layers * layer_cost + head_cost, 0, 0
     for cost in (0, *[layer_cost] * num_layers, 0, head_cost):
         yield stage

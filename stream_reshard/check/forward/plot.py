@@ -1,4 +1,4 @@
-"""The differences of all layers as a picture."""
+"""A picture of the differences of all layers."""
 from __future__ import annotations
 
 import io
@@ -10,12 +10,12 @@ from stream_reshard.storage.durable import NewFile, make_folder, target_error
 from stream_reshard.storage.folder import Folder
 
 _FLOOR = 1e-9
-"""Value at which smaller differences are drawn, zero included."""
+"""Smallest value that is drawn; smaller differences, zero included, are drawn as this."""
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Relative difference by layer, on a logarithmic scale, with the tolerance and the first layer beyond it; a PNG at
-    `path`, whole or not at all. Raises DestinationError or ResourceError where it cannot be written."""
+    """Write a PNG with the relative difference of each layer on a logarithmic scale, the tolerance, and the first layer
+    beyond it. Raises DestinationError or ResourceError if it cannot be written; then no file is left."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 3.2), dpi=120, layout="constrained")
@@ -23,13 +23,14 @@ def draw(comparison: Comparison, path: Path) -> None:
     values = [*(_drawn(row.output.relative) for row in comparison.rows), _drawn(comparison.logits.relative)]
     axes.semilogy(range(len(values)), values, marker="o", markersize=3, linewidth=1, label="DST against SRC")
     axes.axhline(comparison.tolerance, linestyle="--", linewidth=1, color="grey", label="tolerance")
-    begin = next((place for place, row in enumerate(comparison.rows) if row.first), None)
-    if begin is not None and comparison.first is not None:
-        axes.axvline(begin, color="tab:red", linewidth=1, label=f"begins at {comparison.first.title}")
+    for index, row in enumerate(comparison.rows):
+        if row.first:
+            axes.axvline(index, color="tab:red", linewidth=1, label=f"begins at {row.first.title}")
+            break
     step = max(1, len(values) // 12)
     names = [*map(_name, comparison.rows), "logits"]
-    places = sorted({0, len(values) - 1, *range(1, len(values) - 2, step)})
-    axes.set_xticks(places, [names[place] for place in places], rotation=45, ha="right", fontsize=7)
+    ticks = sorted({0, len(values) - 1, *range(1, len(values) - 2, step)})
+    axes.set_xticks(ticks, [names[tick] for tick in ticks], rotation=45, ha="right", fontsize=7)
     axes.set_ylabel("largest relative difference")
     axes.legend(fontsize=7)
     picture = io.BytesIO()

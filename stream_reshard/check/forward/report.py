@@ -1,4 +1,4 @@
-"""Outcome of a forward pass: for a person, and as JSON."""
+"""Plan and outcome of two forward passes: for a person, and as JSON."""
 from __future__ import annotations
 
 import math
@@ -16,9 +16,9 @@ from stream_reshard.report import Reported
 def plan_lines(plan: ForwardPlan) -> Iterator[str]:
     """The planned work, and the memory it needs."""
     options = plan.options
-    what = f"random tokens, seed {options.seed}" if options.text is None else f"tokens of {shown(options.text)}"
+    origin = f"random tokens, seed {options.seed}" if options.text is None else f"tokens of {shown(options.text)}"
     cast = "" if plan.dtype == "keep" else f", SRC rounded to {plan.dtype}"
-    yield f"forward  {len(plan.tokens)} {what}, {plan.source.config.num_layers} layers, float32 on CPU{cast}"
+    yield f"forward  {len(plan.tokens)} {origin}, {plan.source.config.num_layers} layers, float32 on CPU{cast}"
     for name, side in (("SRC", plan.source), ("DST", plan.copy)):
         yield f"{name}      {shown(side.root)}, {side.title}"
     yield (f"memory   reserved {human(plan.reserved)}, libraries {human(plan.to_import)}, tokens "
@@ -38,22 +38,59 @@ class ForwardResult(Reported):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Differences by layer and of the logits, as JSON."""
-        return as_json(self.plan, self.comparison, self.seconds, self.peak_nbytes)
+        """Plan and differences, as JSON; sizes in bytes, null for numbers that are not finite."""
+        logits, first = self.comparison.logits, self.comparison.first
+        return plan_facts(self.plan) | {
+            "agrees": self.comparison.agrees,
+            "first_difference": None if first is None else _facts(first) | {
+                "made_by": first.weight, "settings": list(first.settings)},
+            "layers": [_facts(row.output) | {"first_difference": row.first.title if row.first else None}
+                       for row in self.comparison.rows],
+            "logits": {"largest": _finite(logits.largest), "mean": _finite(logits.mean),
+                       "relative": _finite(logits.relative), "kl_mean": _finite(logits.kl_mean),
+                       "kl_largest": _finite(logits.kl_largest), "num_same_argmax": logits.num_same_argmax},
+            "perplexity": {"source": _finite(logits.perplexities[0]), "copy": _finite(logits.perplexities[1]),
+                           "copy_with_padding": _finite(logits.perplexity_with_padding)},
+            "seconds": self.seconds, "peak_nbytes": self.peak_nbytes}
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """Differences by layer and of the logits, for a person."""
-        return tuple(lines(self.plan, self.comparison, self.seconds, self.peak_nbytes))
+        """Differences by layer and of the logits, time and memory, for a person."""
+        return (*_table(self.comparison), *self._summary())
+
+    def _summary(self) -> Iterator[str]:
+        comparison, logits = self.comparison, self.comparison.logits
+        yield (f"likeliest token the same after {logits.num_same_argmax} of {comparison.num_tokens}; KL divergence "
+               f"{logits.kl_mean:.2g} nats in the mean, {logits.kl_largest:.2g} at most")
+        num_padding = self.plan.copy.config.vocab_size - self.plan.vocab_size
+        padded = (f" ({logits.perplexity_with_padding:.6g} with its {num_padding} rows of padding)"
+                  if logits.perplexity_with_padding is not None else "")
+        yield f"perplexity {logits.perplexities[0]:.6g} in SRC, {logits.perplexities[1]:.6g} in DST{padded}"
+        if comparison.agrees:
+            worst = max(logits.relative, *(row.output.relative for row in comparison.rows))
+            yield f"the same   up to {worst:.2g}, {comparison.tolerance:g} is allowed"
+        yield (f"done       in {self.seconds:.1f} s, peak memory {human(self.peak_nbytes)} of "
+               f"{human(self.plan.projected)} projected")
 
     @property
     def difference(self) -> DifferenceError | None:
-        """First step at which the two differ by more than is tolerated; None where they agree."""
-        return finding(self.plan, self.comparison)
+        """The first difference beyond the tolerance, as an error; None without one."""
+        if self.comparison.agrees:
+            return None
+        name, tail = quoted(self.plan.copy.root), f"; --tolerance is {self.comparison.tolerance:g}"
+        first = self.comparison.first
+        if first is None:
+            logits = self.comparison.logits
+            return DifferenceError(f"{name}: the logits differ by {logits.largest:.3g}, relative {logits.relative:.3g}"
+                                   f"; all steps before agree, so lm_head makes it{tail}")
+        made = f", made by {first.weight}" if first.weight else ""
+        settings = (f"; SRC has {first.settings[0]}, DST {first.settings[1]}"
+                    if first.settings[0] != first.settings[1] else "")
+        return DifferenceError(f"{name}: the first difference is at {first.title}: {_magnitude(first)} at token "
+                               f"{first.token}, feature {first.feature}{made}{settings}{tail}")
 
 
-def lines(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int) -> Iterator[str]:
-    """The table of layers, the logits, time and memory."""
+def _table(comparison: Comparison) -> Iterator[str]:
     yield f"{'':<14}{'largest':>10}{'mean':>10}{'relative':>10}   first step beyond tolerance"
     for row in comparison.rows:
         output, first = row.output, row.first
@@ -62,33 +99,6 @@ def lines(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int) 
         yield f"{name:<14}{output.largest:>10.2g}{output.mean:>10.2g}{output.relative:>10.2g}{where}"
     logits = comparison.logits
     yield f"{'logits':<14}{logits.largest:>10.2g}{logits.mean:>10.2g}{logits.relative:>10.2g}"
-    yield (f"likeliest token the same after {logits.num_same_argmax} of {comparison.num_tokens}; KL divergence "
-           f"{logits.kl_mean:.2g} nats in the mean, {logits.kl_largest:.2g} at most")
-    num_padding = plan.copy.config.vocab_size - plan.vocab_size
-    padded = (f" ({logits.perplexity_with_padding:.6g} with its {num_padding} rows of padding)"
-              if logits.perplexity_with_padding is not None else "")
-    yield f"perplexity {logits.perplexities[0]:.6g} in SRC, {logits.perplexities[1]:.6g} in DST{padded}"
-    if comparison.agrees:
-        worst = max(logits.relative, *(row.output.relative for row in comparison.rows))
-        yield f"the same   up to {worst:.2g}, {comparison.tolerance:g} is allowed"
-    yield f"done       in {seconds:.1f} s, peak memory {human(peak)} of {human(plan.projected)} projected"
-
-
-def finding(plan: ForwardPlan, comparison: Comparison) -> DifferenceError | None:
-    """The first difference between the two passes, as an error; None where they agree."""
-    if comparison.agrees:
-        return None
-    name, tail = quoted(plan.copy.root), f"; --tolerance is {comparison.tolerance:g}"
-    first = comparison.first
-    if first is None:
-        logits = comparison.logits
-        return DifferenceError(f"{name}: the logits differ by {logits.largest:.3g}, relative {logits.relative:.3g}, "
-                               f"although all before agrees: lm_head{tail}")
-    made = f", made by {first.weight}" if first.weight else ""
-    settings = (f"; SRC has {first.settings[0]}, DST {first.settings[1]}" if first.settings[0] != first.settings[1]
-                else "")
-    return DifferenceError(f"{name}: the first difference is at {first.title}: {_magnitude(first)} at token "
-                           f"{first.token}, feature {first.feature}{made}{settings}{tail}")
 
 
 def _magnitude(difference: Difference) -> str:
@@ -104,23 +114,6 @@ def plan_facts(plan: ForwardPlan) -> dict[str, Any]:
             "text": None if options.text is None else str(options.text), "seed": options.seed, "dtype": plan.dtype,
             "memory": {"allowed": plan.allowed, "reserved": plan.reserved, "projected": plan.projected,
                        "activations_nbytes": plan.activations_nbytes, "band_nbytes": plan.band_nbytes}}
-
-
-def as_json(plan: ForwardPlan, comparison: Comparison, seconds: float, peak: int) -> dict[str, Any]:
-    """Plan and outcome as one JSON document; sizes in bytes, null for numbers that are not finite."""
-    logits, first = comparison.logits, comparison.first
-    return plan_facts(plan) | {
-        "agrees": comparison.agrees,
-        "first_difference": None if first is None else _facts(first) | {
-            "made_by": first.weight, "settings": list(first.settings)},
-        "layers": [_facts(row.output) | {"first_difference": row.first.title if row.first else None}
-                   for row in comparison.rows],
-        "logits": {"largest": _finite(logits.largest), "mean": _finite(logits.mean),
-                   "relative": _finite(logits.relative), "kl_mean": _finite(logits.kl_mean),
-                   "kl_largest": _finite(logits.kl_largest), "num_same_argmax": logits.num_same_argmax},
-        "perplexity": {"source": _finite(logits.perplexities[0]), "copy": _finite(logits.perplexities[1]),
-                       "copy_with_padding": _finite(logits.perplexity_with_padding)},
-        "seconds": seconds, "peak_nbytes": peak}
 
 
 def _facts(difference: Difference) -> dict[str, Any]:

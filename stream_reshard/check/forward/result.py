@@ -13,17 +13,17 @@ class Difference:
     title: str
     """Title of the step."""
     largest: float
-    """Largest absolute difference; infinite where a value is no number."""
+    """Largest absolute difference; infinite if a value is not a number."""
     mean: float
     relative: float
-    """The largest of any token, each relative to the largest value that the source has for that token."""
+    """Largest relative difference: that of a token is relative to the largest value of the source for the token."""
     token: int
-    """Index of the token with that difference."""
+    """Index of the token with the largest relative difference."""
     feature: int
     weight: str = ""
-    """The copy's weight that made the step's values; empty where no weight did."""
+    """The copy's weight that made the values of the step; "" for a step without weights."""
     settings: tuple[str, str] = ("", "")
-    """Settings that the step depends on: (in the source, in the copy)."""
+    """Settings that the step depends on, as text: (in the source, in the copy)."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StepDifference:
 
     output: Difference
     first: Difference | None
-    """The first step that is further apart than tolerated; None without one."""
+    """The first step beyond the tolerance; None without one."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class LogitsDifference:
     largest: float
     mean: float
     relative: float
-    """As in `Difference`."""
+    """Largest relative difference, as in `Difference`."""
     kl_mean: float
     """Kullback-Leibler divergence of the copy's distribution from the source's, in nats per token."""
     kl_largest: float
     num_same_argmax: int
-    """Tokens after which both think the same token the likeliest."""
+    """Number of tokens after which both passes predict the same token."""
     perplexities: tuple[float, float]
     """Perplexities of the text, by the source and by the copy."""
     perplexity_with_padding: float | None
-    """Perplexity by the copy, as Nanotron's training loss counts it: rows of padding take part; None without any."""
+    """Perplexity by the copy with its rows of padding, as in Nanotron's training loss; None without such rows."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Comparison:
 
     @property
     def first(self) -> Difference | None:
-        """The first step that is further apart than tolerated; None where there is none, even if the logits differ."""
+        """The first step beyond the tolerance; None without one. Logits are no step."""
         return next((row.first for row in self.rows if row.first), None)
 
     @property
     def agrees(self) -> bool:
-        """True where nothing is further apart than tolerated."""
+        """True if no step and no logit is beyond the tolerance."""
         return self.first is None and self.logits.relative <= self.tolerance

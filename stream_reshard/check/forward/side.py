@@ -1,10 +1,11 @@
-"""Side: one of the two checkpoints, found and ready to be run; of whatever format. Nothing here needs torch."""
+"""Side: one of the two checkpoints, of either format, ready to be run; imports no torch."""
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TYPE_CHECKING, cast
+from typing import Any, TYPE_CHECKING
 
 from stream_reshard.check.forward.hugging_face_config import CONFIG_NAME, HuggingFaceConfig, read_hugging_face_config
 from stream_reshard.check.forward.hugging_face_tensors import HuggingFaceTensors
@@ -19,64 +20,64 @@ if TYPE_CHECKING:
     from stream_reshard.check.forward.weights import Weights
 
 MOVED_STAGES = "stages"
-"""Name in a manifest, or in `allow`, for blocks on other stages than those of Nanotron's balancing."""
+"""Name, in a manifest or in `allow`, of blocks on other stages than in Nanotron's balancing."""
 
 
 @dataclass(frozen=True)
-class HuggingFaceSide:
-    """A Hugging Face folder."""
+class Side(ABC):
+    """A folder of either format."""
 
     root: Path
-    config: HuggingFaceConfig
-    tensors: HuggingFaceTensors
+    config: HuggingFaceConfig | NanotronConfig
+    tensors: HuggingFaceTensors | NanotronTensors
+    vocab_size: int | None
+    """Rows of embedding and head without padding; None if no manifest states them."""
     dtype: str
-    """Dtype to which the weights were cast when they were converted; `keep` where nothing says so."""
+    """Dtype to which the conversion cast the weights; `keep` if no manifest names one."""
 
     @property
-    def vocab_size(self) -> int:
-        """Rows of embedding and head without padding."""
-        return self.config.vocab_size
+    @abstractmethod
+    def title(self) -> str:
+        """Description of the forward pass, for people."""
+
+    @abstractmethod
+    def model(self, weights: Weights) -> Model:
+        """The model to run; imports torch."""
+
+
+class HuggingFaceSide(Side):
+    """A Hugging Face folder."""
+
+    config: HuggingFaceConfig
+    tensors: HuggingFaceTensors
 
     @property
     def title(self) -> str:
-        """Description of the run, for people."""
         return "as transformers does"
 
     def model(self, weights: Weights) -> Model:
-        """The model; imports torch."""
         from stream_reshard.check.forward.hugging_face import HuggingFaceModel
         return HuggingFaceModel(self.config, self.tensors, weights)
 
 
-@dataclass(frozen=True)
-class NanotronSide:
+class NanotronSide(Side):
     """A Nanotron folder."""
 
-    root: Path
     config: NanotronConfig
     tensors: NanotronTensors
-    vocab_size: int | None
-    """Rows of embedding and head without padding; None where nothing says it."""
-    dtype: str
-    """Dtype to which the weights were cast when they were converted; `keep` where nothing says so."""
 
     @property
     def title(self) -> str:
-        """Description of the run, for people."""
         return f"as Nanotron's {self.tensors.num_tp} x {self.tensors.num_stages} ranks do (tp x pp)"
 
     def model(self, weights: Weights) -> Model:
-        """The model; imports torch."""
         from stream_reshard.check.forward.nanotron import NanotronModel
         return NanotronModel(self.config, self.tensors, weights)
 
 
-Side = HuggingFaceSide | NanotronSide
-
-
 def open_side(root: Path, max_nbytes: int, allow: Collection[str] = ()) -> Side:
-    """Read config and headers. No header or small file may have more than `max_nbytes`. Raises SourceError or Refused
-    with everything that keeps the model from being run."""
+    """Read config and headers; `max_nbytes`: limit on each header and small file. Raises SourceError or Refused with
+    every reason why the model cannot be run."""
     problems = Problems()
     side: Side | None = None
     manifest = problems.collect(open_manifest, root, max_nbytes)
@@ -88,7 +89,7 @@ def open_side(root: Path, max_nbytes: int, allow: Collection[str] = ()) -> Side:
         side = problems.collect(_open_hugging_face, root, max_nbytes, problems, facts)
     else:
         problems.append(no_checkpoint(root))
-    return cast(Side, problems.required(side))  # mypy joins the two to object.
+    return problems.required(side)
 
 
 def _open_hugging_face(root: Path, max_nbytes: int, problems: Problems, facts: Mapping[str, Any]) -> Side:
@@ -96,7 +97,7 @@ def _open_hugging_face(root: Path, max_nbytes: int, problems: Problems, facts: M
     tensors = HuggingFaceTensors(root, problems, max_nbytes)
     if not problems:
         tensors.find(config)
-    return HuggingFaceSide(root, config, tensors, facts["dtype"])
+    return HuggingFaceSide(root, config, tensors, config.vocab_size, facts["dtype"])
 
 
 def _open_nanotron(root: Path, max_nbytes: int, problems: Problems, facts: Mapping[str, Any],

@@ -8,13 +8,13 @@ from typing import Protocol
 from torch import Tensor
 
 EMBEDDING, FINAL_NORM = "embed_tokens", "norm"
-"""Steps outside of the layers, by transformers' names of the modules."""
+"""Names of the steps outside of the layers: transformers' names of the modules."""
 
 HIDDEN = "hidden_states"
-"""The last step of a layer: its output, the residual included."""
+"""Name of the last step of a layer: its output, the residual included."""
 
 HALVES, INTERLEAVED = "heads in halves", "heads interleaved"
-"""Elements that rotary embedding turns with each other: those of the two halves of a head, or neighbours."""
+"""Pairs of elements that rotary embedding turns: one from each half of a head, or two neighbours."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Step:
     value: Tensor
     """(num_tokens, features), float32."""
     weight: str = ""
-    """The weight that made the value; empty where no weight did."""
+    """The weight that made the value; "" for a step without weights."""
     settings: str = ""
-    """Settings of the config that the value depends on."""
+    """Settings of the config that the value depends on, as text."""
     num_parts: int = 1
-    """Tensor-parallel ranks that made the features, equally many each, one after the other."""
+    """Number of tensor-parallel ranks that made the features, in order and in equal parts."""
 
     @property
     def title(self) -> str:
-        """`layers.3.self_attn.k_proj`."""
+        """Layer and name, as in `layers.3.self_attn.k_proj`."""
         return self.name if self.layer is None else f"layers.{self.layer}.{self.name}"
 
 
@@ -48,7 +48,7 @@ class Model(Protocol):
     """A checkpoint that can be run forward."""
 
     def steps(self, tokens: Sequence[int]) -> Iterator[Step]:
-        """One forward pass over one text, up to the final norm."""
+        """A forward pass over one text; the last step is the final norm."""
 
     def logits(self, hidden: Tensor, first: int, last: int) -> Tensor:
-        """(num_tokens, last - first): logits of these rows of the vocabulary, from the final norm's output."""
+        """Logits of rows `first` to `last` of the vocabulary, from the output of the final norm: (num_tokens, rows)."""

@@ -1,4 +1,4 @@
-"""The tokens that both models read: those of a text by the model's own tokenizer, or random ones."""
+"""The tokens that both models read: from a text, by the model's own tokenizer, or random ones."""
 from __future__ import annotations
 
 import codecs
@@ -12,22 +12,22 @@ from stream_reshard.storage.small_files import open_regular
 TOKENIZER_NAME = "tokenizer.json"
 
 _TEXT_NBYTES_PER_TOKEN = 64
-"""Bytes of a text that are read for each token; few tokens are longer."""
+"""Bytes of a text that are read per token; few tokens are longer."""
 
 _MAX_TOKENIZER_NBYTES = 2**26
-"""The largest that are known take some 20 MB."""
+"""Limit on tokenizer.json; the largest known ones have some 20 MB."""
 
 
 def random_tokens(number: int, vocab_size: int, seed: int) -> list[int]:
-    """Random token ids, the same for one seed on any machine."""
-    return [random.Random(f"{seed} {place}").randrange(vocab_size) for place in range(number)]
+    """Random token ids; equal on all machines for equal seeds."""
+    return [random.Random(f"{seed} {index}").randrange(vocab_size) for index in range(number)]
 
 
 def tokens_of(text: Path, roots: Sequence[Path], number: int, vocab_size: int) -> list[int]:
     """The first tokens of a text file, at most `number`, by the tokenizer.json that one of the folders holds.
 
-    Raises UsageError where the text cannot be read or gives less than two tokens, or the package is not installed;
-    SourceError where there is no tokenizer, or not one of this vocabulary.
+    Raises UsageError for a text that cannot be read or has less than two tokens, and for a missing package; SourceError
+    for a missing tokenizer, or one of another vocabulary.
     """
     content = _read(text, number * _TEXT_NBYTES_PER_TOKEN)
     root = next((root for root in roots if (root / TOKENIZER_NAME).is_file()), None)
@@ -45,7 +45,7 @@ def tokens_of(text: Path, roots: Sequence[Path], number: int, vocab_size: int) -
     except Exception as error:  # The package raises nothing more precise.
         raise SourceError(f"{TOKENIZER_NAME} in {quoted(root)} cannot be used: {quoted(error)}") from error
     if len(tokens) < 2:
-        raise UsageError(f"--text {quoted(text)} gives {len(tokens)} tokens; two at least are needed")
+        raise UsageError(f"--text {quoted(text)} gives {len(tokens)} tokens; at least 2 are needed")
     if max(tokens) >= vocab_size:
         raise SourceError(f"{TOKENIZER_NAME} in {quoted(root)} gives the token {max(tokens)}, the vocabulary has "
                           f"{vocab_size} rows")
@@ -59,7 +59,7 @@ def _read(path: Path, max_nbytes: int) -> str:
     except OSError as error:
         raise UsageError(f"--text {quoted(path)}: {error.strerror}") from error
     try:
-        # The cut of a longer one may go through a letter.
+        # A text that was cut may end within a character.
         return codecs.getincrementaldecoder("utf-8")().decode(content, final=len(content) <= max_nbytes)
     except UnicodeDecodeError as error:
         raise UsageError(f"--text {quoted(path)} is not UTF-8: {error.reason} at byte {error.start}") from error

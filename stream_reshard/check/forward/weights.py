@@ -1,4 +1,4 @@
-"""Weights: the tensors of one checkpoint, multiplied in float32 by bands of rows, so that no matrix is ever whole."""
+"""Weights: products with the tensors of one checkpoint, in float32, by bands of rows: no whole matrix is in memory."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -14,10 +14,10 @@ from stream_reshard.storage.source_file import SourceFile
 
 
 class Bands:
-    """Two buffers that all products of a run use in turn: a band of rows as it is stored, and in float32."""
+    """Two buffers that all products of a run share: for a band of rows as it is stored, and in float32."""
 
     def __init__(self, nbytes: int):
-        """`nbytes`: about the size of a band as it is stored; one row at least is always taken."""
+        """`nbytes`: approximate size of a stored band, which has one row at least."""
         self.nbytes = nbytes
         self._stored = bytearray()
         self._floats = torch.empty(0)
@@ -33,21 +33,21 @@ class Bands:
         return memoryview(self._stored)[:nbytes]
 
     def floats(self, num_rows: int, num_columns: int) -> Tensor:
-        """A matrix to be filled."""
+        """A matrix without content."""
         if self._floats.numel() < num_rows * num_columns:
             self._floats = torch.empty(num_rows * num_columns)
         return self._floats[:num_rows * num_columns].view(num_rows, num_columns)
 
 
 class Weights:
-    """Reads tensors of the files below `root`."""
+    """Reader of the tensors in the files below `root`."""
 
     def __init__(self, root: Path, bands: Bands, stop: Stop, dtype: torch.dtype | None = None):
-        """`dtype`: weights are rounded to it before anything else; None leaves them as they are stored."""
+        """`dtype`: weights are rounded to it first; None leaves them as they are stored."""
         self._root, self._bands, self._stop, self._dtype = root, bands, stop, dtype
 
     def as_stored(self) -> Weights:
-        """Reader of the same files that rounds nothing."""
+        """A reader of the same files that rounds no weight."""
         return Weights(self._root, self._bands, self._stop)
 
     def linear(self, x: Tensor, weight: StoredTensor, bias: StoredTensor | None = None, first: int = 0,
@@ -74,17 +74,17 @@ class Weights:
             return self._band(file, tensor, 0, tensor.shape[0], 1).flatten().clone()
 
     def picked(self, tensor: StoredTensor, indices: Sequence[int]) -> Tensor:
-        """Rows of a matrix by their indices: (len(indices), columns). Only these are read."""
+        """Rows of a matrix by their indices, which alone are read: (len(indices), columns)."""
         out = torch.empty(len(indices), tensor.shape[1])
         with SourceFile(self._root, tensor.file) as file:
-            for place, index in enumerate(indices):
+            for position, index in enumerate(indices):
                 self._stop.check()
-                out[place] = self._band(file, tensor, index, index + 1, tensor.shape[1])
+                out[position] = self._band(file, tensor, index, index + 1, tensor.shape[1])
         return out
 
     def _rows(self, tensor: StoredTensor, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
-        """(index of the first, rows as float32) of bands; each is overwritten by the next. Of three dims the first two
-        count as rows."""
+        """(index of the first row, rows in float32) of each band; the next band overwrites them. A tensor of three dims
+        has the rows of its first two."""
         num_columns = tensor.shape[-1]
         step = self._bands.num_rows(num_columns * tensor.itemsize)
         with SourceFile(self._root, tensor.file) as file:

@@ -1,27 +1,28 @@
-"""Verify: prove that two folders hold the same model, whatever their formats and topologies, in bounded memory.
+"""Verify: prove that two folders of any formats and topologies hold the same model, in bounded memory.
 
 - checkpoint:   a checkpoint as matrices that can be read in blocks
 - hugging_face: a Hugging Face folder as such a checkpoint
 - groups:       the files of one Nanotron parameter, by Nanotron's own rules
 - nanotron:     a Nanotron folder as such a checkpoint, through the slice metadata in its own headers
-- compare:      one parameter of both, element by element
-- files:        files that must be there, and files that must not
+- compare:      one parameter of both checkpoints, element by element
+- files:        missing files, extra files, files of the manifest
 - agreement:    settings, dtypes, digests
 - token_ids:    ids of special tokens
-- how:          scope of the comparison, by the wish of a user
-- structure:       everything but the weights
+- scope:        scope of the comparison: vocabulary, cast, sample, accepted names
+- structure:    everything but the values of weights
 - start:        weights from which a training by config.yaml starts
 - training:     config.yaml against the weights beside it
-- side:         one of the two folders, whatever its format
-- tasks:        the parts that read files, and running them
+- side:         one of the two folders, of either format
+- tasks:        the parts of the comparison that read files, and their execution
 
-Nothing here uses the planner's slices or arithmetic, so that a wrong plan cannot agree with itself. What is shared is
+The planner's slices and arithmetic are not used here, so that a wrong plan cannot agree with itself. Shared with it are
 the table of names (`architectures`), the reader of files, and Nanotron's balancing of stages.
 """
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from stream_reshard.storage.small_files import MAX_JSON_NBYTES
 __all__ = ["lines", "verify"]
 
 MAX_DIFFERENCES = 1000
-"""Differences that are kept; the rest are counted: where every weight differs, their number says it."""
+"""Limit on kept differences; the rest are counted."""
 
 
 def verify(source: Path, copy: Path, options: VerifyOptions = VerifyOptions(), stop: Stop | None = None,
@@ -52,23 +53,22 @@ def verify(source: Path, copy: Path, options: VerifyOptions = VerifyOptions(), s
     """Compare `copy` with `source`; returns counts. `progress(done, total)` counts the parts of the work.
 
     Raises Refused with every difference found (each a DifferenceError: file, parameter, first index, both values), or
-    with SourceErrors where the source itself is refused; ResourceError where `max_memory` is too small; UsageError for
-    names in `options` that mean nothing.
+    with the SourceErrors of a source that is refused; ResourceError if `max_memory` is too small; UsageError for
+    unknown names in `options`.
     """
     stop = stop or Stop()
     allowed = options.plan.allowed if options.plan else options.allowed_memory
     problems, found = Problems(), Found()
-    original = open_side(source, _parse_limit(options, allowed), problems, options.allow)
-    _raise_limits(problems)
-    problems.raise_if_any()
-    original = with_vocabulary(original, options)
-    other = open_side(copy, _parse_limit(options, allowed), found.differences, options.allow, is_copy=True)
-    check_names(other, options)
-    told = compare_structure(original, other, options, allowed, found)
-    _raise_limits(found.differences)
-    budget = options.plan or _budget(original, other, options, allowed)
+    source_side = open_side(source, _parse_limit(options, allowed), problems, options.allow)
+    _raise_resource_error(problems)
+    original = with_vocabulary(problems.required(source_side.checkpoint), options)
+    copy_side = open_side(copy, _parse_limit(options, allowed), found.differences, options.allow, is_copy=True)
+    check_names(copy_side, options)
+    manifest_files = compare_structure(original, copy_side, options, allowed, found)
+    _raise_resource_error(found.differences)
+    budget = options.plan or _budget(original, copy_side, options, allowed)
     num_elements = num_digests = num_more = 0
-    tasks, num_tasks = _tasks(original, other, told, options, budget, stop)
+    tasks, num_tasks = _tasks(original, copy_side, manifest_files, options, budget, stop)
     with stop.awaited():
         for task in run(tasks, num_tasks, budget.num_workers, stop, progress):
             num_elements, num_digests = num_elements + task.num_elements, num_digests + task.is_digest
@@ -78,13 +78,13 @@ def verify(source: Path, copy: Path, options: VerifyOptions = VerifyOptions(), s
                 num_more += task.difference is not None
     if num_more:
         found.differences.append(DifferenceError(f"and {num_more} more"))
-    Problems([DifferenceError(str(problem), kind=problem.kind, num_more=problem.num_more)
-              for problem in found.differences]).raise_if_any()
-    assert original.checkpoint and other.checkpoint, "what could not be opened has problems"
-    return {"equal": True, "num_files": len(other.checkpoint.paths),
-            "num_elements": other.checkpoint.num_elements(true_vocab_size(original.checkpoint, other.checkpoint)),
+    differences = Problems(DifferenceError(str(problem), kind=problem.kind, num_more=problem.num_more)
+                           for problem in found.differences)
+    compared = differences.required(copy_side.checkpoint)
+    return {"equal": True, "num_files": len(compared.paths),
+            "num_elements": compared.num_elements(true_vocab_size(original, compared)),
             "num_elements_compared": num_elements, "num_digests": num_digests,
-            "has_manifest": other.manifest is not None, "cast": _cast_text(original.checkpoint, other, options),
+            "has_manifest": copy_side.manifest is not None, "cast": _cast_text(original, copy_side, options),
             "accepted": found.accepted, "notes": found.notes, "config_yaml_was_read": has_yaml(),
             "quick": options.quick, "sample": options.sample, "seed": options.seed}
 
@@ -98,8 +98,8 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
                f"weights (sample with seed {facts['seed']}): all equal")
     else:
         yield f"verified {facts['num_files']} files, {facts['num_elements']} weights: all equal"
-    yield (f"digests  {facts['num_digests']} files as the manifest says" if facts["has_manifest"] else
-           "digests  none: the folder has no manifest of this tool")
+    yield (f"digests  {facts['num_digests']} files, equal to those in the manifest" if facts["has_manifest"] else
+           "digests  not compared: the folder has no manifest of this tool")
     if facts["cast"]:
         yield f"cast     {facts['cast']}"
     yield from (f"accepted {text}" for text in facts["accepted"])
@@ -109,60 +109,53 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def _parse_limit(options: VerifyOptions, allowed: int) -> int:
-    """Bytes of JSON that may be parsed at once, in what is left of the memory now."""
+    """Bytes of JSON that may be parsed at once in the memory that is left now."""
     return MAX_JSON_NBYTES * 8 if options.plan else memory.parse_limit(allowed, memory.resident())
 
 
-def _raise_limits(problems: Problems) -> None:
-    """Raises a ResourceError that is among the problems: nothing is known then, least of all a difference."""
+def _raise_resource_error(problems: Problems) -> None:
+    """Raises the first ResourceError among the problems: the comparison is incomplete, so it proves no difference."""
     for problem in problems:
         if isinstance(problem, ResourceError):
             raise problem
 
 
-def _budget(original: Side, other: Side, options: VerifyOptions, allowed: int) -> memory.MemoryPlan:
-    source, copy, casts = original.checkpoint, other.checkpoint, False
-    if source is not None and copy is not None and not options.quick:
-        rule = rule_of(source, copy, other, options, 0)
+def _budget(source: Checkpoint, copy_side: Side, options: VerifyOptions, allowed: int) -> memory.MemoryPlan:
+    copy, casts = copy_side.checkpoint, False
+    if copy is not None and not options.quick:
+        rule = rule_of(source, copy, copy_side, options, 0)
         pairs = ((source.weights.dtype_of(name), compared_as(name, source, copy, rule))
                  for name in shared(source, copy))
-        casts = any(theirs != dtype and not is_widening(theirs, dtype) for theirs, dtype in pairs)
+        casts = any(stored != dtype and not is_widening(stored, dtype) for stored, dtype in pairs)
     budget = memory.plan_memory(allowed, memory.resident(), options.num_workers, casts, memory.VERIFY_BUFFERS)
     for problem in budget.problems("the comparison"):
         raise problem
     return budget
 
 
-def _tasks(original: Side, other: Side, told: FilesOfManifest | None, options: VerifyOptions, budget: memory.MemoryPlan,
-           stop: Stop) -> tuple[Iterator[Task], int]:
+def _tasks(source: Checkpoint, copy_side: Side, manifest_files: FilesOfManifest | None, options: VerifyOptions,
+           budget: memory.MemoryPlan, stop: Stop) -> tuple[Iterator[Task], int]:
     """(the parts of the comparison that read files, their number)."""
-    source, copy = original.checkpoint, other.checkpoint
-    left_out = [*map(os.path.normpath, options.edited), *(copy.paths if copy and options.sample < 1 else ())]
-    num_digests = 0
-    if told is not None:
-        for path in left_out:
-            told.take(path)
-        num_digests = told.num_there
-    if source is None or copy is None or options.quick:
-        return _then_digests(iter(()), other, told, budget, stop), num_digests
-    rule = rule_of(source, copy, other, options, budget.block_nbytes // 4)
-    tasks = weight_tasks(source, copy, rule, told, budget.block_nbytes, stop)
-    return _then_digests(tasks, other, told, budget, stop), num_digests + sum(1 for _ in shared(source, copy))
+    copy, tasks, num_tasks = copy_side.checkpoint, iter(list[Task]()), 0
+    if manifest_files is not None:
+        for path in (*map(os.path.normpath, options.edited), *(copy.paths if copy and options.sample < 1 else ())):
+            manifest_files.take(path)  # Its digest is not compared.
+        num_tasks = manifest_files.num_there
+    if copy is not None and not options.quick:
+        rule = rule_of(source, copy, copy_side, options, budget.block_nbytes // 4)
+        tasks = weight_tasks(source, copy, rule, manifest_files, budget.block_nbytes, stop)
+        num_tasks += sum(1 for _ in shared(source, copy))
+    if manifest_files is not None:
+        tasks = chain(tasks, digest_tasks(copy_side.root, manifest_files, budget.block_nbytes, stop))
+    return tasks, num_tasks
 
 
-def _then_digests(tasks: Iterator[Task], other: Side, told: FilesOfManifest | None, budget: memory.MemoryPlan,
-                  stop: Stop) -> Iterator[Task]:
-    yield from tasks
-    if told is not None:
-        yield from digest_tasks(other.root, told, budget.block_nbytes, stop)
-
-
-def _cast_text(source: Checkpoint, other: Side, options: VerifyOptions) -> str | None:
-    """The cast of the source for the comparison, and what asked for it: manifest or option; None without a cast."""
-    dtype = cast_to(other, options)
+def _cast_text(source: Checkpoint, copy_side: Side, options: VerifyOptions) -> str | None:
+    """The cast of the source for the comparison, and its origin (manifest or option); None without a cast."""
+    dtype = cast_to(copy_side, options)
     others = {source.weights.dtype_of(name) for name in source.weights} - {dtype}
     if dtype is None or not others:
         return None
     names = " and ".join(sorted(TORCH_DTYPES.get(name, name) for name in others))
-    who = "DST's manifest" if options.dtype == "keep" else "--dtype"
-    return f"{names} to {TORCH_DTYPES[dtype]}, as {who} says"
+    origin = "DST's manifest" if options.dtype == "keep" else "--dtype"
+    return f"{names} to {TORCH_DTYPES[dtype]}, by {origin}"

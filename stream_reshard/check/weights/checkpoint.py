@@ -1,8 +1,8 @@
-"""A checkpoint as verify sees it, of whatever format: matrices that can be read by rows.
+"""A checkpoint of either format, as `verify` reads it: matrices that can be read by rows.
 
-Every parameter is the matrix that Hugging Face stores (a vector is one column), in Hugging Face's order of rows. Pieces
-say options a format keeps it: a box of the matrix, and the box of a stored tensor that holds it. Nothing of the planner
-is used here, neither its slices nor its arithmetic: a wrong plan cannot agree with itself.
+Every parameter is the matrix that Hugging Face stores (a vector is one column), in Hugging Face's order of rows. Its
+pieces map it to the stored tensors: a box of the matrix, and the box of a tensor that holds it. The planner's slices
+and arithmetic are not used here, so that a wrong plan cannot agree with itself.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stream_reshard.storage.header import StoredTensor
 from stream_reshard.storage.source_file import SourceFile
 
 Block = tuple[int, int, int, int]
-"""(first row, past the last, first column, past the last) of a matrix."""
+"""(first row, past the last row, first column, past the last column) of a matrix."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,15 @@ class Piece:
     """A box of a parameter's matrix, and the box of a stored tensor that holds it."""
 
     origin: Box
-    """(rows, columns) of the matrix, in the order in which the format keeps the rows."""
+    """(rows, columns) of the matrix, with rows in the format's order."""
     tensor: StoredTensor
     local: Box
-    """(rows, columns) of the tensor; of three dims the first two count as rows."""
+    """(rows, columns) of the tensor; a tensor of three dims has the rows of its first two."""
     is_transposed: bool = False
-    """True where the tensor has the columns of `origin` as rows."""
+    """True if the tensor holds the columns of `origin` as rows."""
 
     def index_of(self, row: int, column: int) -> tuple[int, ...]:
-        """Index in the tensor of an element of the matrix, whose rows are in the format's order."""
+        """Index in the tensor of an element of the matrix, with rows in the format's order."""
         inside = row - self.origin.start[0], column - self.origin.start[1]
         down, right = reversed(inside) if self.is_transposed else inside
         index = self.local.start[0] + down, self.local.start[1] + right
@@ -50,14 +50,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter as one checkpoint holds it."""
+    """A parameter, and its pieces in one checkpoint."""
 
     parameter: Parameter
     num_rows: int
     """Rows that the pieces cover, padding included."""
     pieces: tuple[Piece, ...]
     interleaved: bool = False
-    """The rows of a head alternate between its two halves."""
+    """True if the rows of a head alternate between its two halves."""
 
     @property
     def dtype(self) -> str:
@@ -65,17 +65,17 @@ class Weight:
         return self.pieces[0].tensor.dtype
 
     def num_true_rows(self, vocab_size: int) -> int:
-        """Rows that are no padding."""
+        """Rows without padding."""
         return min(self.num_rows, vocab_size) if self.parameter.dims[0] == "vocab" else self.num_rows
 
     @property
     def num_columns(self) -> int:
-        """1 for a vector."""
+        """Columns of the matrix; 1 for a vector."""
         return matrix_of(self.parameter.matrix_shape)[1]
 
     def kept_rows(self, first: int, last: int) -> np.ndarray:
-        """Indices at which the format keeps Hugging Face's rows first to last: within a head of d rows, row j of the
-        first half stands at 2j, row j of the second at 2j + 1."""
+        """Indices, in the format's order, of Hugging Face's rows first to last. In an interleaved head, row j of the
+        first half is at 2j, row j of the second half at 2j + 1."""
         rows: np.ndarray = np.arange(first, last)
         if not self.interleaved:
             return rows
@@ -85,12 +85,11 @@ class Weight:
         return kept
 
     def origin_of(self, row: int, column: int) -> tuple[StoredTensor, tuple[int, ...]]:
-        """(tensor, index in it) of one element of the matrix, row in Hugging Face's order."""
+        """(tensor, index in it) of an element of the matrix, with rows in Hugging Face's order."""
         row = int(self.kept_rows(row, row + 1)[0])
-        for piece in self.pieces:
-            if piece.origin.contains(Box((row, column), (row + 1, column + 1))):
-                return piece.tensor, piece.index_of(row, column)
-        raise AssertionError("the pieces cover the matrix")
+        element = Box((row, column), (row + 1, column + 1))
+        piece = next(piece for piece in self.pieces if piece.origin.contains(element))
+        return piece.tensor, piece.index_of(row, column)
 
 
 def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -99,11 +98,11 @@ def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 class Weights(Mapping[str, Weight]):
-    """The parameters of a checkpoint, by name. A large one has many, so each is made when it is asked for."""
+    """The parameters of a checkpoint by name, each derived when it is asked for: a large checkpoint has many."""
 
     @abstractmethod
     def __contains__(self, name: object) -> bool:
-        """True where the checkpoint has the parameter; no weight is made for the answer."""
+        """True if the checkpoint has the parameter; its Weight is not derived."""
 
     @abstractmethod
     def dtype_of(self, name: str) -> str:
@@ -111,7 +110,7 @@ class Weights(Mapping[str, Weight]):
 
     @abstractmethod
     def paths_of(self, name: str) -> Sequence[str]:
-        """The files that a parameter stands in."""
+        """Paths of the files that hold a parameter."""
 
 
 @dataclass(frozen=True)
@@ -122,31 +121,30 @@ class Checkpoint:
     model: Model
     """The vocabulary of a Nanotron model includes its padding."""
     vocab_size: int | None
-    """Rows of the embedding without padding, where the folder says it."""
+    """Rows of the embedding without padding; None if the folder does not state them."""
     extras: Mapping[str, Unsupported]
     """Settings beyond the config that change the forward pass, by name."""
     paths: Collection[str]
     """Paths of the weight files."""
     weights: Weights
     unsaid: Collection[str] = ()
-    """Settings of the config that this format cannot express."""
+    """Settings in `config` that the checkpoint does not state, as its format version has none of them."""
     dtype: str | None = None
-    """The dtype that the config tells its readers to load the weights in, under torch's name; None where it says
-    nothing."""
+    """The dtype in which transformers loads the weights by the config, under torch's name; None if it states none."""
     topology: Topology | None = None
-    """The topology in the names of the files; None where they are not Nanotron's."""
+    """The topology in the names of the files; None for a Hugging Face checkpoint."""
     interleaved: bool = False
-    """Rotary embedding interleaves the rows of a head."""
+    """True if rotary embedding interleaves the rows of a head."""
     interleaved_by_default: bool = False
-    """Rotary embedding interleaves the rows of a head where the config does not say whether."""
+    """The value of `interleaved` for a config that does not state it."""
     num_moved: int = 0
-    """Files on other stages than Nanotron's balancing gives them, where that is allowed."""
+    """Number of files on other stages than in Nanotron's balancing."""
     is_whole: bool = False
-    """True where Nanotron itself saved the config of the model: it writes every field."""
+    """True if Nanotron itself saved the config of the model: it writes every field."""
     knows_ids: bool = True
-    """False where only those token ids are known that Nanotron's config can hold."""
+    """False if the token ids are only those that Nanotron's config can hold."""
     padding_id: int | None = None
-    """The token id for padding in a Nanotron config, which stops the training of that row on every rank."""
+    """The token id for padding in a Nanotron config; Nanotron does not train its row on any rank."""
 
     @property
     def config(self) -> ModelConfig:
@@ -159,15 +157,15 @@ class Checkpoint:
         return self.topology is not None
 
     def num_elements(self, vocab_size: int) -> int:
-        """Weights that the files hold, without padding."""
+        """Number of weights that the files hold, without padding."""
         return replace(self.model, config=replace(self.config, vocab_size=vocab_size)).num_elements
 
 
 class Opened:
-    """A weight opened for reading; a context manager."""
+    """A weight open for reading; a context manager."""
 
     def __init__(self, root: Path, weight: Weight, max_nbytes: int):
-        """`max_nbytes`: about the size of one read; twice that where the weight is interleaved."""
+        """`max_nbytes`: approximate size of one read; twice that for an interleaved weight."""
         self.weight, self._max_nbytes = weight, max_nbytes
         self._stack = ExitStack()
         try:
@@ -178,8 +176,7 @@ class Opened:
             raise
 
     def block(self, first: int, last: int, left: int, right: int) -> np.ndarray:
-        """Rows first to last in Hugging Face's order, columns left to right, as unsigned integers of the elements'
-        bits."""
+        """The bits, as unsigned integers, of rows first to last in Hugging Face's order, columns left to right."""
         if not self.weight.interleaved:
             return self._kept(first, last, left, right)
         kept = self.weight.kept_rows(first, last)
@@ -191,7 +188,7 @@ class Opened:
         return rows
 
     def _kept(self, first: int, last: int, left: int, right: int) -> np.ndarray:
-        """Rows first to last, columns left to right, in the format's order of rows."""
+        """The bits of rows first to last in the format's order, columns left to right."""
         weight, window = self.weight, Box((first, left), (last, right))
         block: np.ndarray = np.empty(window.shape, f"u{ITEMSIZE[weight.dtype]}")
         for piece in weight.pieces:
@@ -206,7 +203,7 @@ class Opened:
         return block
 
     def _stored(self, tensor: StoredTensor, place: Box) -> np.ndarray:
-        """A box of (rows, columns) of a tensor: in one go where its rows are whole, else a run of each row."""
+        """The bits of a box of (rows, columns) of a tensor, read at once for whole rows, else row by row."""
         part: np.ndarray = np.empty(place.shape, f"u{tensor.itemsize}")
         width = matrix_of(tensor.shape)[1] if len(tensor.shape) < 3 else tensor.shape[-1]
         (top, left), file = place.start, self._files[tensor.file]
@@ -225,7 +222,7 @@ class Opened:
 
 
 def blocks(num_rows: int, num_columns: int, itemsize: int, max_nbytes: int) -> Iterator[Block]:
-    """Blocks of about `max_nbytes` in the order of their elements: as many whole rows as fit, or parts of one."""
+    """Blocks of about `max_nbytes` in the order of their elements: as many whole rows as fit, or parts of a row."""
     num_elements = max(1, max_nbytes // itemsize)
     step, width = max(1, num_elements // num_columns), min(num_columns, num_elements)
     for first in range(0, num_rows, step):

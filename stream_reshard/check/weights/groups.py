@@ -1,5 +1,5 @@
-"""The files of one Nanotron parameter, checked against what Nanotron gives each rank (`create_sharded_parameter`,
-nanotron/parallel/sharded_parameters.py)."""
+"""The files of one Nanotron parameter, checked against the part that Nanotron gives each rank
+(`create_sharded_parameter`, nanotron/parallel/sharded_parameters.py)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from stream_reshard.storage.header import StoredTensor
 
 
 class HeldFile(NamedTuple):
-    """Facts kept of one weight file; values that many files share are kept once."""
+    """Facts kept of one weight file; equal values of many files are one object."""
 
     path: str
     begin: int
@@ -33,75 +33,68 @@ class HeldFile(NamedTuple):
         return StoredTensor(self.path, "data", self.dtype, self.shape, self.begin)
 
 
-class FusedFiles:
-    """The files of one Nanotron parameter, and the parameters fused in it."""
+def group_faults(fused: list[Parameter], files: list[HeldFile]) -> Iterator[str]:
+    """Faults of the files of one Nanotron parameter by Nanotron's own rules; `fused`: the parameters in it."""
+    first, split = quoted(files[0].path), fused[0].split
+    if any((file.rank is None) != (split is None) for file in files):
+        yield f"{first}: {'has no' if split else 'has'} ranks in its name, unlike Nanotron's own file"
+    elif len({(file.unsharded_shape, file.dtype) for file in files}) > 1:
+        yield f"{first} and its other ranks disagree on unsharded_shape or dtype"
+    elif (found := files[0].unsharded_shape) != (shape := _unsharded_shape(fused)):
+        yield f"{first}: unsharded shape {found}, but {MODEL_CONFIG_NAME} asks for {shape}"
+    elif fault := _rank_fault(files):
+        yield f"{first}{fault}"
+    else:
+        for file in files:
+            if file.rank is not None:
+                yield from _slice_faults(fused, file, file.rank)
 
-    def __init__(self, fused: list[Parameter], files: list[HeldFile]):
-        self.fused, self.files = fused, files
-        self.first = files[0].path
-        self.rows = [matrix_of(parameter.matrix_shape)[0] for parameter in fused]
 
-    def faults(self) -> Iterator[str]:
-        """Everything that keeps Nanotron from loading what the headers say."""
-        split = self.fused[0].split
-        if any((file.rank is None) != (split is None) for file in self.files):
-            yield f"{quoted(self.first)}: {'has no' if split else 'has'} ranks in its name, unlike Nanotron's own file"
-        elif len({(file.unsharded_shape, file.dtype) for file in self.files}) > 1:
-            yield f"{quoted(self.first)} and its other ranks disagree on unsharded_shape or dtype"
-        elif fault := self._shape_fault() or self._rank_fault():
-            yield fault
-        else:
-            for file in self.files:
-                yield from self._slice_faults(file)
+def _rows(fused: list[Parameter]) -> list[int]:
+    return [matrix_of(parameter.matrix_shape)[0] for parameter in fused]
 
-    def _shape_fault(self) -> str | None:
-        found, own = self.files[0].unsharded_shape, self._own_shape()
-        if found != own:
-            return f"{quoted(self.first)}: unsharded shape {found}, but {MODEL_CONFIG_NAME} asks for {own}"
-        return None
 
-    def _own_shape(self) -> tuple[int, ...]:
-        """The unsharded shape by the config: matrices one below the other; those of experts stacked, transposed, side
-        by side."""
-        stacked = [parameter.stacked for parameter in self.fused if parameter.stacked is not None]
-        if stacked:
-            return 1 + max(stacked), self.fused[0].matrix_shape[1], sum(self.rows) // (1 + max(stacked))
-        return sum(self.rows), *self.fused[0].matrix_shape[1:]
+def _unsharded_shape(fused: list[Parameter]) -> tuple[int, ...]:
+    """The unsharded shape by the config: matrices one below the other; those of experts stacked, transposed, side by
+    side."""
+    num_rows, (_, *columns) = sum(_rows(fused)), fused[0].matrix_shape
+    experts = [parameter.stacked for parameter in fused if parameter.stacked is not None]
+    if experts:
+        num_experts = 1 + max(experts)
+        return num_experts, *columns, num_rows // num_experts
+    return num_rows, *columns
 
-    def _rank_fault(self) -> str | None:
-        if self.fused[0].split is None:
-            return None
-        ranks = sorted(file.rank.tp for file in self.files if file.rank)
-        size = max(file.rank.num_tp for file in self.files if file.rank)
-        if ranks != list(range(size)):
-            return f"{quoted(self.first)}: of {size} tensor-parallel ranks there are {ranks}"
-        origins = [origin for file in self.files for _, origin in file.pairs]
-        if fault := tiling_fault(origins, Box.whole(self.files[0].unsharded_shape)):
-            return f"{quoted(self.first)} and its other ranks do not make up the parameter: {fault}"
-        return None
 
-    def _slice_faults(self, file: HeldFile) -> Iterator[str]:
-        """Faults of a rank that holds another part than Nanotron gives it: the tp-th part of each fused parameter, one
-        below the other."""
-        if file.rank is None:
-            return
-        dim = self._split_dim()
-        chunks = self.rows if dim == 0 else [file.unsharded_shape[1]]
-        expected, local, begin = [], 0, 0
-        for chunk in chunks:
-            part = chunk // file.rank.num_tp
-            origin = begin + file.rank.tp * part
-            expected.append((local, origin, part))
-            local, begin = local + part, begin + chunk
-        found = [(here.start[dim], there.start[dim], here.shape[dim]) for here, there in file.pairs]
-        is_whole = all(there.shape[k] == n for _, there in file.pairs
-                       for k, n in enumerate(file.unsharded_shape) if k != dim)
-        if found != expected or not is_whole:
-            yield (f"{quoted(file.path)}: its header takes (local, global, extent) {found} of dim {dim}, but "
-                   f"Nanotron gives tensor-parallel rank {file.rank.tp} of {file.rank.num_tp} {expected}")
+def _rank_fault(files: list[HeldFile]) -> str:
+    """The fault of the ranks of a sharded parameter, if any: ranks are missing, or their slices do not tile it."""
+    ranks = [file.rank for file in files if file.rank]
+    size = max((rank.num_tp for rank in ranks), default=0)
+    if sorted(rank.tp for rank in ranks) != list(range(size)):
+        return f": of {size} tensor-parallel ranks there are {sorted(rank.tp for rank in ranks)}"
+    origins = [origin for file in files if file.rank for _, origin in file.pairs]
+    if ranks and (fault := tiling_fault(origins, Box.whole(files[0].unsharded_shape))):
+        return f" and its other ranks do not make up the parameter: {fault}"
+    return ""
 
-    def _split_dim(self) -> int:
-        """The dim of the stored array that tensor parallelism splits."""
-        parameter = self.fused[0]
-        split = parameter.dims.index(parameter.split or "")
-        return next(dim for dim, group in enumerate(parameter.matrix) if split in group)
+
+def _slice_faults(fused: list[Parameter], file: HeldFile, rank: Rank) -> Iterator[str]:
+    """The fault of a rank that holds another part than Nanotron gives it, if any: the tp-th part of each fused
+    parameter, one below the other."""
+    dim = _split_dim(fused[0])
+    expected, local, begin = [], 0, 0
+    for extent in _rows(fused) if dim == 0 else [file.unsharded_shape[1]]:
+        part = extent // rank.num_tp
+        expected.append((local, begin + rank.tp * part, part))
+        local, begin = local + part, begin + extent
+    found = [(here.start[dim], there.start[dim], here.shape[dim]) for here, there in file.pairs]
+    is_whole = all(there.shape[k] == n for _, there in file.pairs
+                   for k, n in enumerate(file.unsharded_shape) if k != dim)
+    if found != expected or not is_whole:
+        yield (f"{quoted(file.path)}: its header takes (local, global, extent) {found} of dim {dim}, but Nanotron "
+               f"gives tensor-parallel rank {rank.tp} of {rank.num_tp} {expected}")
+
+
+def _split_dim(parameter: Parameter) -> int:
+    """The dim of the stored array that tensor parallelism splits."""
+    return next(dim for dim, group in enumerate(parameter.matrix)
+                if any(parameter.dims[index] == parameter.split for index in group))

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint as verify sees it: every parameter is one stored matrix."""
+"""A Hugging Face checkpoint, as `verify` reads it: every parameter is one stored matrix."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from stream_reshard.storage.source_file import same_bytes
 
 
 def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems) -> Checkpoint | None:
-    """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared."""
+    """Read config and headers; every fault goes to `problems`. None if nothing can be compared."""
     config, _, layout = open_folder(root, max_header_nbytes, problems)
     if config is None or layout is None:
         return None
@@ -29,14 +29,14 @@ def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems) ->
 
 
 def _loaded_as(raw: Mapping[str, Any]) -> str | None:
-    """The dtype that a config states: transformers takes `dtype`, else the older `torch_dtype`
-    (transformers/configuration_utils.py)."""
-    told = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
-    return None if told in (None, "auto") else str(told).removeprefix("torch.")
+    """The dtype in which transformers loads the weights: `dtype`, else the older `torch_dtype`
+    (transformers/configuration_utils.py); None if the config states none."""
+    dtype = raw.get("torch_dtype") if raw.get("dtype") is None else raw["dtype"]
+    return None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
 
 
 class _Weights(Weights):
-    """The parameters of a layout of shards, of which the layout keeps a few bytes each."""
+    """The parameters of a layout of shards, which keeps a few bytes per parameter."""
 
     def __init__(self, layout: HuggingFaceLayout):
         self._layout = layout
@@ -45,7 +45,8 @@ class _Weights(Weights):
     def __getitem__(self, name: str) -> Weight:
         number = self._numbers[name]
         parameter, tensor = self._layout.model.parameter(number), self._layout.tensor_of(number)
-        assert tensor, "a layout has every parameter that is stored"
+        if tensor is None:
+            raise KeyError(name)
         whole = Box.whole(matrix_of(parameter.matrix_shape))
         return Weight(parameter, whole.stop[0], (Piece(whole, tensor, whole),))
 

@@ -1,19 +1,20 @@
 """A Nanotron checkpoint, read through the slice metadata in its own headers, and checked against Nanotron's own rules.
 
-At the topology it was saved for, Nanotron copies each file without looking at its header; at another one it trusts the
-headers alone. So both must say the same: every rank's file holds the part that Nanotron gives that rank (`groups`), and
-stands on the stage that `build_model` (nanotron/models/base.py) gives its block.
+At the topology of the checkpoint, Nanotron copies each file without reading the slices in its header; at another one
+it trusts the headers alone. So both must agree: every rank's file holds the part that Nanotron gives the rank
+(`groups`), and is on the stage that `build_model` (nanotron/models/base.py) gives its block.
 """
 from __future__ import annotations
 
 import os
 from collections import defaultdict
 from collections.abc import Container, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint, Piece, Weight, Weights, matrix_of
-from stream_reshard.check.weights.groups import FusedFiles, HeldFile
+from stream_reshard.check.weights.groups import HeldFile, group_faults
 from stream_reshard.errors import Problems, ResourceError, SourceError, quoted
 from stream_reshard.formats.nanotron.config import (
     METADATA_NAME, MODEL_CONFIG_NAME, NanotronModelConfig, interleaves_by_default, read_model_config)
@@ -27,23 +28,23 @@ from stream_reshard.model.topology import Topology
 from stream_reshard.storage.small_files import read_json
 
 PER_FILE = 10
-"""Bytes of JSON that take as much memory to parse as the facts kept of one weight file and its parameters."""
+"""Bytes of JSON whose parsing takes as much memory as the facts kept of one weight file and its parameters."""
 
 PER_PARAMETER = 5
-"""Bytes of JSON that take as much memory to parse as one parameter of a config."""
+"""Bytes of JSON whose parsing takes as much memory as one parameter of a config."""
 
 MAX_UNKNOWN = 1000
-"""Headers that are read of files that a manifest does not name: they show what became of those that it does name."""
+"""Limit on files outside the manifest whose headers are read: these may be named files under another name."""
 
 MAX_LISTED = 10
-"""Faults of one kind that are listed; the rest are only counted."""
+"""Limit on listed faults of one kind; the rest are counted."""
 
 
 def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, problems: Problems,
                   may_be_moved: bool = False, known: Container[str] | None = None) -> Checkpoint | None:
-    """Read config and headers; everything wrong goes to `problems`. None where nothing can be compared. With
-    `may_be_moved`, blocks may stand on other stages than Nanotron's balancing gives them. Of files that are not among
-    `known`, at most MAX_UNKNOWN headers are read: their presence is a difference already."""
+    """Read config and headers; every fault goes to `problems`. None if nothing can be compared. With `may_be_moved`,
+    blocks may stand on other stages than in Nanotron's balancing. Of files outside `known`, at most MAX_UNKNOWN headers
+    are read: each such file is a difference in any case."""
     if not (root / MODEL_CONFIG_NAME).is_file():
         problems.append(not_committed(root))
         return None
@@ -76,7 +77,7 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
 
 
 def _read_files(root: Path, max_nbytes: int, problems: Problems, known: Container[str] | None) -> list[HeldFile]:
-    """The weight files. Raises ResourceError where there are more than the memory has room for."""
+    """The weight files. Raises ResourceError for more files than the memory has room for."""
     files: list[HeldFile] = []
     common: dict[Any, Any] = {}
     num_wrong = num_unknown = 0
@@ -109,23 +110,23 @@ def _held(file: WeightFile, common: dict[Any, Any]) -> HeldFile:
 
 
 def _disagreements(root: Path, files: list[HeldFile], max_nbytes: int) -> Iterator[SourceError]:
-    """Contradictions about the whole checkpoint, among the files and with checkpoint_metadata.json."""
+    """Errors for values of the whole checkpoint in which its files or checkpoint_metadata.json disagree."""
     ranks = [file.rank for file in files if file.rank]
-    told: dict[str, set[Any]] = {"version": {file.version for file in files if file.rank},
-                                 "tp": {rank.num_tp for rank in ranks}, "pp": {rank.num_pp for rank in ranks}}
-    for what, values in told.items():
+    found: dict[str, set[Any]] = {"version": {file.version for file in files if file.rank},
+                                  "tp": {rank.num_tp for rank in ranks}, "pp": {rank.num_pp for rank in ranks}}
+    for key, values in found.items():
         if len(values) > 1:
-            yield SourceError(f"files with several values of {what} stand together: "
-                              f"{', '.join(sorted(map(str, values)))}; Nanotron would merge them without a word")
+            yield SourceError(f"files with several values of {key} stand together: "
+                              f"{', '.join(sorted(map(str, values)))}; Nanotron would silently merge them")
     metadata = read_json(root, METADATA_NAME, max_nbytes) if os.path.lexists(root / METADATA_NAME) else None
-    for what in ("version", "tp"):
-        if metadata is not None and len(told[what]) == 1 and metadata.get(what) not in list(told[what]):
-            yield SourceError(f"{METADATA_NAME} says {what} {quoted(metadata.get(what))}, the weight files say "
-                              f"{quoted(min(told[what]))}")
+    for key in ("version", "tp"):
+        if metadata is not None and len(found[key]) == 1 and metadata.get(key) not in list(found[key]):
+            yield SourceError(f"{METADATA_NAME} has {key} {quoted(metadata.get(key))}, the weight files have "
+                              f"{quoted(min(found[key]))}")
 
 
 def _wrong_stages(files: list[HeldFile], config: NanotronModelConfig) -> Iterator[SourceError]:
-    """Files on another stage than Nanotron gives their block, where all files agree on the number of stages."""
+    """Errors for files on another stage than in Nanotron's balancing, if all files agree on the number of stages."""
     sizes = {file.rank.num_pp for file in files if file.rank}
     stages = stages_of(config.model, NanotronRules(Topology(pp=sizes.pop()))) if len(sizes) == 1 else {}
     for file in files:
@@ -136,10 +137,10 @@ def _wrong_stages(files: list[HeldFile], config: NanotronModelConfig) -> Iterato
 
 
 class _Weights(Weights):
-    """The parameters that groups of files hold. For each, its group and the number of rows before it are kept."""
+    """The parameters of groups of files. Kept of each: its group, and the number of rows before it."""
 
     def __init__(self, root: Path, model: Model, files: list[HeldFile], interleaved: bool, problems: Problems):
-        """Faults of the files go to `problems`; parameters that have one are left out."""
+        """Faults of the files go to `problems`; their parameters are left out."""
         self._model, self._interleaved = model, interleaved
         self._places: dict[str, tuple[list[HeldFile], int]] = {}
         by_name: dict[str, list[HeldFile]] = defaultdict(list)
@@ -150,7 +151,7 @@ class _Weights(Weights):
             if found is None:
                 problems.append(SourceError(f"{fused[0].nanotron} is missing in {quoted(root)}"))
                 continue
-            faults = list(FusedFiles(fused, found).faults())
+            faults = list(group_faults(fused, found))
             problems.extend(SourceError(fault) for fault in faults)
             if not faults:
                 self._places |= zip((parameter.name for parameter in fused), ((found, row) for row in _begins(fused)))
@@ -181,21 +182,16 @@ class _Weights(Weights):
 
 
 def _fused(model: Model) -> Iterator[list[Parameter]]:
-    """The parameters of each Nanotron parameter, in the order of the forward pass; few are held at a time."""
-    waiting: dict[str, list[Parameter]] = defaultdict(list)
-    layer = None
-    for parameter in model.stored():
-        own = parameter.nanotron.split(".pp_block")[0]
-        if own != layer:
-            yield from waiting.values()
-            waiting.clear()
-            layer = own
-        waiting[parameter.nanotron].append(parameter)
-    yield from waiting.values()
+    """The parameters fused in each Nanotron parameter, in the order of the forward pass; few are held at a time."""
+    for _, parameters in groupby(model.stored(), lambda parameter: parameter.nanotron.split(".pp_block")[0]):
+        of_block: dict[str, list[Parameter]] = defaultdict(list)
+        for parameter in parameters:
+            of_block[parameter.nanotron].append(parameter)
+        yield from of_block.values()
 
 
 def _begins(fused: list[Parameter]) -> Iterator[int]:
-    """Number of rows before each fused parameter; of experts, whose array is (expert, column, row), in their own
+    """Number of rows before each fused parameter; for an expert, whose array is (expert, column, row), within its own
     matrix: gate's rows before up's."""
     begin = end = 0
     for parameter in fused:
@@ -205,7 +201,7 @@ def _begins(fused: list[Parameter]) -> Iterator[int]:
 
 
 def _weight(parameter: Parameter, files: list[HeldFile], begin: int, interleaved: bool) -> Weight:
-    """A matrix: its rows of the unsharded array, in pieces from the files."""
+    """The matrix of a parameter: its rows of the unsharded array, in pieces from the files."""
     num_rows, num_columns = matrix_of(parameter.matrix_shape)
     window = Box((begin, 0), (begin + num_rows, num_columns))
     pieces = []
@@ -220,7 +216,7 @@ def _weight(parameter: Parameter, files: list[HeldFile], begin: int, interleaved
 
 
 def _stacked_weight(parameter: Parameter, file: HeldFile, begin: int) -> Weight:
-    """The matrix of an expert, which is stored transposed."""
+    """The matrix of an expert, stored transposed."""
     num_rows, num_columns = parameter.matrix_shape
     top = (parameter.stacked or 0) * num_columns
     local = Box((top, begin), (top + num_columns, begin + num_rows))

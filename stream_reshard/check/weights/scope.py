@@ -1,4 +1,4 @@
-"""Scope of the comparison of two checkpoints, by the wish of a user and by what the two are."""
+"""Scope of the comparison of two checkpoints: what the user, the manifest and the two formats ask for."""
 from __future__ import annotations
 
 import os
@@ -16,55 +16,56 @@ from stream_reshard.options import ALLOWABLE, VerifyOptions
 from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES
 
 PADDING = "padding"
-"""Name in `allow` for padding rows that are not zero: Nanotron itself leaves them to chance."""
+"""Name in `allow` for padding rows that are not zero; Nanotron itself fills them with random values."""
 
 
 def allowable() -> dict[str, str]:
     """The names of differences that a user may accept, with the meaning of each."""
-    return {PADDING: "rows of padding that are not zero: Nanotron itself leaves them to chance",
+    return {PADDING: "rows of padding that are not zero; Nanotron itself fills them with random values",
             STAGES: "blocks on other stages than Nanotron's balancing gives them",
-            CONFIG_YAML: "config.yaml is missing, or a training by it starts elsewhere",
+            CONFIG_YAML: "config.yaml is missing, or starts from other weights",
             METADATA_NAME: f"{METADATA_NAME} is missing",
             **dict.fromkeys(WITHOUT_EFFECT, "another value, which changes no forward pass"),
             **dict.fromkeys([*ALLOWABLE, *NEUTRAL], "another value of the setting")}
 
 
-def check_names(other: Side, options: VerifyOptions) -> None:
-    """Raises UsageError for names that mean nothing: what they should have let through would be missed."""
+def check_names(copy_side: Side, options: VerifyOptions) -> None:
+    """Raises UsageError for unknown names in --allow, and for missing files in --edited."""
     names = allowable()
     for name in options.allow:
         if name not in names:
             raise UsageError(f"--allow {quoted(name)}: the names are {', '.join(names)}")
     for path in options.edited:
-        if not os.path.lexists(other.root / path):
-            raise UsageError(f"--edited {quoted(path)}: there is no such file in {quoted(other.root)}")
+        if not os.path.lexists(copy_side.root / path):
+            raise UsageError(f"--edited {quoted(path)}: there is no such file in {quoted(copy_side.root)}")
 
 
-def with_vocabulary(original: Side, options: VerifyOptions) -> Side:
-    """The source with as many rows of the embedding as a user says. Raises UsageError where that cannot be."""
-    checkpoint, told = original.checkpoint, options.vocab_size
-    if checkpoint is None or told is None:
-        return original
-    if not checkpoint.is_nanotron:
-        raise UsageError("--vocab-size is for a Nanotron SRC, which keeps no count of its true rows")
-    if checkpoint.vocab_size not in (None, told):
-        raise UsageError(f"--vocab-size {told}: the manifest of {quoted(original.root)} says {checkpoint.vocab_size}")
-    if not 0 < told <= checkpoint.config.vocab_size:
-        raise UsageError(f"--vocab-size {told}: the embedding has {checkpoint.config.vocab_size} rows")
-    return replace(original, checkpoint=replace(checkpoint, vocab_size=told))
+def with_vocabulary(source: Checkpoint, options: VerifyOptions) -> Checkpoint:
+    """The source with the vocabulary of --vocab-size, if given. Raises UsageError if it contradicts the source."""
+    size = options.vocab_size
+    if size is None:
+        return source
+    if not source.is_nanotron:
+        raise UsageError("--vocab-size is for a Nanotron SRC; a Hugging Face config states the size itself")
+    if source.vocab_size not in (None, size):
+        raise UsageError(f"--vocab-size {size}: the manifest of {quoted(source.root)} states {source.vocab_size}")
+    if not 0 < size <= source.config.vocab_size:
+        raise UsageError(f"--vocab-size {size}: the embedding has {source.config.vocab_size} rows")
+    return replace(source, vocab_size=size)
 
 
-def rule_of(source: Checkpoint, copy: Checkpoint, other: Side, options: VerifyOptions, block_nbytes: int) -> Rule:
-    return Rule(block_nbytes, true_vocab_size(source, copy), cast_to(other, options), options.sample, options.seed,
+def rule_of(source: Checkpoint, copy: Checkpoint, copy_side: Side, options: VerifyOptions, block_nbytes: int) -> Rule:
+    """The settings of the comparison of all parameters."""
+    return Rule(block_nbytes, true_vocab_size(source, copy), cast_to(copy_side, options), options.sample, options.seed,
                 PADDING not in options.allow, source.vocab_size is not None)
 
 
-def cast_to(other: Side, options: VerifyOptions) -> str | None:
-    """The safetensors dtype that the source is cast to; None where it is compared as it is."""
-    return SAFETENSORS_DTYPES.get(options.dtype if options.dtype != "keep" else other.dtype)
+def cast_to(copy_side: Side, options: VerifyOptions) -> str | None:
+    """The safetensors dtype to which the source is cast; None without a cast."""
+    return SAFETENSORS_DTYPES.get(options.dtype if options.dtype != "keep" else copy_side.dtype)
 
 
 def true_vocab_size(source: Checkpoint, copy: Checkpoint) -> int:
-    """Rows of the embedding without padding. The source's count comes first, so that nobody can make the copy smaller;
-    without it the copy's is taken, and the rows after it in the source must be zero."""
+    """Rows of the embedding without padding: the source's count, so that a copy cannot hide lost rows, else the copy's;
+    rows of the source past the copy's count must be zero."""
     return source.vocab_size or copy.vocab_size or min(copy.config.vocab_size, source.config.vocab_size)

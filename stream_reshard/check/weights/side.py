@@ -1,4 +1,4 @@
-"""One of the two folders that are compared: its manifest, and its checkpoint, whatever the format."""
+"""One of the two folders that are compared: its manifest, and its checkpoint of either format."""
 from __future__ import annotations
 
 import os
@@ -25,32 +25,30 @@ class Side:
 
     root: Path
     manifest: StoredManifest | None = None
-    """None where the folder has none, or a broken one."""
+    """None if the folder has none, or a broken one."""
     checkpoint: Checkpoint | None = None
-    """None where nothing in the folder can be compared."""
+    """None if nothing in the folder can be compared."""
 
     @property
     def dtype(self) -> str:
-        """The dtype to which the manifest says the weights were cast, or `keep`."""
+        """The dtype of a cast by the manifest, or `keep`."""
         return self.manifest.facts["dtype"] if self.manifest else "keep"
 
     @property
     def allowed(self) -> Collection[str]:
-        """Settings that were accepted when the folder was made. Names in the manifest that no user can accept are left
-        out."""
+        """Names of settings that the conversion accepted, by the manifest."""
         return allowed_by(self.manifest)
 
 
 def allowed_by(manifest: StoredManifest | None) -> Collection[str]:
-    """Accepted settings that a manifest names, without names that no user can accept."""
+    """Names of accepted settings in a manifest, without names that no user can accept."""
     return {*ALLOWABLE, STAGES}.intersection(manifest.facts["allowed"] if manifest else ())
 
 
 def open_side(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str] = (),
               is_copy: bool = False) -> Side:
-    """Open a folder; everything wrong goes to `problems`, but for what is in `allow` or its manifest accepts. No header
-    or small file may have more than `max_nbytes`. Of a copy with many files that its manifest does not name, most are
-    not opened: their presence is a difference already."""
+    """Open a folder; `max_nbytes`: limit on each header and small file. Faults that neither `allow` nor the manifest
+    accepts go to `problems`. Of a copy's files outside its manifest, few are opened (`open_nanotron`)."""
     found = Problems()
     side = _opened(root, max_nbytes, found, allow, is_copy)
     problems.extend(explained(found))
@@ -62,13 +60,13 @@ def _opened(root: Path, max_nbytes: int, problems: Problems, allow: Collection[s
         problems.append(no_checkpoint(root))
         return Side(root)
     manifest = problems.collect(open_manifest, root, max_nbytes)
-    if os.path.isfile(root / CONFIG_NAME) and not is_nanotron(root):
-        return Side(root, manifest, open_hugging_face(root, max_nbytes, problems))
     if is_nanotron(root):
         vocab_size = manifest.facts["vocab_size"] if manifest else None
         is_moved = STAGES in {*allow, *allowed_by(manifest)}
         checkpoint = open_nanotron(root, vocab_size, max_nbytes, problems, is_moved,
                                    manifest.files if manifest and is_copy else None)
         return Side(root, manifest, checkpoint and with_ids_of(manifest, checkpoint))
+    if os.path.isfile(root / CONFIG_NAME):
+        return Side(root, manifest, open_hugging_face(root, max_nbytes, problems))
     problems.append(no_checkpoint(root))
     return Side(root, manifest)

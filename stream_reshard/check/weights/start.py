@@ -1,9 +1,9 @@
-"""Weights from which a training by config.yaml starts: those of this very folder, of a copy of it, or others.
+"""Weights from which a training by config.yaml starts: those of its own folder, of a copy of the folder, or others.
 
-Nanotron starts from `checkpoints.resume_checkpoint_path` where it leads to a checkpoint (`parse_ckpt_path`,
-nanotron/serialize/main.py), else from `model.init_method` (`_load_model_checkpoint`, nanotron/trainer.py). Of a folder
-that config.yaml names, nothing is opened but its manifest and latest.txt, and messages show no more of them than a
-number, or the first 40 bytes of latest.txt.
+Nanotron starts from `checkpoints.resume_checkpoint_path` if it leads to a checkpoint (`parse_ckpt_path`,
+nanotron/serialize/main.py), else from `model.init_method` (`_load_model_checkpoint`, nanotron/trainer.py). In a folder
+that config.yaml names, only the manifest and latest.txt are opened; messages show a number from them, or the first 40
+bytes of latest.txt.
 """
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
 from stream_reshard.storage.small_files import read_capped
 
 _MAX_LATEST_NBYTES = 2**12
-"""latest.txt holds a number."""
+"""Limit on latest.txt, which holds a number."""
 
 _STATES = {"load_optimizer": "optimizer", "load_lr_scheduler": "lr_scheduler"}
-"""Folders of state that Nanotron loads too where it resumes, by the setting that can turn this off."""
+"""Folders that Nanotron also loads when it resumes, each by the setting that turns this off."""
 
 
 @dataclass(frozen=True)
-class Folder:
-    """The folder of a checkpoint."""
+class TrainingFolder:
+    """The folder of a checkpoint from which a training starts."""
 
     root: Path
     name: Path
-    """Final path of the folder; differs from `root` while a conversion is not committed."""
+    """Final path of the folder; `root` is another one while a conversion is not committed."""
     manifest: StoredManifest | None
 
     def is_at(self, path: Path) -> bool:
-        """True where a path leads to this folder."""
+        """True if a path leads to this folder."""
         try:
             return os.path.abspath(path) == os.path.abspath(self.name) or os.path.samefile(path, self.root)
         except (OSError, ValueError):
             return False
 
     def is_copied_at(self, path: Path) -> bool:
-        """True where a path holds the same checkpoint: the same manifest, and weight files of the sizes in it."""
+        """True if a path holds the same checkpoint: an equal manifest, and weight files of its sizes."""
         other = Problems().collect(open_manifest, path) if self.manifest else None
         if self.manifest is None or other is None or other.digest != self.manifest.digest:
             return False
@@ -56,14 +56,13 @@ class Folder:
             return False
 
 
-def start_problems(folder: Folder, content: bytes, init_method: Any, checkpoints: Mapping[str, Any],
+def start_problems(folder: TrainingFolder, content: bytes, init_method: Any, checkpoints: Mapping[str, Any],
                    notes: list[str]) -> Iterator[SourceError]:
-    """Reasons why a training does not start from this folder. `content`: that of config.yaml. Remarks that are no
-    faults go to `notes`."""
+    """Reasons why a training does not start from this folder. `content`: of config.yaml. Remarks go to `notes`."""
     if not isinstance(init_method, Mapping) or init_method.keys() != {"path"}:
-        said = ", ".join(sorted(map(str, init_method))) if isinstance(init_method, Mapping) else init_method
-        yield SourceError(f"{CONFIG_YAML}: model.init_method holds {quoted(said or 'nothing')}, so the training does "
-                          f"not start from these weights; let it hold path: {quoted(folder.name)}, and nothing else")
+        held = ", ".join(sorted(map(str, init_method))) if isinstance(init_method, Mapping) else init_method
+        yield SourceError(f"{CONFIG_YAML}: model.init_method holds {quoted(held or 'nothing')}, so the training does "
+                          f"not start from these weights; it must hold path: {quoted(folder.name)}, and nothing else")
     else:
         yield from _path_problems(folder, content, "model.init_method.path", init_method["path"], notes)
     resumed = checkpoints.get("resume_checkpoint_path")
@@ -71,37 +70,39 @@ def start_problems(folder: Folder, content: bytes, init_method: Any, checkpoints
         yield from _resume_problems(folder, content, resumed, checkpoints, notes)
 
 
-def _path_problems(folder: Folder, content: bytes, key: str, told: Any, notes: list[str]) -> Iterator[SourceError]:
-    if not isinstance(told, str) or not told or "\0" in told:
-        yield SourceError(f"{CONFIG_YAML}: {key} is {_shown(told)}, not a path; let it be {quoted(folder.name)}")
+def _path_problems(folder: TrainingFolder, content: bytes, key: str, value: Any, notes: list[str]
+                   ) -> Iterator[SourceError]:
+    cure = f"set {key} to {quoted(folder.name)}"
+    if not isinstance(value, str) or not value or "\0" in value:
+        yield SourceError(f"{CONFIG_YAML}: {key} is {value_text(value)}, not a path; {cure}")
         return
-    path, cure = Path(told), f"set {key} to {quoted(folder.name)}"
+    path = Path(value)
     if not path.is_absolute():
-        notes.append(f"{CONFIG_YAML}: {key} {quoted(told)} is relative: Nanotron reads it from the folder that it is "
-                     f"started in; {cure}")
+        notes.append(f"{CONFIG_YAML}: {key} {quoted(value)} is relative: Nanotron reads it from its working "
+                     f"folder; {cure}")
     if folder.is_at(path):
         return
     if folder.is_copied_at(path):
-        notes.append(f"{CONFIG_YAML}: {key} is {quoted(told)}, where the same checkpoint stands")
+        notes.append(f"{CONFIG_YAML}: {key} is {quoted(value)}, where the same checkpoint stands")
     elif _is_as_made(folder, content) and not os.path.lexists(path):
-        notes.append(f"{CONFIG_YAML}: {key} is {quoted(told)}, where nothing stands: {quoted(folder.name)} was moved; "
+        notes.append(f"{CONFIG_YAML}: {key} is {quoted(value)}, where nothing stands: {quoted(folder.name)} was moved; "
                      f"{cure} before training")
     else:
-        yield SourceError(f"{CONFIG_YAML}: {key} is {quoted(told)}, so the training does not start from "
+        yield SourceError(f"{CONFIG_YAML}: {key} is {quoted(value)}, so the training does not start from "
                           f"{quoted(folder.name)}; {cure}")
 
 
-def _is_as_made(folder: Folder, content: bytes) -> bool:
-    """True where the content of config.yaml has the digest in the manifest."""
+def _is_as_made(folder: TrainingFolder, content: bytes) -> bool:
+    """True if the content of config.yaml has the digest in the manifest."""
     file = folder.manifest.files.get(CONFIG_YAML) if folder.manifest else None
     return file is not None and file.xxh3_128 == xxhash.xxh3_128(content).hexdigest()
 
 
-def _resume_problems(folder: Folder, content: bytes, told: Any, checkpoints: Mapping[str, Any],
+def _resume_problems(folder: TrainingFolder, content: bytes, value: Any, checkpoints: Mapping[str, Any],
                      notes: list[str]) -> Iterator[SourceError]:
-    """Reasons why Nanotron does not resume from this folder; resuming comes before init_method."""
+    """Reasons why Nanotron does not resume from this folder; it resumes rather than start from init_method."""
     key = "checkpoints.resume_checkpoint_path"
-    path = told if isinstance(told, str) and "\0" not in told else ""
+    path = value if isinstance(value, str) and "\0" not in value else ""
     if path and os.path.lexists(os.path.join(path, LATEST)):
         step = read_capped(Path(path), LATEST, _MAX_LATEST_NBYTES, _MAX_LATEST_NBYTES)
         try:
@@ -111,16 +112,18 @@ def _resume_problems(folder: Folder, content: bytes, told: Any, checkpoints: Map
                               f"a number")
             return
     elif path and "://" not in path and not os.path.exists(os.path.join(path, MODEL_CONFIG_NAME)):
-        notes.append(f"{CONFIG_YAML}: {key} {quoted(path)} holds no checkpoint, so Nanotron goes by model.init_method")
+        notes.append(f"{CONFIG_YAML}: {key} {quoted(path)} holds no checkpoint, so Nanotron starts from "
+                     f"model.init_method")
         return
     before = len(notes)
-    problems = list(_path_problems(folder, content, key, path or told, notes))
+    problems = list(_path_problems(folder, content, key, path or value, notes))
     yield from problems
     for flag, name in _STATES.items() if not problems and len(notes) == before else ():
         if checkpoints.get(flag, True) and not (folder.root / name).is_dir():
             yield SourceError(f"{CONFIG_YAML}: {key} leads here and {flag} is not false, but {quoted(folder.name)} has "
-                              f"no {name}/; let {key} be null: model.init_method starts from these weights")
+                              f"no {name}/; set {key} to null: model.init_method starts from these weights")
 
 
-def _shown(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """A scalar of config.yaml as text; of another value only its type: its references can make its text endless."""
     return quoted(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"

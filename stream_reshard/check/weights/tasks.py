@@ -1,4 +1,4 @@
-"""The parts of a comparison that read files: digests, and the weights one by one; and running them."""
+"""Tasks: the parts of a comparison that read files (one per digest, one per parameter), and their execution."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,25 +19,25 @@ from stream_reshard.storage.source_file import digest_of
 Task = Callable[[], Compared]
 
 
-def weight_tasks(source: Checkpoint, copy: Checkpoint, rule: Rule, told: FilesOfManifest | None,
+def weight_tasks(source: Checkpoint, copy: Checkpoint, rule: Rule, manifest_files: FilesOfManifest | None,
                  buffer_nbytes: int, stop: Stop) -> Iterator[Task]:
-    """One task per parameter that both checkpoints have; the digest of a file in `told` comes just before the first
-    weight in that file, so that the second reading finds it in memory."""
+    """One task per parameter of both checkpoints. The digest of a file of the manifest comes just before the first
+    parameter in the file, so that the parameter is read from the page cache."""
     for name in shared(source, copy):
-        if told is not None:
+        if manifest_files is not None:
             for path in copy.weights.paths_of(name):
-                if file := told.take(path):
+                if file := manifest_files.take(path):
                     yield partial(_digest, copy.root, file, buffer_nbytes, stop)
         yield partial(compare, name, source, copy, rule, stop)
 
 
-def digest_tasks(root: Path, told: FilesOfManifest, buffer_nbytes: int, stop: Stop) -> Iterator[Task]:
-    """Tasks for the digests in `told` that were not compared yet."""
-    return (partial(_digest, root, file, buffer_nbytes, stop) for file in told.rest())
+def digest_tasks(root: Path, manifest_files: FilesOfManifest, buffer_nbytes: int, stop: Stop) -> Iterator[Task]:
+    """One task per file of the manifest that has none yet."""
+    return (partial(_digest, root, file, buffer_nbytes, stop) for file in manifest_files.rest())
 
 
 def shared(source: Checkpoint, copy: Checkpoint) -> Iterator[str]:
-    """Names of the parameters that both checkpoints have."""
+    """Names of the parameters of both checkpoints."""
     return (name for name in copy.weights if name in source.weights)
 
 
@@ -51,7 +51,7 @@ def _digest(root: Path, file: FileDone, buffer_nbytes: int, stop: Stop) -> Compa
 
 def run(tasks: Iterable[Task], num_tasks: int, num_workers: int, stop: Stop,
         progress: Callable[[int, int], None]) -> Iterator[Compared]:
-    """Results of the tasks, as they finish; `progress(done, total)` counts tasks."""
+    """Results of the tasks, in the order in which they finish; `progress(done, total)` counts tasks."""
     executor = ThreadPoolExecutor(num_workers) if num_workers > 1 else None
     try:
         with closing(engines.run_all(lambda task: task(), tasks, stop, executor)) as results:

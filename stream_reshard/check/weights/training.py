@@ -1,4 +1,4 @@
-"""Checks of the config.yaml beside the weights: it must describe them, and start a training from them."""
+"""Checks of the config.yaml beside the weights: it must describe them, and a training must start from them."""
 from __future__ import annotations
 
 import importlib.util
@@ -9,99 +9,100 @@ from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.files import CONFIG_YAML
-from stream_reshard.check.weights.start import Folder, start_problems
+from stream_reshard.check.weights.start import TrainingFolder, start_problems, value_text
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.formats.nanotron.config import NanotronModelConfig, ids_written, parse_model_config
 from stream_reshard.formats.nanotron.rules import padded_size
 from stream_reshard.model.parameters import TOKEN_IDS, ModelConfig
+from stream_reshard.model.topology import Topology
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.small_files import read_capped
 
-_NOT_OF_THE_WEIGHTS = {"vocab_size", "unsaid_ids", *TOKEN_IDS}
-"""Fields of ModelConfig that are not compared as they stand: the trainer pads the vocabulary, ids are Nanotron's."""
+_COMPARED_APART = {"vocab_size", "unsaid_ids", *TOKEN_IDS}
+"""Fields of ModelConfig that are compared in another form: padded, or as far as Nanotron holds token ids."""
 
 
-def training_problems(folder: Folder, checkpoint: Checkpoint, max_nbytes: int, notes: list[str]
-                      ) -> tuple[Problems, Problems]:
-    """(settings in which the config.yaml in a folder, if any, describes other weights; reasons why a training does not
-    start from those beside it). Remarks that are no faults go to `notes`."""
+def training_problems(folder: TrainingFolder, checkpoint: Checkpoint, topology: Topology, max_nbytes: int,
+                      notes: list[str]) -> tuple[Problems, Problems]:
+    """(errors for settings of the config.yaml in a folder, if any, that describe other weights; reasons why a training
+    does not start from the weights beside it). Remarks go to `notes`."""
     problems, elsewhere = Problems(), Problems()
     if not has_yaml() or not os.path.lexists(folder.root / CONFIG_YAML):
         return problems, elsewhere
     content = problems.collect(read_capped, folder.root, CONFIG_YAML, max_nbytes)
-    text = problems.collect(_parsed, content) if content is not None else None
-    if content is not None and text is not None:
-        problems.extend(problems.collect(lambda: list(_model_problems(text, checkpoint, notes))) or ())
+    settings = problems.collect(_parsed, content) if content is not None else None
+    if content is not None and settings is not None:
+        problems.extend(problems.collect(lambda: list(_model_problems(settings, checkpoint, topology, notes))) or ())
         elsewhere.extend(elsewhere.collect(lambda: list(start_problems(
-            folder, content, _below(text, "model").get("init_method"), _below(text, "checkpoints"), notes))) or ())
+            folder, content, _below(settings, "model").get("init_method"), _below(settings, "checkpoints"), notes)))
+            or ())
     return problems, elsewhere
 
 
-def _model_problems(text: Mapping[str, Any], checkpoint: Checkpoint, notes: list[str]) -> Iterator[SourceError]:
-    """Settings in config.yaml that do not fit the weights. Raises SourceError or Refused where it makes no sense."""
-    told = parse_model_config(_below(text, "model", "model_config"), f"{CONFIG_YAML}: model_config")
-    multiple = _below(text, "model").get("make_vocab_size_divisible_by", 1)
-    pairs = _pairs(text, told, checkpoint)
+def _model_problems(settings: Mapping[str, Any], checkpoint: Checkpoint, topology: Topology,
+                    notes: list[str]) -> Iterator[SourceError]:
+    """Errors for settings in config.yaml that do not fit the weights. Raises SourceError or Refused for a model_config
+    that is invalid."""
+    config = parse_model_config(_below(settings, "model", "model_config"), f"{CONFIG_YAML}: model_config")
+    multiple = _below(settings, "model").get("make_vocab_size_divisible_by", 1)
+    pairs = _pairs(settings, config, checkpoint, topology)
     if not (type(multiple) is int and multiple > 0):
-        yield SourceError(f"{CONFIG_YAML}: make_vocab_size_divisible_by is {_told(multiple)}, not a positive int")
+        yield SourceError(f"{CONFIG_YAML}: make_vocab_size_divisible_by is {value_text(multiple)}, not a positive int")
     else:
-        assert checkpoint.topology, "it is one of Nanotron's"
         pairs["vocab_size padded to make_vocab_size_divisible_by"] = (
-            padded_size(told.model.vocab_size, checkpoint.topology.tp * multiple), checkpoint.config.vocab_size)
-    for name, (mine, needed) in pairs.items():
-        if mine != needed:
-            yield SourceError(f"{CONFIG_YAML}: {name} is {_told(mine)}, the weights beside it need {_told(needed)}")
-    dp = _below(text, "parallelism").get("dp")
+            padded_size(config.model.vocab_size, topology.tp * multiple), checkpoint.config.vocab_size)
+    for name, (value, needed) in pairs.items():
+        if value != needed:
+            yield SourceError(f"{CONFIG_YAML}: {name} is {value_text(value)}, the weights beside it need "
+                              f"{value_text(needed)}")
+    dp = _below(settings, "parallelism").get("dp")
     if not (type(dp) is int and dp > 0):
-        yield SourceError(f"{CONFIG_YAML}: dp is {_told(dp)}, not a positive int")
-    length, most = _below(text, "tokens").get("sequence_length"), checkpoint.config.max_position_embeddings
+        yield SourceError(f"{CONFIG_YAML}: dp is {value_text(dp)}, not a positive int")
+    length, most = _below(settings, "tokens").get("sequence_length"), checkpoint.config.max_position_embeddings
     if isinstance(length, int) and length > most:
-        notes.append(f"{CONFIG_YAML}: sequence_length {length} is more than the {most} positions that the model knows "
-                     f"(max_position_embeddings); Nanotron trains it all the same (trainer.py, init_model)")
+        notes.append(f"{CONFIG_YAML}: sequence_length {length} is more than the {most} positions of the model "
+                     f"(max_position_embeddings); Nanotron does not refuse it (trainer.py, init_model)")
 
 
-def _pairs(text: Mapping[str, Any], told: NanotronModelConfig, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
+def _pairs(settings: Mapping[str, Any], config: NanotronModelConfig, checkpoint: Checkpoint,
+           topology: Topology) -> dict[str, tuple[Any, Any]]:
     """(value in config.yaml, value that the weights need) by setting."""
-    pairs = {field.name: (getattr(told.model, field.name), getattr(checkpoint.config, field.name))
-             for field in fields(ModelConfig) if field.name not in _NOT_OF_THE_WEIGHTS}
-    pairs |= {key: (getattr(told.model, key), id) for key, id in ids_written(checkpoint.config).items()}
-    said = told.rope_interleaved
-    pairs["rope_interleaved"] = checkpoint.interleaved_by_default if said is None else said, checkpoint.interleaved
+    pairs = {field.name: (getattr(config.model, field.name), getattr(checkpoint.config, field.name))
+             for field in fields(ModelConfig) if field.name not in _COMPARED_APART}
+    pairs |= {key: (getattr(config.model, key), id) for key, id in ids_written(checkpoint.config).items()}
+    is_interleaved = config.rope_interleaved
+    pairs["rope_interleaved"] = (
+        checkpoint.interleaved_by_default if is_interleaved is None else is_interleaved, checkpoint.interleaved)
     dtypes = {TORCH_DTYPES.get(checkpoint.weights.dtype_of(name)) for name in checkpoint.weights}
-    if "dtype" in _below(text, "model") and len(dtypes) == 1:
-        pairs["dtype"] = _below(text, "model")["dtype"], dtypes.pop()
-    pairs |= {name: (told.extras.get(name), checkpoint.extras.get(name))
-              for name in told.extras.keys() | checkpoint.extras.keys()}
-    parallelism, topology = _below(text, "parallelism"), checkpoint.topology
-    assert topology, "it is one of Nanotron's"
+    if "dtype" in _below(settings, "model") and len(dtypes) == 1:
+        pairs["dtype"] = _below(settings, "model")["dtype"], dtypes.pop()
+    pairs |= {name: (config.extras.get(name), checkpoint.extras.get(name))
+              for name in config.extras.keys() | checkpoint.extras.keys()}
+    parallelism = _below(settings, "parallelism")
     pairs |= {axis: (parallelism.get(axis), size) for axis, size in (("tp", topology.tp), ("pp", topology.pp))}
-    # Files of experts hold all of them, and with context parallelism the trainer starts from no path (trainer.py).
+    # A file of experts holds all of them, and with context parallelism the trainer starts from no path (trainer.py).
     return pairs | {axis: (parallelism.get(axis, 1), 1) for axis in ("expert_parallel_size", "context_parallel_size")}
 
 
-def _told(value: Any) -> str:
-    """A scalar as text; of anything else only its type, for aliases can make a short text an endless value."""
-    return quoted(value) if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
-
-
 def _parsed(content: bytes) -> Mapping[str, Any]:
-    """config.yaml, parsed as data. Raises SourceError where it is none."""
+    """The settings in config.yaml. Raises SourceError for a content that is no mapping."""
     import yaml
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # It has no types.
-        """Refuses merge keys, which let a short text grow without end."""
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types.
+        """Loader without merge keys, which can make the value of a short text endless."""
 
         def flatten_mapping(self, node: Any) -> None:
-            """Raise YAMLError for a merge key, which other loaders would follow."""
+            """Raises YAMLError for a merge key."""
             if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
                 raise yaml.YAMLError("merge keys (<<) are not read here; write their values out")
 
     try:
         value = yaml.load(content, Loader)
-    except Exception as error:  # PyYAML's constructors raise whatever they stumble over.
+    except Exception as error:  # PyYAML's constructors raise errors of many types.
         raise SourceError(f"{CONFIG_YAML} cannot be parsed: {quoted(error)}") from error
     if value is not None and _size(value, 4 * len(content)) > 4 * len(content):
-        raise SourceError(f"{CONFIG_YAML} is {len(content)} bytes long, but references make it endless")
+        raise SourceError(f"{CONFIG_YAML} has {len(content)} bytes, but its references repeat values without end; "
+                          f"write the values out")
     if not isinstance(value, Mapping):
         raise SourceError(f"{CONFIG_YAML} is empty: no training can start from it" if value is None else
                           f"{CONFIG_YAML} holds a {type(value).__name__}, not a mapping of settings")
@@ -109,8 +110,8 @@ def _parsed(content: bytes) -> Mapping[str, Any]:
 
 
 def _size(value: Any, limit: int) -> int:
-    """Characters and values in what was parsed, references followed, up to about `limit`: a few lines of references
-    to references can stand for more than any memory holds."""
+    """Number of values and characters with references followed, counted up to about `limit`: a few lines of references
+    to references can stand for more values than any memory holds."""
     total, waiting = 0, [value]
     while waiting and total <= limit:
         item = waiting.pop()
@@ -121,7 +122,7 @@ def _size(value: Any, limit: int) -> int:
 
 
 def has_yaml() -> bool:
-    """True where config.yaml can be read; without PyYAML only its digest is compared."""
+    """True if PyYAML is installed; without it only the digest of config.yaml is compared."""
     return importlib.util.find_spec("yaml") is not None
 
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -31,6 +32,10 @@ class NanotronSource(Source):
     """A Nanotron checkpoint that can be converted."""
 
     layout: NanotronLayout
+
+
+_REPO, _COMMIT = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII), re.compile(r"[0-9a-f]{40}")
+"""A repository of the hub, and a commit in it, as a manifest may name them."""
 
 
 def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
@@ -76,8 +81,9 @@ def _facts_of(root: Path, max_nbytes: int) -> Mapping[str, Any]:
 def _origin(facts: Mapping[str, Any]) -> Mapping[str, str] | None:
     """Repository and commit that a manifest names as the origin of the first conversion."""
     origin = facts.get("origin")
-    is_whole = isinstance(origin, dict) and all(isinstance(origin.get(key), str) for key in ("repo", "commit"))
-    return origin if is_whole else None
+    if not isinstance(origin, dict) or not _REPO.fullmatch(str(origin.get("repo"))):
+        return None
+    return origin if _COMMIT.fullmatch(str(origin.get("commit"))) else None
 
 
 def _true_vocab_size(config: NanotronModelConfig, told: int | None) -> int:

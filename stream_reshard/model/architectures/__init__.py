@@ -1,13 +1,14 @@
-"""Architectures: one small table per model family; a new family is its difference from an old one.
+"""Architectures: one small table per model family; a new family states its difference from an existing one.
 
-- base:  Family, and how it becomes a Model
-- llama: Llama and what shares its modules (SmolLM2, TinyLlama, Vicuna ...)
-- qwen2: Llama with biases on the query, key and value projections
-- mistral: Llama's tensors, full attention
+- base:      Family, and the Model made from it
+- llama:     Llama, and all models of its class (SmolLM2, TinyLlama, Vicuna ...)
+- qwen2:     Llama with biases on the query, key and value projections
+- mistral:   Llama's tensors, full attention
 - qwen2_moe: Qwen2 with experts in place of the MLP
-- smollm3: Llama's tensors, some layers without rotary embedding
+- smollm3:   Llama's tensors, some layers without rotary embedding
 
-A family is chosen as transformers' auto classes choose it: by `model_type`, and by the class name only without one.
+A family is chosen as transformers' auto classes choose it: by `model_type`, or by the class name where a config gives
+no `model_type`.
 """
 import re
 
@@ -20,39 +21,39 @@ from stream_reshard.model.architectures.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Family] = {
     family.hugging_face_class: family for family in (LLAMA, QWEN2, MISTRAL, SMOLLM3, QWEN2_MOE)}
-"""By the class name in config.json's `architectures`."""
+"""The families by the class name in config.json's `architectures`."""
 
 BY_MODEL_TYPE: dict[str, Family] = {family.model_type: family for family in FAMILIES.values()}
-"""By config.json's `model_type`."""
+"""The families by config.json's `model_type`."""
 
 UNSUPPORTED = {
-    "qwen3": "its q_norm and k_norm weights have no place in Nanotron",
-    "olmo2": "its q_norm and k_norm weights and its norm order have no place in Nanotron",
-    "gemma": "its norms and embedding scale have no place in Nanotron",
-    "gemma2": "its norms, logit caps and embedding scale have no place in Nanotron",
-    "gemma3_text": "its norms, q_norm, k_norm and embedding scale have no place in Nanotron",
-    "mixtral": "a mixture of experts in this form has no place in Nanotron",
-    "qwen3_moe": "its q_norm and k_norm weights have no place in Nanotron",
-    "deepseek_v3": "its latent attention has no place in Nanotron",
+    "qwen3": "Nanotron has no q_norm and k_norm weights",
+    "olmo2": "Nanotron has no q_norm and k_norm weights, and another order of norms",
+    "gemma": "Nanotron has neither its norms nor its embedding scale",
+    "gemma2": "Nanotron has neither its norms nor its logit caps nor its embedding scale",
+    "gemma3_text": "Nanotron has neither its norms nor q_norm and k_norm nor its embedding scale",
+    "mixtral": "Nanotron has no mixture of experts of this form",
+    "qwen3_moe": "Nanotron has no q_norm and k_norm weights",
+    "deepseek_v3": "Nanotron has no latent attention",
     "starcoder2": "Nanotron's main branch no longer runs Starcoder2",
     "mamba": "Nanotron's main branch no longer runs Mamba",
-    "phi3": "its projections are fused and its rope is scaled in ways Nanotron does not know",
+    "phi3": "Nanotron has neither its fused projections nor its scaling of RoPE",
 }
-"""Reason to refuse a well-known `model_type`, for a message that helps."""
+"""Reason to refuse a well-known `model_type`, by `model_type`."""
 
 _CLASS = re.compile(r"(?:fsdp)?(.+?)(?:for[a-z0-9]+|lmheadmodel|pretrainedmodel|model)?", re.ASCII | re.IGNORECASE)
 
 
 def model_type_of(class_name: str) -> str | None:
-    """The `model_type` of a class by its name, whatever its spelling (LLaMAForCausalLM), its head, and the prefix that
-    transformers itself drops (FSDPLlamaForCausalLM). None where neither table has it."""
+    """The `model_type` of a class; None where neither table has it. The name may differ in upper and lower case
+    (LLaMAForCausalLM), have any head, and the prefix that transformers itself drops (FSDPLlamaForCausalLM)."""
     match = _CLASS.fullmatch(class_name)
     plain = {name.replace("_", ""): name for name in (*UNSUPPORTED, *BY_MODEL_TYPE)}
     return plain.get(match[1].lower().replace("_", "")) if match else None
 
 
 def has_language_model_head(class_name: str) -> bool:
-    """True where a class, by its name, predicts the next token."""
+    """True where the name of a class is that of a model that predicts the next token."""
     return class_name.lower().endswith(("causallm", "lmheadmodel", "conditionalgeneration"))
 
 

@@ -1,4 +1,4 @@
-"""Family: an architecture table, and how it becomes a Model."""
+"""Family: an architecture table, and the Model made from it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ class Family:
     nanotron_configs: tuple[str, ...]
     """Nanotron's config classes that express the family, the usual one first."""
     rows: tuple[Row, ...]
-    """In the order of the forward pass; the rows of one layer stand together."""
+    """The parameters in the order of the forward pass; the rows of a layer follow each other."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings in config.json that every model of the family has."""
+    """Settings that every written config.json of the family gets."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """Values of keys that a config.json leaves out, where the family has a default of its own."""
+    """The family's own defaults for keys that a config.json leaves out."""
     tie_by_default: bool = False
-    """Value of `tie_word_embeddings` where a config.json leaves it out."""
+    """Default of `tie_word_embeddings` in config.json."""
 
     @property
     def has_attention_bias(self) -> bool:

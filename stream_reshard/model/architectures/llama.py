@@ -1,7 +1,7 @@
 """Llama: the family that Nanotron's LlamaConfig and Qwen2Config express (nanotron/models/llama.py, qwen.py).
 
-`half` and `pair` are the two dims of a head that rotary embedding turns: element (0, j) turns with (1, j). Hugging Face
-keeps a head as (half, pair); Nanotron with `rope_interleaved` keeps it as (pair, half).
+`half` and `pair` are the two dims of a head under rotary embedding, which rotates element (0, j) together with (1, j).
+Hugging Face stores a head as (half, pair), Nanotron with `rope_interleaved` as (pair, half).
 """
 from stream_reshard.model.architectures.base import Family
 from stream_reshard.model.parameters import Row

@@ -1,4 +1,4 @@
-"""Mistral: Llama's tensors. With full attention it computes what Llama computes; with a window Nanotron would not."""
+"""Mistral: Llama's tensors and forward pass, if attention is full; Nanotron has no such sliding window."""
 from stream_reshard.model.architectures.base import Family
 from stream_reshard.model.architectures.llama import LLAMA
 

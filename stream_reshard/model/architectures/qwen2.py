@@ -6,7 +6,7 @@ from stream_reshard.model.parameters import Row
 
 
 def _bias_of(row: Row) -> Row:
-    """The bias beside a projection: its rows without the hidden dim."""
+    """The bias of a projection: one element per row of its matrix."""
     return Row(row.parameter + "_bias", row.dims.split(" | ")[0], row.split,
                row.hugging_face.replace(".weight", ".bias"), row.nanotron.replace(".weight", ".bias"))
 

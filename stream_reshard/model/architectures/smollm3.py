@@ -1,4 +1,4 @@
-"""SmolLM3: Llama's tensors, tied, and every n-th layer without rotary embedding, which only Qwen2Config can say
+"""SmolLM3: Llama's tensors, tied; every n-th layer has no rotary embedding, which only Qwen2Config can express
 (`no_rope_layer`, nanotron/models/qwen.py)."""
 from stream_reshard.model.architectures.base import Family
 from stream_reshard.model.architectures.llama import LLAMA
