@@ -28,7 +28,6 @@ except Refused as refused:
 # %% The conversion. A notebook draws a bar; after a stop, the same cell goes on where it was.
 result = api.run(conversion, progress=True)
 print(result)
-print(f"{result.facts['peak_nbytes'] / 2**20:.0f} MiB at most, {result.facts['seconds']} s")
 
 # %% The proof that both folders hold the same model.
 print(api.verify(source, nanotron))
