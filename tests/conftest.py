@@ -18,6 +18,9 @@ from stream_reshard.machine import memory
 
 _KEY = pytest.StashKey[list]()
 
+os.environ["TQDM_DISABLE"] = "1"
+"""Lines of progress would stand between the messages that tests read; tests of progress take it away."""
+
 
 @pytest.fixture
 def figures(request):

@@ -178,5 +178,5 @@ def run_forward(plan: ForwardPlan, progress: Callable[[int, int], None] = lambda
     progress(plan.num_parts, plan.num_parts)
     if plan.options.plot is not None:
         from stream_reshard.check.forward.plot import draw
-        draw(comparison, plan.options.plot)
+        draw(comparison, (plan.source.root.name, plan.copy.root.name), plan.options.plot)
     return comparison

@@ -4,34 +4,40 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 from stream_reshard.check.forward.result import Comparison, StepDifference
 from stream_reshard.storage.durable import NewFile, make_folder, target_error
 from stream_reshard.storage.folder import Folder
 
-_FLOOR = 1e-9
-"""Smallest value that is drawn; smaller differences, zero included, are drawn as this."""
+_MAX_TICKS = 14
+"""Steps that are named below the picture."""
 
 
-def draw(comparison: Comparison, path: Path) -> None:
+def draw(comparison: Comparison, names: tuple[str, str], path: Path) -> None:
     """Write a PNG with the relative difference of each layer on a logarithmic scale, the tolerance, and the first layer
-    beyond it. Raises DestinationError or ResourceError if it cannot be written; then no file is left."""
+    beyond it; a difference of zero is a mark at the bottom, as it has no logarithm. `names`: names of the folders of
+    SRC and DST. Raises DestinationError or ResourceError if it cannot be written; then no file is left."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 3.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(7, 3.4), dpi=120, layout="constrained")
     axes = figure.subplots()
+    axes.set_yscale("log")
     values = [*(_drawn(row.output.relative) for row in comparison.rows), _drawn(comparison.logits.relative)]
-    axes.semilogy(range(len(values)), values, marker="o", markersize=3, linewidth=1, label="DST against SRC")
+    drawn = [value if value > 0 else math.nan for value in values]
+    axes.plot(range(len(values)), drawn, marker="o", markersize=3, linewidth=1, label="difference")
     axes.axhline(comparison.tolerance, linestyle="--", linewidth=1, color="grey", label="tolerance")
+    if zeros := [index for index, value in enumerate(values) if value == 0]:
+        axes.plot(zeros, [0] * len(zeros), marker="v", markersize=4, linestyle="none", color="tab:green",
+                  transform=axes.get_xaxis_transform(), clip_on=False, label="equal")
     for index, row in enumerate(comparison.rows):
         if row.first:
             axes.axvline(index, color="tab:red", linewidth=1, label=f"begins at {row.first.title}")
             break
-    step = max(1, len(values) // 12)
-    names = [*map(_name, comparison.rows), "logits"]
-    ticks = sorted({0, len(values) - 1, *range(1, len(values) - 2, step)})
-    axes.set_xticks(ticks, [names[tick] for tick in ticks], rotation=45, ha="right", fontsize=7)
-    axes.set_ylabel("largest relative difference")
+    _name_steps(axes, [*map(_name, comparison.rows), "logits"])
+    axes.set_title(f"{names[1]} against {names[0]}, {comparison.num_tokens} tokens", fontsize=9)
+    axes.set_xlabel("output of embedding, layer by number, final norm, logits", fontsize=8)
+    axes.set_ylabel("largest difference of a token,\nrelative to its largest value", fontsize=8)
     axes.legend(fontsize=7)
     picture = io.BytesIO()
     FigureCanvasAgg(figure).print_png(picture)
@@ -46,9 +52,16 @@ def draw(comparison: Comparison, path: Path) -> None:
         file.commit()
 
 
+def _name_steps(axes: Any, names: list[str]) -> None:
+    """Ticks for the first, the last two and the logits, and evenly between them."""
+    step = max(1, -(-len(names) // _MAX_TICKS))
+    ticks = sorted({0, *range(1, len(names) - 2, step), len(names) - 2, len(names) - 1})
+    axes.set_xticks(ticks, [names[tick] for tick in ticks], rotation=45, ha="right", fontsize=7)
+
+
 def _name(row: StepDifference) -> str:
     return row.output.title if row.output.layer is None else str(row.output.layer)
 
 
 def _drawn(value: float) -> float:
-    return max(value, _FLOOR) if math.isfinite(value) else 1e3
+    return value if math.isfinite(value) else 1e3
