@@ -65,7 +65,7 @@ def test_the_python_example_runs(tmp_path):
     """In a folder that holds such a source."""
     code = re.search(r"```python\n(.+?)```", README, re.S)[1]
     make_source(tmp_path / "llama-7b", config={"num_key_value_heads": 4})
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": ""}
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True, capture_output=True, text=True)
     assert "100%" in ran.stderr and (tmp_path / "llama-7b-tp4" / "config.yaml").exists()
 
