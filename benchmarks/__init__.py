@@ -9,5 +9,5 @@
     sources    synthetic sources, sized to the machine; synthetic: how they are made
     sections   what is run
     fits       straight lines through the runs
-    tables     results as Markdown; pictures: as PNG; readme: what the README says of them
+    tables     results as Markdown; pictures: as PNG; readme: documents about them
 """

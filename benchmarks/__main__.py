@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pictures import draw
-from benchmarks.readme import lines_of
+from benchmarks.readme import write_documents
 from benchmarks.rounds import Plan
 from benchmarks.sections import SECTIONS, Bench, document_of
 from benchmarks.sources import NBYTES, shape_for, sources_in
 from benchmarks.tables import markdown_of, table_of
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -53,7 +54,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sources", type=Path, metavar="DIR", help="holds sources by name of shape, such as llama-7b, to be used")
     add("--results", type=Path, default=RESULTS, metavar="DIR", help="for JSON, Markdown and PNG")
     add("--lock", type=Path, metavar="FILE", help="lock it (flock) for each round: for machines where others measure")
-    add("--readme", action="store_true", help="measure nothing; print what the README says of the results")
+    add("--readme", action="store_true", help="measure nothing; write the results into docs/ and README.md")
     add("--redraw", action="store_true", help="measure nothing; make tables and pictures again from the JSON")
     return parser.parse_args(argv)
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             redraw(path)
         return 0
     if arguments.readme:
-        print("\n".join(lines_of(arguments.results)))
+        write_documents(ROOT, arguments.results)
         return 0
     signal.signal(signal.SIGTERM, _end)
     arguments.results.mkdir(parents=True, exist_ok=True)

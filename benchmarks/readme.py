@@ -1,20 +1,21 @@
-"""What the README says of the measurements, from the committed results alone: `python -m benchmarks --readme`."""
+"""Documents about the measurements, from the committed results alone: `python -m benchmarks --readme` writes them.
+
+docs/memory-and-speed.md gets every section below its mark, README.md gets the table of one.
+"""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from benchmarks.tables import ABOUT, GB, fits_of, machine_line, table_of
 
-_INTRODUCTION = """\
-`python -m benchmarks` measures this tool beside others and writes what is shown here (`--full`: a 7B; `--only peers`:
-one section; `pip install -e '.[bench]'` for the others and the pictures; then `pip install --no-deps mergekit`, whose
-pins ask for older releases; what is not installed is left out and said so). Every run is a process of its own, watched
-from outside. Before each, caches are dropped and memory is touched and freed, so that all find the machine alike; cases
-are interleaved, and a ratio is taken within a round: min / median / max. Times are those of durable output: what does
-not sync its files itself is followed by `sync`. All results, with each run: `benchmarks/results/`."""
+PAGE = Path("docs") / "memory-and-speed.md"
+MARK = "<!-- measured: written by python -m benchmarks --readme -->\n"
+"""The text of the page behind this line is made of the results."""
 
 _PICTURES = {
     "peers": (("_memory", "Memory over time of this tool and of others, against the limit"),
@@ -23,14 +24,12 @@ _PICTURES = {
 
 _SHOWN = ("peers", "peers_full", "speed", "speed_full", "groups", "options", "clones", "clones_full", "growth",
           "growth_full")
-"""Results that have a place in the README, where they are there; the tables of growth are left to its picture."""
+"""Results that have a section on the page, where they exist; the tables of growth are left to its picture."""
 
 
 def lines_of(results: Path) -> Iterator[str]:
-    """The section of the README, line by line."""
+    """The measured part of the page, line by line."""
     found = {name: json.loads(path.read_text()) for name in _SHOWN if (path := results / f"{name}.json").exists()}
-    yield "## Measured\n"
-    yield _INTRODUCTION
     for name, document in found.items():
         if name == "growth" and "growth_full" in found:
             continue
@@ -42,12 +41,29 @@ def _part(name: str, document: dict[str, Any]) -> Iterator[str]:
     section = document["section"]
     size = "" if section == "growth" else (
         f" {document['shape']}, {document['cases'][0]['source_nbytes'] / GB:.2f} GB.")
-    yield f"**{name.removesuffix('_full').capitalize()}.** {ABOUT[section]}{size}\n"
+    yield f"### {name.removesuffix('_full').capitalize()}{' of a 7B' * name.endswith('_full')}\n"
+    yield _wrapped(f"{ABOUT[section]}{size}") + "\n"
     if section == "growth":
         yield from (f"{fit}\n" for fit in fits_of(document))
     else:
         yield f"<!-- benchmark {name} -->\n"
         yield table_of(document)
     for suffix, text in _PICTURES.get(section, ()):
-        yield f"![{text}](benchmarks/results/{name}{suffix}.png)\n"
-    yield f"{document['num_rounds']} rounds on {machine_line(document)}"
+        yield f"![{text}](../benchmarks/results/{name}{suffix}.png)\n"
+    rounds = document["num_rounds"]
+    yield _wrapped(f"{rounds} round{'s' * (rounds != 1)} on {machine_line(document)}")
+
+
+def _wrapped(text: str) -> str:
+    return fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def write_documents(root: Path, results: Path) -> None:
+    """Put the results into the page, and into the table of the README, below `root`."""
+    page, readme = root / PAGE, root / "README.md"
+    text = page.read_text()
+    if MARK not in text:
+        raise ValueError(f"{page} has no line {MARK.strip()}")
+    page.write_text(text.partition(MARK)[0] + MARK + "\n".join(lines_of(results)) + "\n")
+    readme.write_text(re.sub(r"(<!-- benchmark (\w+) -->\n\n)(?:\|.*\n)+", lambda found: found[1] + table_of(
+        json.loads((results / f"{found[2]}.json").read_text())), readme.read_text()))

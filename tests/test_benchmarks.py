@@ -170,23 +170,31 @@ def test_committed_tables_are_what_the_results_say(path):
     assert path.with_suffix(".png").exists()
 
 
-def test_figures_of_the_readme_are_those_of_the_results():
-    readme = (ROOT / "README.md").read_text()
-    for name, table in re.findall(r"<!-- benchmark (\w+) -->\n\n?((?:\|.*\n)+)", readme):
+@pytest.mark.parametrize("path", ["README.md", "docs/memory-and-speed.md"])
+def test_figures_of_documents_are_those_of_the_results(path):
+    text = (ROOT / path).read_text()
+    tables = re.findall(r"<!-- benchmark (\w+) -->\n\n?((?:\|.*\n)+)", text)
+    assert tables
+    for name, table in tables:
         document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
         assert table == table_of(document), name
-    for picture in re.findall(r"\((benchmarks/results/[^)]+)\)", readme):
+    for picture in re.findall(r"\(\.\./(benchmarks/results/[^)]+)\)", text):
         assert (ROOT / picture).exists(), picture
 
 
-def test_readme_text_passes_its_own_check(capsys):
-    """Every table of the text that is printed for the README is marked, and what its results say."""
+def test_documents_are_written_from_the_results(tmp_path, monkeypatch):
+    """They are what the command makes of them, and what a result no longer says goes from them."""
+    (tmp_path / "docs").mkdir()
+    for path in ("README.md", "docs/memory-and-speed.md"):
+        text = (ROOT / path).read_text()
+        (tmp_path / path).write_text(text.replace("| **stream_reshard** |", "| **another** |"))
+    monkeypatch.setattr(command, "ROOT", tmp_path)
     assert command.main(["--readme"]) == 0
-    text = capsys.readouterr().out
-    tables = dict(re.findall(r"<!-- benchmark (\w+) -->\n\n((?:\|.*\n)+)", text))
-    assert text.count("|---|") == len(tables)
-    for name, table in tables.items():
-        assert table == table_of(json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()))
+    for path in ("README.md", "docs/memory-and-speed.md"):
+        assert (tmp_path / path).read_text() == (ROOT / path).read_text()
+    (tmp_path / "docs/memory-and-speed.md").write_text("no mark")
+    with pytest.raises(ValueError, match="has no line"):
+        command.main(["--readme"])
 
 
 def test_pictures_are_drawn_again_from_the_results(tmp_path):
