@@ -4,7 +4,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from html import escape
 from typing import Any
 
 
@@ -30,6 +29,7 @@ class Reported(ABC):
 
     def _repr_html_(self) -> str:
         """The lines, as a notebook shows them."""
+        from html import escape
         return f"<pre>{escape(str(self))}</pre>"
 
 

@@ -92,7 +92,7 @@ def _refuse_forward_flags(arguments: argparse.Namespace) -> None:
     shared = {own.name for own in options_of(VerifyOptions)}
     for own in options_of(ForwardOptions):
         if own.name not in shared and not arguments.forward and getattr(arguments, own.name) != own.default:
-            raise UsageError(f"{own.flag} means nothing without --forward")
+            raise UsageError(f"{own.flag} has no effect without --forward")
 
 
 def _raise_other_than_differences(found: Problems) -> None:

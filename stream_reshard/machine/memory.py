@@ -5,12 +5,13 @@ work starts (measured), *projected* is the peak that the work will reach. Words 
 """
 from __future__ import annotations
 
+import ctypes
 import mmap
 import re
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,6 +123,13 @@ def resident() -> int:
     import psutil
     process = psutil.Process()
     return sum(int(one.memory_info().rss) for one in (process, *process.children(recursive=True)))
+
+
+def held() -> int:
+    """Resident set of the process tree, once memory that was freed has gone back to the kernel (malloc_trim(3))."""
+    with suppress(AttributeError, OSError):  # Other C libraries have no such call.
+        ctypes.CDLL(None).malloc_trim(0)
+    return resident()
 
 
 def peak_resident() -> int:

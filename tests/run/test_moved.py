@@ -101,7 +101,7 @@ def test_a_working_folder_that_changes_after_the_plan_changes_nothing(tmp_path, 
     monkeypatch.chdir(tmp_path / "b")
     lines = "\n".join(api.run(plan).lines)
     assert (tmp_path / "a" / "nt" / "config.yaml").exists() and not os.listdir(tmp_path / "b")
-    assert lines.count(f"{tmp_path}/a/nt") == 2
+    assert lines.count(f"{tmp_path}/a/nt") == 3
 
 
 class Mounts:
