@@ -4,7 +4,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -208,14 +207,10 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
     `progress` is called with every finished job. A request to `stop` ends the run with Interrupted; it can be resumed.
     """
     options, stop = conversion.options, stop or Stop()
-    executor = ThreadPoolExecutor(conversion.num_threads)
-    how = How(conversion.memory.block_nbytes, executor, options.restart, options.overwrite, options.break_lock,
-              conversion.transport, options.workers, partial(_check, conversion, stop) if options.verify else None,
-              progress, stop)
-    try:
-        return run(conversion.output, how)
-    finally:
-        executor.shutdown(cancel_futures=True)
+    check = partial(_check, conversion, stop) if options.verify else None
+    how = How(conversion.memory.block_nbytes, None, options.restart, options.overwrite, options.break_lock,
+              conversion.transport, options.workers, conversion.num_threads, check, progress, stop)
+    return run(conversion.output, how)
 
 
 def _check(conversion: Conversion, stop: Stop, folder: Path) -> None:
