@@ -4,7 +4,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -227,13 +226,10 @@ def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lam
     """
     options, output, stop = conversion.options, conversion.output, stop or Stop()
     check = partial(_check, conversion, stop, check_progress) if options.verify else None
-    executor = ThreadPoolExecutor(conversion.num_threads)
-    run_options = RunOptions(conversion.memory.block_nbytes, executor, options.restart, options.overwrite,
-                             options.break_lock, conversion.transport, options.num_workers, check, progress, stop)
-    try:
-        return run(output, run_options)
-    finally:
-        executor.shutdown(cancel_futures=True)
+    run_options = RunOptions(conversion.memory.block_nbytes, None, options.restart, options.overwrite,
+                             options.break_lock, conversion.transport, options.num_workers, conversion.num_threads,
+                             check, progress, stop)
+    return run(output, run_options)
 
 
 def _check(conversion: Conversion, stop: Stop, progress: Progress, folder: Path) -> None:
@@ -252,7 +248,7 @@ def _always(dtype: str, number: int) -> str:
 def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memory.MemoryPlan, list[str]]:
     """(memory of the run, remarks on it). A run keeps a record per file, and `held` bytes of documents. Without a
     destination only the plan must fit in memory, not the run's per-file records."""
-    memory_of = partial(memory.plan_memory, options.allowed_memory, memory.resident(), options.num_workers, casts,
+    memory_of = partial(memory.plan_memory, options.allowed_memory, memory.held(), options.num_workers, casts,
                  NUM_BUFFERS + options.verify * memory.VERIFY_BUFFERS)
     if options.verify:  # `verify` opens the source again, and keeps a second record of each file.
         held += memory.VERIFY_NBYTES

@@ -1,4 +1,5 @@
-"""Engines: who runs the jobs. An engine knows jobs only, and any `concurrent.futures.Executor` is one."""
+"""Engines: who runs the jobs. An engine takes a job and returns a future: the lanes of this process, or any
+`concurrent.futures.Executor`."""
 from __future__ import annotations
 
 import ctypes
@@ -6,7 +7,8 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from itertools import islice
 from typing import TypeVar
 
 from stream_reshard.errors import ResourceError
@@ -16,29 +18,29 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-def run_all(work: Callable[[Job], Result], jobs: Iterable[Job], stop: Stop, executor: Executor | None = None,
-            late: Callable[[Result], None] = lambda result: None) -> Generator[tuple[Job, Result], None, None]:
-    """(job, work(job)) as they finish: one after the other in this thread, or on an executor.
+def run_all(submit: Callable[[Job], Future[Result]], jobs: Iterable[Job], stop: Stop, num_ahead: int,
+            late: Callable[[Result], None] = lambda result: None,
+            again: tuple[type[Exception], ...] = ()) -> Generator[tuple[Job, Result], None, None]:
+    """(job, result) as jobs finish. `submit` hands a job out; at most `num_ahead` are handed out at once.
 
-    Few jobs are handed out ahead. Where one fails, or the caller closes the generator, `stop` is requested of those
-    under way; `late` gets the results of those that come to their end all the same. Raises ResourceError where a worker
-    process died.
+    A job that raises one of `again` is handed out once more. Where one fails, or the caller closes the generator,
+    `stop` is requested of those under way; `late` gets the results of those that come to their end all the same. Raises
+    ResourceError where a worker process died.
     """
-    if executor is None:
-        yield from ((job, work(job)) for job in jobs)
-        return
-    waiting = iter(jobs)
-    running: dict[Future[Result], Job] = {}
+    waiting = ((job, again) for job in jobs)
+    running: dict[Future[Result], tuple[Job, tuple[type[Exception], ...]]] = {}
     try:
         while True:
-            for job in waiting:
-                running[executor.submit(work, job)] = job
-                if len(running) >= 2 * getattr(executor, "_max_workers", 8):
-                    break
+            for job, retried in islice(waiting, num_ahead - len(running)):
+                running[submit(job)] = job, retried
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+                job, retried = running.pop(future)
+                if isinstance(future.exception(), retried):
+                    running[submit(job)] = job, ()
+                else:
+                    yield job, future.result()
     except BrokenExecutor as error:
         raise ResourceError("a worker process died (killed, or out of memory?); run the same command again to go on"
                             ) from error

@@ -1,17 +1,17 @@
 """Running one job: move its parameters into its files, then make them and their names durable."""
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 
 from stream_reshard.destination.manifest import FileDone
 from stream_reshard.machine.stop import Stop
 from stream_reshard.plan.plan import Job, Plan
-from stream_reshard.run.lanes import Lanes, Writing
+from stream_reshard.run.lanes import Lane, Writing
 from stream_reshard.run.moving import Moved, OpenFiles, move, write_zeros
-from stream_reshard.storage.durable import WriteFault, sync_names
+from stream_reshard.storage.durable import sync_names
 from stream_reshard.storage.folder import Folder
 from stream_reshard.storage.identity import Identity
 from stream_reshard.storage.source_file import SourceFile, digest_of
@@ -25,7 +25,8 @@ class Work:
     plan: Plan
     staging: Folder
     """The folder under which the files grow."""
-    lanes: Lanes
+    block_nbytes: int
+    """Size of one buffer of a lane."""
     identities: Mapping[str, Identity]
     """The source files as the plan saw them, by path."""
     done: Mapping[str, FileDone] = field(default_factory=dict)
@@ -45,21 +46,29 @@ class JobDone:
 
 
 def run_job(work: Work, job: Job) -> JobDone:
-    """Write the files of one job, unless all are there as the journal says; returns them with their digests.
-
-    After an I/O error in a file of the destination the job is run once more: the kernel may have dropped what was
-    written, and only the source can give it back.
-    """
-    with work.lanes.ticket() as ticket:
-        if kept := _kept(work, job, ticket):
-            return JobDone(kept, True)
-        try:
-            return _written(work, job, ticket)
-        except WriteFault:
-            return _written(work, job, ticket)
+    """A whole job, on a lane of its own: for an executor, which knows of no lanes."""
+    with closing(Lane(work.block_nbytes)) as lane:
+        return read_job(work, job, lane)()
 
 
-def _kept(work: Work, job: Job, ticket: int) -> tuple[FileDone, ...]:
+def read_job(work: Work, job: Job, lane: Lane) -> Callable[[], JobDone]:
+    """Read what a job needs, unless all its files are there as the journal says. Returns the rest of the job, which
+    needs no lane: wait until the files are written, and make them durable."""
+    if kept := _kept(work, job, lane.buffer()):
+        return partial(JobDone, kept, True)
+    # On the way out nothing may be closed that the assistant still works with: it is waited for first.
+    with ExitStack() as opened:
+        targets = {file.path: opened.enter_context(NewTensorFile(work.staging, file, work.transport))
+                   for file in job.files}
+        sources, writing = opened.enter_context(ExitStack()), Writing(lane)
+        opened.enter_context(writing.settled())
+        moved = Moved()
+        for name in job.parameters:
+            moved += _moved(work, name, targets, writing, sources)
+        return partial(_finished, work, targets, writing, moved, opened.pop_all())
+
+
+def _kept(work: Work, job: Job, buffer: memoryview) -> tuple[FileDone, ...]:
     """The files of a job as an earlier attempt left them, read and compared with its journal; () where one differs, or
     has no digest to be compared with."""
     found = []
@@ -67,32 +76,29 @@ def _kept(work: Work, job: Job, ticket: int) -> tuple[FileDone, ...]:
         done, path = work.done.get(file.path), work.staging.path / file.path
         if not (done and path.is_file() and path.stat().st_size == done.nbytes == file.nbytes and done.xxh3_128):
             return ()
-        with work.lanes.taken(ticket) as lane:
-            if digest_of(work.staging.path, file.path, lane.buffer(), work.stop) != done.xxh3_128:
-                return ()
+        if digest_of(work.staging.path, file.path, buffer, work.stop) != done.xxh3_128:
+            return ()
         found.append(done)
     return tuple(found)
 
 
-def _written(work: Work, job: Job, ticket: int) -> JobDone:
-    plan, moved = work.plan, Moved()
-    # On the way out nothing may be closed that the assistant still works with: it is waited for first.
-    with ExitStack() as opened, ExitStack() as sources, ExitStack() as settled:
-        targets = {file.path: opened.enter_context(NewTensorFile(work.staging, file, work.transport))
-                   for file in job.files}
-        with work.lanes.taken(ticket) as lane:
-            writing = Writing(lane)
-            settled.enter_context(writing.settled())
-            for name in job.parameters:
-                number = plan.target.model.number_of(name)
-                held, own = plan.source.slices_of(number), sources.enter_context(ExitStack())
-                files = OpenFiles({path: own.enter_context(lane.source(path, partial(_opened, work, path)))
-                                   for path in dict.fromkeys(part.tensor.file for part in held)},
-                                  targets, writing, work.stop)
-                moved += move(held, plan.target.slices_of(number), files)
-                for fill in plan.target.fills_of(number):
-                    write_zeros(fill, files)
-                writing.write(own.close, reads=False)  # A shard is cut from more files than may be open at once.
+def _moved(work: Work, name: str, targets: Mapping[str, NewTensorFile], writing: Writing, sources: ExitStack) -> Moved:
+    """Read one parameter and have it written. `sources` closes its source files where an error keeps the assistant from
+    doing so."""
+    number = work.plan.target.model.number_of(name)
+    held, own = work.plan.source.slices_of(number), sources.enter_context(ExitStack())
+    files = OpenFiles({path: own.enter_context(writing.lane.source(path, partial(_opened, work, path)))
+                       for path in dict.fromkeys(part.tensor.file for part in held)}, targets, writing, work.stop)
+    moved = move(held, work.plan.target.slices_of(number), files)
+    for fill in work.plan.target.fills_of(number):
+        write_zeros(fill, files)
+    writing.write(own.close, reads=False)  # A shard is cut from more files than may be open at once.
+    return moved
+
+
+def _finished(work: Work, targets: Mapping[str, NewTensorFile], writing: Writing, moved: Moved,
+              opened: ExitStack) -> JobDone:
+    with opened:
         writing.wait()
         done = tuple(FileDone(path, target.nbytes, target.commit()) for path, target in targets.items())
         sync_names(work.staging, targets)

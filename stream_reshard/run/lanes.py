@@ -6,8 +6,8 @@ until the lane's assistant, a thread of its own, has put it in order, digested a
     jobs        read A | read B | wait, read A | next job: read B ...
     assistant            write A | write B      | write A | write B ...
 
-The next job begins to read when the one before has read everything; that one then waits, outside the lane, until it is
-written, and for the disk (fsync).
+The next job begins to read when the one before has read everything; that one ends in a thread outside the lane: it
+waits until all is written, and for the disk (fsync).
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from stream_reshard.storage.source_file import SourceFile
@@ -133,78 +134,52 @@ class Writing:
 
 
 class Lanes:
-    """The lanes of a run, shared by all its threads; another process has its own.
+    """The lanes of a run, with one reading thread each, and a few threads in which jobs end that have read everything.
 
-    Jobs take a lane in the order in which they drew their tickets, which is that of the source's bytes: threads that
-    overtake each other would make the disk jump, and the kernel read ahead what was read and given back already.
+    Jobs are read in the order in which they are submitted, which is that of the source's bytes: jobs that overtake each
+    other would make the disk jump, and the kernel read ahead what was read and given back already.
     """
 
-    def __init__(self, num_workers: int, block_nbytes: int):
-        """`block_nbytes`: size of one buffer."""
-        self._made_of = num_workers, block_nbytes
-        self._all = [Lane(block_nbytes) for _ in range(num_workers)]
-        self._free = list(self._all)
-        self._lock = threading.Lock()
-        self._waiting: dict[int, threading.Condition] = {}
-        """By ticket, those who wait for their turn: each is woken for itself, a crowd would keep the one who reads from
-        running."""
-        self._num_drawn = self._next = 0
-        """Tickets drawn; the first of them that still may take a lane."""
-        self._done: set[int] = set()
-        """Later tickets that have a lane already or were given up."""
+    def __init__(self, num_lanes: int, block_nbytes: int, num_jobs: int):
+        """`block_nbytes`: size of one buffer. `num_jobs`: jobs that will be under way at once."""
+        self._all = [Lane(block_nbytes) for _ in range(num_lanes)]
+        self._free: SimpleQueue[Lane] = SimpleQueue()
+        for lane in self._all:
+            self._free.put(lane)
+        self._readers = ThreadPoolExecutor(num_lanes)
+        self._finishers = ThreadPoolExecutor(max(1, num_jobs - num_lanes))
 
-    def __reduce__(self) -> tuple[type[Lanes], tuple[int, int]]:
-        return Lanes, self._made_of
+    def submit(self, read: Callable[[Lane], Callable[[], Result]]) -> Future[Result]:
+        """Let a reading thread call `read` with its lane, and another thread what that returns: the end of the job,
+        whose result is the future's. Either may raise. A job can be cancelled until it begins to read."""
+        done: Future[Result] = Future()
+        self._readers.submit(self._read, read, done)
+        return done
 
-    @contextmanager
-    def ticket(self) -> Iterator[int]:
-        """For one job: its place among those that wait for a lane, given up at the end if it was not used."""
-        with self._lock:
-            ticket, self._num_drawn = self._num_drawn, self._num_drawn + 1
+    def _read(self, read: Callable[[Lane], Callable[[], Result]], done: Future[Result]) -> None:
+        if not done.set_running_or_notify_cancel():
+            return
+        lane = self._free.get()
         try:
-            yield ticket
+            self._finishers.submit(_finish, read(lane), done)
+        except BaseException as error:
+            done.set_exception(error)
         finally:
-            self._pass(ticket)
-
-    def _pass(self, ticket: int) -> None:
-        """Those behind this one need not wait for it any more."""
-        with self._lock:
-            if ticket >= self._next:
-                self._done.add(ticket)
-            while self._next in self._done:
-                self._done.remove(self._next)
-                self._next += 1
-            self._call()
-
-    def _is_turn_of(self, ticket: int) -> bool:
-        return bool(self._free) and self._next >= ticket
-
-    def _call(self) -> None:
-        """Wake those whose turn it is."""
-        for ticket, turn in self._waiting.items():
-            if self._is_turn_of(ticket):
-                turn.notify()
-
-    @contextmanager
-    def taken(self, ticket: int) -> Iterator[Lane]:
-        """Wait until those before have had their turn, and for a lane; hold it."""
-        with self._lock:
-            turn = self._waiting[ticket] = threading.Condition(self._lock)
-            turn.wait_for(lambda: self._is_turn_of(ticket))
-            del self._waiting[ticket]
-            lane = self._free.pop()
-        self._pass(ticket)
-        try:
-            yield lane
-        finally:
-            with self._lock:
-                self._free.append(lane)
-                self._call()
+            self._free.put(lane)
 
     def close(self) -> None:
-        """Let the assistants go, and close the source files."""
+        """Wait for the jobs under way, let all threads go, and close the source files."""
+        self._readers.shutdown()
+        self._finishers.shutdown()
         for lane in self._all:
             lane.close()
+
+
+def _finish(rest: Callable[[], Result], done: Future[Result]) -> None:
+    try:
+        done.set_result(rest())
+    except BaseException as error:
+        done.set_exception(error)
 
 
 def _buffer(nbytes: int) -> memoryview:

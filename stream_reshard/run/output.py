@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,11 +29,11 @@ from stream_reshard.errors import DestinationError, DifferenceError, SourceError
 from stream_reshard.machine.stop import Stop
 from stream_reshard.plan.plan import Job, Plan
 from stream_reshard.run import engines
-from stream_reshard.run.jobs import JobDone, Work, run_job
+from stream_reshard.run.jobs import JobDone, Work, read_job, run_job
 from stream_reshard.run.lanes import Lanes
 from stream_reshard.run.moving import Moved
 from stream_reshard.storage.cloning import can_clone_all
-from stream_reshard.storage.durable import make_folder, target_error
+from stream_reshard.storage.durable import WriteFault, make_folder, target_error
 from stream_reshard.storage.folder import Access
 from stream_reshard.storage.identity import Identity, changed, identity_of, lasting
 from stream_reshard.storage.small_files import open_regular
@@ -110,6 +110,7 @@ class RunOptions:
 
     block_nbytes: int
     executor: Executor | None = None
+    """Runs the jobs; None: the lanes of this process."""
     restart: bool = False
     """Throw away what an interrupted run left."""
     overwrite: bool = False
@@ -118,7 +119,9 @@ class RunOptions:
     transport: Transport = Transport()
     """Way in which bytes move; the run itself finds out whether blocks can be shared."""
     num_workers: int = 1
-    """Jobs that may read at the same time in one process."""
+    """Lanes of this process: jobs that may read at the same time."""
+    num_jobs: int = 8
+    """Jobs under way at once: read, written, or waiting for the disk."""
     check: Callable[[Path], object] | None = None
     """Called with the finished folder before it becomes the destination; raises where it must not."""
     progress: Callable[[Job], None] = lambda job: None
@@ -203,11 +206,18 @@ def _write(output: Output, options: RunOptions, lock: Lock) -> Done:
 def _run_jobs(output: Output, options: RunOptions, staging: Staging) -> Done:
     plan, num_kept, moved, num_digests = output.plan, 0, Moved(), 0
     is_cloned = can_clone_all(plan.source.root, plan.source.paths, staging.path)
-    lanes = Lanes(options.num_workers, options.block_nbytes)
-    work = Work(plan, staging.folder, lanes, output.identities, dict(staging.journal.done), options.stop,
+    work = Work(plan, staging.folder, options.block_nbytes, output.identities, dict(staging.journal.done), options.stop,
                 replace(options.transport, is_cloned=is_cloned))
-    with closing(lanes), closing(engines.run_all(partial(run_job, work), plan.jobs, options.stop, options.executor,
-                                 partial(_note, staging))) as results:
+    lanes = Lanes(options.num_workers, options.block_nbytes, options.num_jobs)
+
+    def submit(job: Job) -> Future[JobDone]:
+        if options.executor is not None:
+            return options.executor.submit(run_job, work, job)
+        return lanes.submit(partial(read_job, work, job))
+
+    # After an I/O error once more: the kernel may have dropped what was written, and only the source can give it back.
+    results = engines.run_all(submit, plan.jobs, options.stop, options.num_jobs, partial(_note, staging), (WriteFault,))
+    with closing(lanes), closing(results):
         for job, done in results:
             _note(staging, done)
             num_kept += len(done.files) * done.was_kept

@@ -23,7 +23,6 @@ from stream_reshard.model.box import Box
 from stream_reshard.plan import alignment, proof
 from stream_reshard.plan.plan import make_plan
 from stream_reshard.run.jobs import Work, run_job
-from stream_reshard.run.lanes import Lanes
 from stream_reshard.storage.folder import Folder
 from stream_reshard.storage.header import pack_header, placed
 
@@ -160,7 +159,7 @@ def test_result_does_not_depend_on_the_block_size(tmp_path, block_nbytes, rope):
     for name, nbytes in (("a", block_nbytes), ("b", 2**22)):
         (tmp_path / name).mkdir()
         for job in conversion.plan.jobs:
-            run_job(Work(conversion.plan, Folder(tmp_path / name), Lanes(1, nbytes), conversion.identities), job)
+            run_job(Work(conversion.plan, Folder(tmp_path / name), nbytes, conversion.identities), job)
     files = [file.path for file in conversion.plan.target.files]
     assert all((tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes() for path in files)
 

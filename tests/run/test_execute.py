@@ -14,7 +14,7 @@ from stream_reshard.destination.staging import staging_of
 from stream_reshard.errors import Interrupted, Refused, ResourceError, SourceError
 from stream_reshard.machine.stop import Stop
 from stream_reshard.run import jobs
-from stream_reshard.run.lanes import Lanes
+from stream_reshard.run.lanes import Lane
 from stream_reshard.storage import durable, source_file as tensor_file
 from stream_reshard.storage.folder import Folder
 
@@ -257,7 +257,7 @@ def test_a_stop_does_not_wait_for_the_end_of_a_job(tmp_path, source, monkeypatch
     monkeypatch.setattr(durable.os, "pwritev", asking)
     largest = max(plan.plan.jobs, key=lambda job: job.nbytes)
     staging_of(tmp_path / "nt").mkdir()
-    work = jobs.Work(plan.plan, Folder(staging_of(tmp_path / "nt")), Lanes(1, 64), plan.identities, {}, stop)
+    work = jobs.Work(plan.plan, Folder(staging_of(tmp_path / "nt")), 64, plan.identities, {}, stop)
     with pytest.raises(Interrupted, match="interrupted by SIGTERM"):
         jobs.run_job(work, largest)
     assert len(after) <= len(largest.files) < largest.nbytes / 64 / 10
@@ -266,16 +266,13 @@ def test_a_stop_does_not_wait_for_the_end_of_a_job(tmp_path, source, monkeypatch
 
 def test_buffers_are_not_shared_with_forked_processes():
     """Two forks of a process that has run a job must not write into one buffer: their output would be mixed."""
-    lanes = Lanes(1, 4096)
-    with lanes.taken(0) as lane:
-        lane.scratch[:4] = b"ours"
+    lane = Lane(4096)
+    lane.scratch[:4] = b"ours"
     if not (pid := os.fork()):
-        with lanes.taken(0) as lane:
-            lane.scratch[:4] = b"fork"
+        lane.scratch[:4] = b"fork"
         os._exit(0)
     os.waitpid(pid, 0)
-    with lanes.taken(0) as lane:
-        assert bytes(lane.scratch[:4]) == b"ours"
+    assert bytes(lane.scratch[:4]) == b"ours"
 
 
 def test_each_source_byte_is_read_once(tmp_path, source, monkeypatch):

@@ -127,7 +127,7 @@ def _budget(source: Checkpoint, copy_side: Side, options: VerifyOptions, allowed
         pairs = ((source.weights.dtype_of(name), compared_as(name, source, copy, rule))
                  for name in shared(source, copy))
         casts = any(stored != dtype and not is_widening(stored, dtype) for stored, dtype in pairs)
-    budget = memory.plan_memory(allowed, memory.resident(), options.num_workers, casts, memory.VERIFY_BUFFERS)
+    budget = memory.plan_memory(allowed, memory.held(), options.num_workers, casts, memory.VERIFY_BUFFERS)
     for problem in budget.problems("the comparison"):
         raise problem
     return budget

@@ -52,13 +52,9 @@ def _digest(root: Path, file: FileDone, buffer_nbytes: int, stop: Stop) -> Compa
 def run(tasks: Iterable[Task], num_tasks: int, num_workers: int, stop: Stop,
         progress: Callable[[int, int], None]) -> Iterator[Compared]:
     """Results of the tasks, in the order in which they finish; `progress(done, total)` counts tasks."""
-    executor = ThreadPoolExecutor(num_workers) if num_workers > 1 else None
-    try:
-        with closing(engines.run_all(lambda task: task(), tasks, stop, executor)) as results:
-            for num_done, (_, compared) in enumerate(results, 1):
-                progress(num_done, num_tasks)
-                stop.check()
-                yield compared
-    finally:
-        if executor:
-            executor.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(num_workers) as executor, closing(engines.run_all(executor.submit, tasks, stop,
+                                                                              2 * num_workers)) as results:
+        for num_done, (_, compared) in enumerate(results, 1):
+            progress(num_done, num_tasks)
+            stop.check()
+            yield compared
