@@ -116,7 +116,7 @@ def test_weight_files():
             rng.choice(["data"] * 8 + ["x", "xy"])
         tensors = tuple(StoredTensor(path, key, "BF16", shape, 8) for key in (["data"] if keys == "data" else keys))
         told = accepted(parse_weight_file, TensorFile(path, tensors, tuple(fields.items())))
-        if told is not None and told.place:
+        if told is not None and told.rank:
             taken += 1
             assert set(fields) == {"version", "unsharded_shape", "local_global_slices_pairs"}
             assert fields["version"] == told.version
