@@ -17,8 +17,9 @@ from stream_reshard.destination.access import access_notes
 from stream_reshard.destination.companions import Companion, find_companions
 from stream_reshard.destination.journal import JOURNAL_NAME
 from stream_reshard.destination.lock import lock_problems
-from stream_reshard.destination.refusals import disk_free, existing_parent, occupation_problems
-from stream_reshard.destination.staging import lock_of, num_kept_in
+from stream_reshard.destination.refusals import (
+    disk_free, existing_parent, num_kept_in, occupation_problems)
+from stream_reshard.destination.staging import lock_of
 from stream_reshard.errors import DestinationError, Problems, ResourceError, StreamReshardError, UsageError, quoted
 from stream_reshard.formats.base import Source, Target
 from stream_reshard.formats.nanotron.documents import yaml_string

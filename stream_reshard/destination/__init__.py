@@ -5,8 +5,8 @@
 - staging:    the folder in which the destination grows, and how it becomes the destination
 - journal:    files that an unfinished run has written
 - manifest:   facts about a finished conversion, with a digest of every file
-- companions: files that go along as they are: tokenizer, generation settings, texts of licences
+- companions: files that go along unchanged: tokenizer, generation settings, texts of licences
 - contents:   entries below a folder, without following links or entering other file systems
-- removal:    removing what is ours and nothing else
-- access:     modes: nobody may do more with an output than with its source
+- removal:    removing files of this tool and nothing else
+- access:     modes: group and others may do no more with an output than with its source
 """

@@ -1,4 +1,4 @@
-"""Private stays private: nobody may do more with an output than with every file that it is made of or replaces."""
+"""Modes of an output: group and others may do no more with it than with every source shard and every replaced file."""
 from __future__ import annotations
 
 import os
@@ -12,7 +12,7 @@ from stream_reshard.storage.folder import Access
 
 
 def access_to(shards: Iterable[Path]) -> Access:
-    """Access for group and others that all of these files give; a file that is not there any more is left out."""
+    """Access of group and others that every one of these files gives; absent files are left out."""
     access = Access()
     for path in shards:
         with suppress(FileNotFoundError):
@@ -21,8 +21,8 @@ def access_to(shards: Iterable[Path]) -> Access:
 
 
 def access_to_replaced(destination: Path) -> Access:
-    """The most that a folder that is replaced, the folders below it and their files let group and others do; everything
-    where there is none. Raises OSError."""
+    """Access of group and others that a destination gives, together with every folder and file below it; full access if
+    there is no such folder. Raises OSError."""
     access = Access()
     if destination.is_dir():
         access &= Access.of_folder(destination.stat().st_mode)
@@ -35,23 +35,23 @@ def access_to_replaced(destination: Path) -> Access:
 
 
 def access_notes(shards: Iterable[Path], replaced: Path | None) -> Iterator[str]:
-    """A line where new files are less accessible than the umask alone would have them."""
+    """A note if new files are less accessible than by the umask alone. `replaced`: a destination to be replaced."""
     usual = 0o666 & ~_umask()
-    with suppress(OSError):  # The run itself says what cannot be read.
+    with suppress(OSError):  # The run itself reports files that cannot be read.
         if usual & ~(access := access_to(shards)).files:
             yield f"the shards are {_readers(access.files)}; so are the files of DST"
         elif replaced and usual & ~(access := access_to_replaced(replaced)).files:
-            yield f"what is replaced is {_readers(access.files)}; so are the files of DST"
+            yield f"the old DST is {_readers(access.files)}; so are the files of the new one"
 
 
 def _readers(mode: int) -> str:
     if mode & 0o004:
-        return f"writable by fewer than the umask lets ({mode:04o})"
+        return f"writable by fewer users than the umask allows ({mode:04o})"
     return f"readable by their owner {'and group only' if mode & 0o040 else 'only'} ({mode:04o})"
 
 
 def _umask() -> int:
-    """Of this process; it cannot be asked for without changing it but by proc(5)."""
+    """The umask of this process. Only proc(5) gives it without a change."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1], 8) for line in lines if line.startswith("Umask:"))

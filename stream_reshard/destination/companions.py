@@ -1,8 +1,8 @@
-"""Companions: files that go along as they are. Tokenizer, generation settings, and the texts that licences ask for.
+"""Companions: files that go along unchanged. Tokenizer, generation settings, and the texts that licences require.
 
 Names are those of transformers (tokenization_utils_base.py, dynamic_module_utils.py) and of model repositories on the
-hub. Code of a tokenizer is copied and never run. A link is followed out of its folder only to a file on a disk: what
-the kernel makes up, such as /proc/self/environ, is no companion.
+hub. Code of a tokenizer is copied and never run. A link out of the folder is followed only to a file on a disk, never
+to a file that the kernel generates, such as /proc/self/environ.
 """
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from stream_reshard.storage.identity import Identity, identity_of
 from stream_reshard.storage.small_files import misplaced, open_regular, read_error
 
 TEMPLATES_FOLDER = "additional_chat_templates"
-
 CONFIG_NAME = "tokenizer_config.json"
-
 GENERATION_NAME = "generation_config.json"
 
 _TOKENIZER = re.compile(rf"tokenizer\.json|tokenizer\.model(\.v\w+)?|{CONFIG_NAME}|special_tokens_map\.json|"
@@ -36,47 +34,47 @@ _TEXT = re.compile(r"(?!.*\.(py|safetensors|bin|pth?|ckpt|pkl|json)$)"
                    r"((licen[cs]e|copying|notice|use_policy)([._-].*)?|readme\.md)", re.IGNORECASE)
 
 _IMPORT = re.compile(rb"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+)\s*$)", re.MULTILINE)
-"""A neighbour that code of a tokenizer needs (transformers' get_relative_imports)."""
+"""A relative import of a module beside it in the code of a tokenizer (transformers' get_relative_imports)."""
 
 MAX_NBYTES = 2**30
-"""Larger files are no tokenizers, nor texts."""
+"""Largest companion; no tokenizer and no text is larger."""
 
 MAX_NUM = 200
-"""More files are not copied."""
+"""Most companions of one folder."""
 
 _MAX_PARSED_NBYTES = 2**20
-"""Configs and code of tokenizers are looked through up to this size."""
+"""Bytes at the beginning of a config or of code that are searched for names of other files."""
 
 
 @dataclass(frozen=True)
 class Companion:
-    """A file that is copied."""
+    """A file that goes along."""
 
     path: Path
-    """Path of the original; absolute, with links not yet followed."""
+    """Path of the original; absolute, links not followed."""
     identity: Identity
-    """The file as the plan saw it."""
+    """Identity of the file when the plan was made."""
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """Size of the file."""
         return self.identity[2]
 
 
 @dataclass
 class Companions:
-    """The files to copy, by the name they get, and what a user should know of them."""
+    """The companions by their name in the destination, and notes for the user."""
 
     files: dict[str, Companion] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def find_companions(source: Path, tokenizer: Path | None, problems: Problems) -> Companions:
-    """The companions of a folder; with a folder `tokenizer` that one's tokenizer and generation settings, and the texts
-    of the source.
+    """The companions of a source. Tokenizer and generation settings in a folder `tokenizer` replace those of the
+    source.
 
-    What may not be copied goes to `problems`: SourceError for links to what is no file on a disk and for files that
-    cannot be read, UsageError for a `tokenizer` that holds none.
+    Added to `problems`: SourceError for a link to a file that is not on a disk, and for a file that cannot be read;
+    UsageError for a `tokenizer` without companions.
     """
     if tokenizer is None:
         return _Folder(source, problems).companions(_names_in(source))
@@ -93,7 +91,7 @@ def find_companions(source: Path, tokenizer: Path | None, problems: Problems) ->
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Names of the files of a folder that are companions by their name, in order."""
+    """Names of the files in a folder that are names of companions, in order."""
     own = (name for name in _listed(folder)
            if name == GENERATION_NAME or _TOKENIZER.fullmatch(name) or _TEXT.fullmatch(name))
     templates = (f"{TEMPLATES_FOLDER}/{name}" for name in _listed(folder / TEMPLATES_FOLDER))
@@ -102,7 +100,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _listed(folder: Path) -> Iterator[str]:
-    """The names in a folder, none of them kept; none where it cannot be listed."""
+    """The names in a folder; none if it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
             yield from (entry.name for entry in entries)
@@ -111,16 +109,16 @@ def _listed(folder: Path) -> Iterator[str]:
 
 
 class _Folder:
-    """Takes companions out of a folder."""
+    """Finds the companions in one folder."""
 
     def __init__(self, root: Path, problems: Problems):
         self._root, self._problems, self._found = root, problems, Companions()
         self._real = Path(os.path.realpath(root))
         self._homes = (self._real, *_blobs_of(self._real))
-        """Folders into which a link may lead without a word."""
+        """Folders into which a link may lead without a note."""
 
     def companions(self, names: Iterable[str]) -> Companions:
-        """Those of these names, and the code that they name."""
+        """The companions of these names, and the code that tokenizer_config.json names."""
         for name in names:
             self._add(name)
         self._add_code()
@@ -130,9 +128,9 @@ class _Folder:
         self._found.notes.append(text)
 
     def _add(self, name: str) -> bool:
-        """Take a file, if it is one."""
+        """Add a file, if it can be a companion; True if it was added."""
         if len(self._found.files) >= MAX_NUM:
-            self._note(f"{quoted(name)} is not copied: {MAX_NUM} files are already")
+            self._note(f"{quoted(name)} is not copied: the limit is {MAX_NUM} such files")
             return False
         companion = self._problems.collect(self._opened, name)
         if companion is not None:
@@ -140,7 +138,8 @@ class _Folder:
         return companion is not None
 
     def _opened(self, name: str) -> Companion | None:
-        """Raises SourceError, ResourceError."""
+        """The companion of this name; None, with a note, if it is no file of a possible size. Raises SourceError,
+        ResourceError."""
         path = self._root / name
         try:
             status = os.stat(path)
@@ -151,7 +150,7 @@ class _Folder:
             return None
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_NBYTES:
             self._note(f"{quoted(name)} is not copied: it " + (
-                f"has {human(status.st_size)}, the limit for such a file is {human(MAX_NBYTES)}"
+                f"has {human(status.st_size)}, the limit is {human(MAX_NBYTES)}"
                 if stat.S_ISREG(status.st_mode) else "is not a file"))
             return None
         self._follow(name, path)
@@ -164,25 +163,25 @@ class _Folder:
             raise read_error(f"{quoted(name)} in {quoted(self._root)}", error) from error
 
     def _follow(self, name: str, path: Path) -> None:
-        """Note a link that leads out of the folder. Raises SourceError for what the kernel makes up."""
+        """Note a link that leads out of the folder. Raises SourceError for a file that the kernel generates."""
         real = Path(os.path.realpath(path))
         leaves = not any(real.is_relative_to(home) for home in self._homes)
         if not leaves and real.stat().st_dev == self._real.stat().st_dev:
             return
         kind = file_system_of(real)
         if kind in VIRTUAL_FILE_SYSTEMS or (leaves and kind == "unknown"):
-            raise SourceError(f"{quoted(name)} in {quoted(self._root)} leads to {quoted(real)}, on a file system of "
-                              f"type {kind}: no file on a disk, and nothing to copy into a checkpoint; remove the link")
+            raise SourceError(f"{quoted(name)} in {quoted(self._root)} leads to {quoted(real)} on a file system of "
+                              f"type {kind}, which is not on a disk; remove the link")
         if leaves:
             self._note(f"{quoted(name)} is a link out of the source: {quoted(real)} is copied")
 
     def _add_code(self) -> None:
-        """The code that tokenizer_config.json names, and the neighbours that the code imports."""
+        """Add the modules that tokenizer_config.json names, and the modules that these import."""
         waiting = []
         for reference in _references(self._parsed(CONFIG_NAME)):
             module = reference.rpartition(".")[0]
             if "--" in reference:
-                self._note(f"{CONFIG_NAME} takes its code from another repository ({quoted(reference)}): it is not "
+                self._note(f"{CONFIG_NAME} names code of another repository ({quoted(reference)}), which is not "
                            f"copied")
             elif not re.fullmatch(r"\w{1,200}", module):
                 self._note(f"{CONFIG_NAME} names the code {quoted(reference)}, which is no file of the folder")
@@ -208,7 +207,7 @@ class _Folder:
         return self._add(name)
 
     def _content(self, name: str) -> bytes:
-        """The beginning of a companion; nothing where it is none or cannot be read."""
+        """The beginning of a companion; b"" if there is no companion of this name, or it cannot be read."""
         if name not in self._found.files:
             return b""
         try:
@@ -218,7 +217,7 @@ class _Folder:
             return b""
 
     def _parsed(self, name: str) -> Any:
-        """A JSON file; None where there is none, or it makes no sense. Tokenizers are not ours to judge."""
+        """The value in a JSON file; None if it is absent or not JSON, which is no fault: tokenizers are not checked."""
         try:
             return json.loads(self._content(name))
         except (ValueError, RecursionError):
@@ -226,7 +225,7 @@ class _Folder:
 
 
 def _blobs_of(root: Path) -> Iterator[Path]:
-    """The folder of blobs of the hub's cache that a snapshot belongs to (huggingface_hub/file_download.py)."""
+    """The folder of blobs that belongs to a snapshot in the hub's cache (huggingface_hub/file_download.py)."""
     for folder in (root, *root.parents):
         if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
             yield folder.parent.parent / "blobs"
@@ -234,7 +233,7 @@ def _blobs_of(root: Path) -> Iterator[Path]:
 
 def _references(config: Any) -> list[str]:
     """The classes that the auto_map of a tokenizer_config.json names, as `module.Class`."""
-    told = config.get("auto_map") if isinstance(config, Mapping) else None
-    told = told.get("AutoTokenizer") if isinstance(told, Mapping) else told
-    names = told if isinstance(told, list) else [told]
+    named = config.get("auto_map") if isinstance(config, Mapping) else None
+    named = named.get("AutoTokenizer") if isinstance(named, Mapping) else named
+    names = named if isinstance(named, list) else [named]
     return list(dict.fromkeys(name for name in names[:MAX_NUM] if isinstance(name, str)))

@@ -1,4 +1,4 @@
-"""The things that stand below a folder, told without following links or entering other file systems."""
+"""The entries below a folder, without following links or entering other file systems."""
 from __future__ import annotations
 
 import os
@@ -18,9 +18,9 @@ class Entry(NamedTuple):
     path: str
     """Relative, with forward slashes."""
     status: os.stat_result
-    """Of itself, links not followed."""
+    """Status of the entry itself; a link is not followed."""
     is_mount: bool
-    """Something is mounted there; what is below is not told."""
+    """Something is mounted at the entry; entries below it are left out."""
 
     @property
     def is_folder(self) -> bool:
@@ -39,8 +39,8 @@ class Entry(NamedTuple):
 
 
 def entries_below(root: Path) -> Iterator[Entry]:
-    """Everything below a folder, a folder before what is in it, for one lstat each. Raises OSError where it, or a
-    folder in it, cannot be listed; what vanishes meanwhile is left out."""
+    """All entries below a folder, each folder before its own entries, with one lstat per entry. Raises OSError if a
+    folder cannot be listed. Entries that vanish meanwhile are left out."""
     mounts, device, waiting = mounts_below(root), os.stat(root).st_dev, [""]
     while waiting:
         folder = waiting.pop()
@@ -68,8 +68,8 @@ def _listed(root: Path, folder: str) -> list[os.DirEntry[str]]:
 
 
 def mounts_below(root: Path) -> set[str]:
-    """Relative paths of mount points below a folder, also of folders and files that are mounted a second time (bind
-    mounts), by the kernel's own list (proc(5), mountinfo)."""
+    """Relative paths of the mount points below a folder, bind mounts of folders and files included (proc(5),
+    mountinfo)."""
     above = os.fsencode(root.resolve()).rstrip(b"/") + b"/"
     try:
         found = mounts(Path("/proc/self/mountinfo").read_bytes())
@@ -79,15 +79,15 @@ def mounts_below(root: Path) -> set[str]:
 
 
 def faults(folder: Path, sizes: Mapping[str, int]) -> Iterator[StreamReshardError]:
-    """Differences of a folder from files of these sizes in bytes: DestinationError for what is more, ResourceError for
-    what is not as it was written. Raises OSError as `entries_below` does."""
+    """Faults of a folder that should hold exactly the files of `sizes` (bytes by path): DestinationError for another
+    entry, ResourceError for a missing or changed file. Raises OSError as `entries_below` does."""
     num_found = 0
     for entry in entries_below(folder):
         nbytes, path = sizes.get(entry.path), quoted(folder / entry.path)
         if nbytes is not None:
             num_found += 1
             if not entry.is_file:
-                yield ResourceError(f"{path} is no file any more; something else was put in its place")
+                yield ResourceError(f"{path} is no file any more; something else has taken its place")
             elif entry.status.st_size != nbytes:
                 yield ResourceError(f"{path} has {entry.status.st_size} bytes, and {nbytes} were written")
         elif not entry.is_folder and not is_silly_rename(entry.name):
@@ -95,4 +95,4 @@ def faults(folder: Path, sizes: Mapping[str, int]) -> Iterator[StreamReshardErro
     if num_found < len(sizes):
         missing = next((path for path in sizes if not os.path.lexists(folder / path)), ".")
         yield ResourceError(f"{quoted(folder / missing)} has vanished; {len(sizes) - num_found} of {len(sizes)} files "
-                            f"are not there")
+                            f"are missing")

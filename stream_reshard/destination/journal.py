@@ -1,4 +1,4 @@
-"""The journal: which files an unfinished run has written. A JSON line each, below one that says which run it is."""
+"""The journal: files that an unfinished run has written. One JSON line identifies the run, then one line per file."""
 from __future__ import annotations
 
 import json
@@ -21,48 +21,46 @@ from stream_reshard.storage.small_files import open_regular
 JOURNAL_NAME = "stream_reshard.journal"
 
 SYNC_SECONDS = 5.0
-"""A power cut costs the work of this time at most: files that the journal does not name are written again."""
+"""Time between syncs. A power cut costs the work of this time: files that the journal does not name are written again.
+"""
 
 MAX_FIRST_LINE_NBYTES = 2**24
-"""Upper limit in bytes for the record of a run, with the identities of its source files."""
+"""Most bytes of the line that identifies the run, with the identities of its source files."""
 
 _FAILED = {"failed": True}
-"""The last record where the comparison with the source found a difference."""
+"""Last record of a journal after `--verify` found a difference."""
 
 _BATCH = 1024
-"""Records that are written at a time when a journal is taken up."""
+"""Records that are written at a time when a journal is rewritten."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Identity of a run, and names of the files that its folder will hold."""
+    """Identity of a run, and names of files that its folder will hold."""
 
     run: Mapping[str, Any]
-    """Equal for two attempts at the same output, and for nothing else."""
+    """Identity of the run, as JSON: equal for two attempts at the same output only."""
     marker: str
-    """The file whose presence makes a folder a checkpoint; written last."""
+    """Name of the file whose presence makes a folder a checkpoint; written last."""
     names: Collection[str]
-    """The files that Nanotron's naming rules do not name, and only the journal can: whoever removes the folder has to
-    know them before they are there."""
+    """Files whose names follow no naming rule of the format. The journal lists them before they are written, because
+    only listed files may be removed."""
     max_files: int
-    """More files than the folder will hold."""
+    """Upper limit on the number of files in the folder."""
 
 
 class Journal:
-    """The journal of a run, begun or taken up again.
-
-    `done` maps paths to the files that it names; whether they are still what it says is for the jobs to see. It is
-    always a file of its own: what an earlier run that is still alive adds to its own reaches no other.
-    """
+    """The journal of a run. It is always a new file, so that an earlier run that is still alive cannot add to it."""
 
     def __init__(self, folder: Folder, record: Record, done: Mapping[str, FileDone]):
+        """`done`: files of earlier attempts, by path; jobs check them before they use them."""
         self.folder, self.record, self.done = folder, record, dict(done)
         self.path = folder.path / JOURNAL_NAME
         self._descriptor = -1
         self.begin()
 
     def begin(self) -> None:
-        """Write it whole, under its name once it is durable. Raises as NewFile does."""
+        """Write the whole journal durably as a new file. Raises DestinationError or ResourceError."""
         self.close()
         temp, own = temp_name(JOURNAL_NAME), self.folder.descriptor
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -95,7 +93,7 @@ class Journal:
         self._synced = time.monotonic()
 
     def add(self, file: FileDone) -> None:
-        """Note a file that is durable under its final name."""
+        """Add a file that is durable under its final name. Raises DestinationError or ResourceError."""
         self.done[file.path] = file
         try:
             self._append(asdict(file))
@@ -105,28 +103,28 @@ class Journal:
             raise target_error(self.path, error) from error
 
     def close(self) -> None:
-        """Close the file; it stays until the commit."""
+        """Close the descriptor; the file stays."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def fail(self) -> None:
-        """Say that what is here must never be taken up again."""
+        """Record that the folder failed its comparison, and that no run may continue it."""
         self._append(_FAILED)
         self._sync()
 
     def remove(self) -> None:
-        """Close the file and take it away: the manifest says as much once it is there."""
+        """Remove the journal; from then on the manifest identifies the run."""
         self.close()
         self.folder.unlink(JOURNAL_NAME)
 
 
 def is_journal(path: Path) -> bool:
-    """True where a file was left by a run of this tool: a record of a run first, or the torn beginning of one."""
+    """True if a file begins with the record of a run, or with the torn beginning of one."""
     try:
         with open_regular(path) as stream:
             if os.fstat(stream.fileno()).st_nlink > 1:
-                return False  # Written in place: another name of it would change too.
+                return False  # A write in place would change the file under its other name too.
             first = stream.readline(MAX_FIRST_LINE_NBYTES)
     except OSError:
         return False
@@ -138,23 +136,23 @@ def is_journal(path: Path) -> bool:
 
 
 def read_done(staging: Path, record: Record) -> dict[str, FileDone]:
-    """The files that an earlier attempt at this run has noted. Raises DestinationError where the folder holds another
-    run, since files cut from another source would be mixed without a trace, or one that failed."""
+    """The files that an earlier attempt at this run has written, by path. Raises DestinationError if the journal is of
+    another run, whose files must not mix with those of this one, or of a run that failed its comparison."""
     path, done, is_first = staging / JOURNAL_NAME, {}, True
     if not os.path.lexists(path):
         return {}
     if path.stat().st_size > 2 * MAX_FIRST_LINE_NBYTES + (record.max_files + 8) * MAX_FILE_NBYTES:
-        raise DestinationError(f"{quoted(path)} is longer than any journal of this run; --restart throws it away")
+        raise DestinationError(f"{quoted(path)} is longer than any journal of this run; --restart removes it")
     for value in _records(path):
         if value == _FAILED:
             raise DestinationError(f"{quoted(staging)} failed its comparison with the source; --restart writes it anew")
         if is_first and not same_run(value, record.run):
-            raise DestinationError(f"{quoted(staging)} was left by a run with another plan or source; finish that one, "
-                                   f"or --restart to throw it away")
+            raise DestinationError(f"{quoted(staging)} was left by a run with another plan or source; finish that run, "
+                                   f"or remove its files with --restart")
         is_first = False
         if "format" in value:
             _check_format(staging, value["format"])
-        with suppress(ValueError, TypeError, KeyError):  # Not whole: what it would have said is done again.
+        with suppress(ValueError, TypeError, KeyError):  # An invalid record: its file is written again.
             done[value["path"]] = FileDone.parsed(value)
     return done
 
@@ -167,16 +165,16 @@ def _check_format(staging: Path, value: Any) -> None:
 
 
 def names_in(path: Path) -> Iterator[str]:
-    """Paths of the files that a journal names: written, or to be written beside the weights."""
-    with suppress(DestinationError):  # What is no journal names nothing.
+    """Paths of the files that a journal names; none if the file is no journal."""
+    with suppress(DestinationError):
         for value in _records(path):
             names = value.get("files", [value.get("path")])
             yield from (name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records before the first line that a stop or a power cut left torn. Raises DestinationError for a file that
-    is no journal."""
+    """The records up to the first torn line, which a stop or a power cut may leave. Raises DestinationError for a file
+    that is no journal."""
     if not is_journal(path):
         raise DestinationError(f"{quoted(path)} is not a journal of this tool; remove it")
     with open_regular(path) as stream:

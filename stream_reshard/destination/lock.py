@@ -1,14 +1,14 @@
 """Lock: one run at a time writes to a destination.
 
-A file beside the destination says who is at work. A process that lives on this machine is alive, whatever the kernel's
-lock on the file (flock) says: two mounts of one folder need not see each other's. Where processes are counted otherwise
-(another namespace, as of a container), flock decides on a local file system, as it goes with the process that holds it.
-A file from another machine is respected: only a person knows whether that run is dead (`--break-lock`).
+A lock file beside the destination names the process that writes. If that process lives in this process namespace, the
+lock is taken, even if flock on the file succeeds: two mounts of one folder need not see each other's locks. If it is of
+another namespace of this machine, such as a container's, flock decides on a local file system: the kernel frees it with
+the process. If it is of another machine, only a person knows if that run is dead (`--break-lock`).
 
-A run looks again whether the lock is still its own, by a random token in the file, before it commits anything.
+Before each commit a run checks, by a random token in the file, that the lock is still its own.
 
-The file also keeps which folder a run is about to give its name, so that after a stop in the middle of that the next
-run knows which of two is the new one.
+The file also holds a note: the folder that the run is about to rename to the destination. After a stop between two
+renames, the next run knows by the note which folder is the new one.
 """
 from __future__ import annotations
 
@@ -28,18 +28,17 @@ from stream_reshard.machine.kernel import NETWORK_FILE_SYSTEMS, file_system_of
 from stream_reshard.storage.durable import sync_folder, target_error, temp_name, write_all
 
 _RECORD_NBYTES, _BEGINNING = 1024, b'{"pid": '
-"""Size of what a lock file holds, and how it begins."""
+"""Size of the record in a lock file, and its first bytes."""
 
 _CANNOT_LOCK = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 """errno values of flock on network file systems without a lock service."""
-
 
 _MINE: set[str] = set()
 """Tokens of the locks that this process holds."""
 
 
 def _boot() -> str:
-    """Names the running kernel; nothing where it does not tell."""
+    """Identifier of this boot of the machine; "" if the kernel does not report it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -47,7 +46,7 @@ def _boot() -> str:
 
 
 def _namespace() -> str:
-    """Names the namespace in which processes are counted here (pid_namespaces(7)); nothing where it cannot be told."""
+    """Identifier of the process namespace (pid_namespaces(7)); "" if the kernel does not report it."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -55,8 +54,8 @@ def _namespace() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """The time at which a process began, in ticks since the boot; 0 where it has ended and nobody has asked how; None
-    where the kernel does not tell (proc(5), /proc/PID/stat, fields 3 and 22)."""
+    """Start of a process, in ticks since the boot; 0 for a zombie; None if the kernel does not report it (proc(5),
+    /proc/PID/stat, fields 3 and 22)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
@@ -65,7 +64,7 @@ def _started(pid: int) -> int | None:
 
 
 def _is_alive(pid: int, started: int | None) -> bool:
-    """True while a process of this namespace lives; `started` tells it from a later one of its number."""
+    """True if the process of this namespace that began at `started` lives, and not a later one of the same number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -77,14 +76,14 @@ def _is_alive(pid: int, started: int | None) -> bool:
 
 
 def _shares_locks(path: Path) -> bool:
-    """True where all processes of this kernel see each other's locks there, through whatever mount."""
+    """True if all processes of this kernel see each other's flocks at a path, through any mount."""
     kind = file_system_of(path)
     return kind not in NETWORK_FILE_SYSTEMS and kind != "unknown" and not kind.startswith("fuse")
 
 
 def is_foreign(status: os.stat_result, folder: Path) -> bool:
-    """True where something in a folder belongs to a user as whom files made there now do not. Servers may give those to
-    another one than asked for. Raises OSError."""
+    """True if an entry of a folder belongs to another user than new files there. A server may give new files to another
+    user than the one of this process, so a file is made to see it. Raises OSError."""
     if status.st_uid == os.geteuid():
         return False
     temp = folder / temp_name("owner")
@@ -97,16 +96,16 @@ def is_foreign(status: os.stat_result, folder: Path) -> bool:
 
 
 class Lock:
-    """Held while the `with` block runs. Raises LockedError, naming the other run, where it is taken."""
+    """A context that holds the lock. Entering it raises LockedError, with the other run's process, if it is taken."""
 
     def __init__(self, path: Path, break_lock: bool = False):
-        """`break_lock`: take it from a run that may be alive on another machine."""
+        """`break_lock`: take the lock from a run that may be alive on another machine."""
         self.path, self.break_lock = path, break_lock
         self._descriptor = -1
         self._mine: dict[str, Any] = {}
         self._is_written = False
         self.note: list[int] | None = None
-        """Note of this run, or of the stopped run before it."""
+        """The note in the file: that of this run, or of the stopped run before it."""
 
     def __enter__(self) -> Lock:
         try:
@@ -119,7 +118,7 @@ class Lock:
         return self
 
     def _taken(self) -> bool:
-        """One attempt; False where the file was removed under it. Raises LockedError."""
+        """One attempt to take the lock; False if the file was removed meanwhile. Raises LockedError."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             descriptor, is_new = os.open(self.path, flags | os.O_EXCL, 0o666), True
@@ -134,8 +133,8 @@ class Lock:
             if is_alive or not (is_new or self._is_over(owner, is_locked)):
                 raise _refusal(self.path, owner, is_alive)
             if not is_new and is_foreign(os.fstat(descriptor), self.path.parent):
-                raise DestinationError(f"{quoted(self.path)} belongs to user {os.fstat(descriptor).st_uid}; the lock "
-                                       f"has to stand there, remove it if that user's run is over")
+                raise DestinationError(f"{quoted(self.path)} belongs to user {os.fstat(descriptor).st_uid}; remove "
+                                       f"it if that user's run is over")
             self._mine = {"pid": os.getpid(), "started": _started(os.getpid()), "host": socket.gethostname(),
                           "boot": _boot(), "pids": _namespace(), "token": os.urandom(16).hex(),
                           "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
@@ -148,10 +147,10 @@ class Lock:
                 os.close(descriptor)
 
     def write_note(self, note: list[int] | None) -> None:
-        """Keep a note for the next run, durably, in case this one does not come to an end."""
+        """Write the record of this run and a note, durably if there is one, for the next run after a stop."""
         self.note = note
         content = json.dumps(self._mine | {"note": note}).encode().ljust(_RECORD_NBYTES)
-        write_all(self._descriptor, content, 0)  # Of one size always, so that no stop leaves half of it.
+        write_all(self._descriptor, content, 0)  # The size is always the same, so that one record covers the other.
         self._is_written = True
         if note:
             os.fsync(self._descriptor)
@@ -159,7 +158,7 @@ class Lock:
 
     @staticmethod
     def _flock(descriptor: int) -> bool | None:
-        """True: the kernel gave the lock; False: another process has it; None: this file system knows no locks."""
+        """True: the kernel gave the lock. False: another process holds it. None: the file system has no locks."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -171,49 +170,49 @@ class Lock:
             raise
 
     def _is_current(self, descriptor: int) -> bool:
-        """True where the path still names the file that was opened: its holder removes it when it ends."""
+        """True if the path still names the file that was opened: a run removes its lock file at its end."""
         try:
             return os.path.samestat(os.fstat(descriptor), os.stat(self.path, follow_symlinks=False))
         except FileNotFoundError:
             return False
 
     def _is_over(self, owner: Mapping[str, Any], is_locked: bool | None) -> bool:
-        """True where the run that wrote the file has ended, as far as can be known here; it is none that lives in this
-        namespace."""
+        """True if the run that wrote the file has certainly ended, or `break_lock` is set. The caller has found no such
+        process alive in this namespace."""
         if self.break_lock:
             return True
-        shows = is_locked is True and _shares_locks(self.path.parent)
+        is_free = is_locked is True and _shares_locks(self.path.parent)
         if not owner:
-            return shows
+            return is_free
         if not (owner.get("boot") and _boot()):
             return False
         if owner["boot"] == _boot():
-            return shows or owner.get("pids", _namespace()) == _namespace()
-        return owner.get("host") == socket.gethostname()  # The same machine, started anew since.
+            return is_free or owner.get("pids", _namespace()) == _namespace()
+        return owner.get("host") == socket.gethostname()  # The same machine, after a reboot.
 
     @property
     def uid(self) -> int:
-        """The user to whom files belong that are made here."""
+        """The user to whom the lock file belongs, and so all new files beside it."""
         return os.fstat(self._descriptor).st_uid
 
     def is_ours(self) -> bool:
-        """True while the file at the path is still the one that this run holds, and says so. Raises OSError."""
+        """True if the path still names the file of this run, with its token. Raises OSError."""
         return self._seen() is None
 
     def confirm(self) -> None:
-        """Raises LockedError, naming the other run, where this one has lost the lock."""
+        """Raises LockedError, with the other run's process, if this run has lost the lock."""
         try:
             other = self._seen()
         except OSError as error:
             raise target_error(self.path, error) from error
         if other is not None:
             how = f" to {_who(other)}" if other else ", which somebody removed or replaced"
-            raise LockedError(f"{quoted(self.path)}: this run has lost its lock{how}; nothing was committed, and what "
-                              f"is there is left to the other run")
+            raise LockedError(f"{quoted(self.path)}: this run has lost its lock{how}; nothing was committed, and the "
+                              f"files stay for the other run")
 
     def _seen(self) -> dict[str, Any] | None:
-        """The record that another run has put in place of this one's lock, as far as it can be told; None where that
-        stands. The file is opened anew: that asks the server where a file system has one."""
+        """None if the lock is still that of this run; else the record in its place, empty if there is none. The file is
+        opened again, as only that asks the server of a network file system."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -235,7 +234,7 @@ class Lock:
             if self.is_ours() if self._is_written else self._is_current(self._descriptor):
                 os.unlink(self.path)
         except OSError:
-            pass  # The next run finds it stale.
+            pass  # The next run finds a stale lock.
         finally:
             _MINE.discard(self._mine["token"])
             os.close(self._descriptor)
@@ -258,8 +257,8 @@ def lock_problems(path: Path) -> Iterator[LockedError]:
 
 
 def _refusal(path: Path, owner: Mapping[str, Any], is_alive: bool) -> LockedError:
-    who = _who(owner) if owner else "a process that has not said its name yet"
-    cure = "wait for it" if is_alive else "if that run is dead, --break-lock takes its place"
+    who = _who(owner) if owner else "a process that has not written its name yet"
+    cure = "wait for it" if is_alive else "if that run is dead, --break-lock takes the lock"
     return LockedError(f"{quoted(path)}: another run writes to this destination, {who}; {cure}")
 
 
@@ -268,7 +267,7 @@ def _who(owner: Mapping[str, Any]) -> str:
 
 
 def _is_here_and_alive(owner: Mapping[str, Any]) -> bool:
-    """True while the run that wrote the file lives, counted as this process is."""
+    """True if the run that wrote the record is of this boot and process namespace, and lives."""
     if not owner.get("boot") or (owner["boot"], owner.get("pids", _namespace())) != (_boot(), _namespace()):
         return False
     if owner["pid"] == os.getpid() and "token" in owner:
@@ -277,8 +276,8 @@ def _is_here_and_alive(owner: Mapping[str, Any]) -> bool:
 
 
 def _owner(descriptor: int, path: Path) -> dict[str, Any]:
-    """Record in a lock file; empty where a run was stopped before it wrote. Raises DestinationError for a file that
-    no run has written: it is not ours to remove."""
+    """The record in a lock file; empty if a run was stopped while it wrote. Raises DestinationError for a file that no
+    run has written, which must not be removed."""
     content = os.pread(descriptor, 2 * _RECORD_NBYTES, 0)
     if not content.strip(b"\0"):
         return {}
@@ -289,5 +288,5 @@ def _owner(descriptor: int, path: Path) -> dict[str, Any]:
             return {}  # Torn by a stop or a full disk.
         value = None
     if not (isinstance(value, dict) and type(value.get("pid")) is int and 0 < value["pid"] < 2**31):
-        raise DestinationError(f"{quoted(path)} is not a lock of this tool; the lock has to stand there, move it away")
+        raise DestinationError(f"{quoted(path)} is not a lock of this tool, and its lock needs that name; move it away")
     return value

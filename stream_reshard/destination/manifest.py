@@ -1,8 +1,8 @@
-"""The manifest: what a finished conversion says of itself, with a digest of every file and of the manifest too.
+"""The manifest: the record of a finished conversion, with a digest of every file and of the manifest itself.
 
-It stands beside the files (`stream_reshard.json`), never in tensor headers: Nanotron's reader is strict about those.
-Its first line is the digest of the rest, so that it cannot change without a trace either. A large checkpoint has a long
-one, so it is read in two passes, neither of which holds the text: one for its digest, one for what it says.
+It is a file beside the weights (`stream_reshard.json`), not part of tensor headers: Nanotron's reader is strict about
+those. Its first line holds the digest of the rest. The manifest of a large checkpoint is long, so it is read in two
+passes, neither of which holds the text: one for its digest, one for its values.
 """
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -32,18 +33,19 @@ FORMAT = 1
 """Version of the manifest and of the journal. A file without one is older and means the same."""
 
 MAX_MANIFEST_NBYTES = 2**28
+"""Largest manifest."""
 
 MAX_FILE_NBYTES = 1024
-"""Upper limit in bytes for the entry of one file in the manifest."""
+"""Most bytes of the entry of one file in the manifest."""
 
 _MAX_KEYS = 100
-"""No manifest has more keys at its top."""
+"""Most keys of the outermost object."""
 
 _PIECE_NBYTES = 2**18
-"""Bytes that are read at a time for the digest."""
+"""Bytes read at a time for the digest."""
 
 _NO_DIGEST = bytes(16)
-"""In the table for a file that has none. No digest is this one, but for a chance of 1 in 2**128."""
+"""Entry of a `FileTable` for a file without a digest; a real digest is all zeros with a chance of 1 in 2**128."""
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _FIRST_LINE = re.compile(rb'\{"xxh3_128": "([0-9a-f]{32})",\n')
@@ -57,12 +59,11 @@ class FileDone:
     """Relative to the checkpoint's root, with forward slashes."""
     nbytes: int
     xxh3_128: str | None
-    """Digest of the whole file, in hex; None where it shares blocks with a source that were not read, or none was
-    wanted."""
+    """Digest of the whole file, in hex; None if it has cloned blocks that were not read, or digests are off."""
 
     @classmethod
     def parsed(cls, value: Any) -> FileDone:
-        """From JSON. Raises ValueError where it is not one."""
+        """The file that a JSON value describes. Raises ValueError if it describes none."""
         kinds = {key: type(item) for key, item in value.items()} if isinstance(value, dict) else {}
         digest = value["xxh3_128"] if kinds.keys() == {"path", "nbytes", "xxh3_128"} else ""
         if (kinds.get("path"), kinds.get("nbytes")) != (str, int) or not isinstance(digest, (str, type(None))):
@@ -76,17 +77,17 @@ class FileDone:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Record of a conversion: all that is known of it beyond its output."""
+    """Record of a conversion."""
 
     run: Mapping[str, Any]
     """Identity of the run: digests of plan and documents, identities of the source files. Equal for equal runs."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Facts that the output cannot show: vocabulary without padding, the dtype asked for, the settings allowed."""
+    """Facts that the weights and configs do not hold: vocabulary without padding, dtype asked for, allowed settings."""
     files: Mapping[str, FileDone] = field(default_factory=dict)
-    """Every file of the folder but this one, by its path."""
+    """Every file of the folder except the manifest, by its path."""
 
     def packed(self) -> bytes:
-        """The file's content."""
+        """The content of the manifest file."""
         files = [asdict(self.files[path]) for path in sorted(self.files)]
         content = {"tool": "stream_reshard", "format": FORMAT, "version": __version__, "run": self.run,
                    "facts": self.facts, "files": files}
@@ -95,7 +96,7 @@ class Manifest:
 
 
 def with_files(manifest: Manifest, files: Iterable[FileDone]) -> Manifest:
-    """The same manifest of these files."""
+    """The run and the facts of a manifest, with these files."""
     return Manifest(manifest.run, manifest.facts, {file.path: file for file in files})
 
 
@@ -106,7 +107,7 @@ def check_format(value: Any) -> None:
 
 
 def same_run(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Two records of runs tell of the same run: their paths are for people only, as a remount changes them."""
+    """True if two identities of runs are equal. Paths in them do not count, as a remount changes them."""
     return _without_paths(one) == _without_paths(other)
 
 
@@ -116,11 +117,11 @@ def _without_paths(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class FileTable:
-    """Entry of each file in a manifest, found by its path: some 40 bytes a file, for no path is kept. Files are
+    """The files of a manifest in some 40 bytes each: hashes of their paths are kept instead of the paths. Files are
     numbered in the order of the manifest."""
 
     def __init__(self, files: Iterable[FileDone]):
-        """Raises ValueError where a file is named twice."""
+        """Raises ValueError if a path occurs twice."""
         keys, self._sizes, self._digests = array("Q"), array("Q"), bytearray()
         for file in files:
             keys.append(_key(file.path))
@@ -138,12 +139,12 @@ class FileTable:
         return isinstance(path, str) and self.number_of(path) is not None
 
     def number_of(self, path: str) -> int | None:
-        """The number of a file; None where the manifest does not name it."""
+        """The number of a file; None if the manifest does not name it."""
         at = bisect_left(self._keys, key := _key(path))
         return self._numbers[at] if at < len(self._keys) and self._keys[at] == key else None
 
     def get(self, path: str) -> FileDone | None:
-        """Entry of a file in the manifest; None where it does not name it."""
+        """The entry of a file; None if the manifest does not name it."""
         if (number := self.number_of(path)) is None:
             return None
         digest = bytes(self._digests[16 * number:16 * number + 16])
@@ -151,101 +152,97 @@ class FileTable:
 
 
 def _key(path: str) -> int:
-    """A path in 64 bits, by a hash for which nobody finds another path."""
+    """A 64-bit hash of a path (BLAKE2, so that a forged manifest has no equal hashes)."""
     return int.from_bytes(blake2b(path.encode(errors="surrogatepass"), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)
 class StoredManifest:
-    """A manifest as it stands in a folder. Its digest is right; whether its files are is for others to see."""
+    """The manifest in a folder. Its own digest is checked, those of its files are not."""
 
     root: Path
     digest: str
+    """Digest in its first line, in hex."""
     facts: Mapping[str, Any]
-    """As those of `Manifest`."""
+    """See `Manifest.facts`."""
     files: FileTable
 
     def entries(self) -> Iterator[FileDone]:
-        """Entries of all files, in the order of their paths, read once more. Raises as `open_manifest`."""
-        for kind, value in _parts(self.root, MAX_FILE_NBYTES * 64, MAX_JSON_NBYTES):
+        """The entries of all files, in the order of their paths, read from disk. Raises as `open_manifest` does."""
+        for kind, value in _parts(self.root, MAX_JSON_NBYTES):
             if kind == "files":
                 yield value
 
 
 def open_manifest(root: Path, max_nbytes: int = 2**21) -> StoredManifest | None:
-    """The manifest of a folder, in a few bytes per file; None where it has none. Raises SourceError where it is not
-    what was written, ResourceError where one value in it has more than `max_nbytes`."""
+    """The manifest of a folder, in a few bytes per file; None if there is none. Raises SourceError if it was damaged or
+    is of another version, ResourceError if one value in it has more than `max_nbytes`."""
     if not os.path.lexists(root / MANIFEST_NAME):
         return None
     digest, facts = _checked_digest(root), {}
 
     def files() -> Iterator[FileDone]:
-        for kind, value in _parts(root, max_nbytes, max_nbytes):
+        for kind, value in _parts(root, max_nbytes):
             if kind == "files":
                 yield value
             elif kind == "facts":
                 facts.update(value)
 
-    with _Complaints(root):
+    with _faults_of(root):
         table = FileTable(files())
         return StoredManifest(root, digest, _checked(facts), table)
 
 
 def read_manifest(root: Path, max_nbytes: int = MAX_MANIFEST_NBYTES) -> Manifest | None:
-    """The manifest of a folder, whole and in memory; None where it has none. Raises SourceError where it is not what
-    was written, or has more than `max_nbytes`."""
+    """The whole manifest of a folder, in memory; None if there is none. Raises SourceError if it was damaged, is of
+    another version, or has more than `max_nbytes`."""
     if not os.path.lexists(root / MANIFEST_NAME):
         return None
     _checked_digest(root, max_nbytes)
     found: dict[str, Any] = {"run": {}, "facts": {}}
     files = []
-    for kind, value in _parts(root, max_nbytes, max_nbytes, whole_run=True):
+    for kind, value in _parts(root, max_nbytes, whole_run=True):
         if kind == "files":
             files.append(value)
         else:
             found[kind] = value
-    with _Complaints(root):
+    with _faults_of(root):
         return with_files(Manifest(found["run"], _checked(found["facts"])), files)
 
 
-class _Complaints:
-    """A context in which what is wrong with the manifest of a folder becomes one line."""
-
-    def __init__(self, root: Path):
-        self._root = root
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError):
-            raise read_error(f"{MANIFEST_NAME} in {quoted(self._root)}", error) from error
-        if isinstance(error, TooLong):
-            raise too_long(MANIFEST_NAME, error.limit, MAX_MANIFEST_NBYTES) from error
-        if isinstance(error, (ValueError, TypeError)):
-            raise SourceError(f"{MANIFEST_NAME} in {quoted(self._root)} is not one of this version: {error}") from error
+@contextmanager
+def _faults_of(root: Path) -> Iterator[None]:
+    """A context that turns an error of reading the manifest in `root` into an error for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise read_error(f"{MANIFEST_NAME} in {quoted(root)}", error) from error
+    except TooLong as error:
+        raise too_long(MANIFEST_NAME, error.limit, MAX_MANIFEST_NBYTES) from error
+    except (ValueError, TypeError) as error:
+        raise SourceError(f"{MANIFEST_NAME} in {quoted(root)} is no manifest of this version: {error}") from error
 
 
 def _checked_digest(root: Path, max_nbytes: int = MAX_MANIFEST_NBYTES) -> str:
-    """The digest in the first line. Raises SourceError where the rest does not have it."""
+    """The digest in the first line. Raises SourceError if it is not the digest of the rest."""
     digest, left = xxhash.xxh3_128(), max_nbytes
-    with _Complaints(root), open_regular(root / MANIFEST_NAME) as stream:
+    with _faults_of(root), open_regular(root / MANIFEST_NAME) as stream:
         match = _FIRST_LINE.fullmatch(stream.readline(64))
         while match and (piece := stream.read(_PIECE_NBYTES)):
             digest.update(piece)
             if (left := left - len(piece)) < 0:
                 raise too_long(MANIFEST_NAME, max_nbytes, max_nbytes)
     if not match or digest.hexdigest() != match[1].decode():
-        raise SourceError(f"{MANIFEST_NAME} in {quoted(root)} does not have its own digest: it was damaged or edited")
+        raise SourceError(f"{MANIFEST_NAME} in {quoted(root)} does not match its own digest; it was damaged or edited")
     return digest.hexdigest()
 
 
-def _parts(root: Path, max_file_nbytes: int, max_nbytes: int, whole_run: bool = False) -> Iterator[tuple[str, Any]]:
-    """("facts", they), ("files", one of them) for each and, where the whole of it is wanted, ("run", it), in the order
-    of the text. No value of more than `max_nbytes` is parsed."""
+def _parts(root: Path, max_nbytes: int, whole_run: bool = False) -> Iterator[tuple[str, Any]]:
+    """(key, value) in the order of the text: ("facts", all), ("files", entry) for each entry and, if `whole_run`,
+    ("run", all). Raises SourceError, or ResourceError for a value of more than `max_nbytes`."""
     seen: set[str] = set()
-    with _Complaints(root), open_regular(root / MANIFEST_NAME) as stream:
-        reader = JsonReader(stream, MAX_MANIFEST_NBYTES, max(max_file_nbytes, max_nbytes))
+    with _faults_of(root), open_regular(root / MANIFEST_NAME) as stream:
+        reader = JsonReader(stream, MAX_MANIFEST_NBYTES, max_nbytes)
         for key in reader.keys():
             if key in seen or len(seen) > _MAX_KEYS:
                 raise ValueError("a key occurs twice" if key in seen else f"it has more than {_MAX_KEYS} keys")
@@ -261,13 +258,13 @@ def _parts(root: Path, max_file_nbytes: int, max_nbytes: int, whole_run: bool = 
                 if key in ("run", "facts"):
                     yield key, _object(value)
         if reader.next():
-            raise ValueError("something stands behind its end")
+            raise ValueError("something follows its end")
         if missing := {"run", "facts", "files"} - seen:
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
 
 
 def _skip_run(reader: JsonReader) -> None:
-    """Pass by the run: it has an entry for each source file, of which none is held."""
+    """Read the run, which has an entry for each source file, without holding it."""
     for _ in reader.keys():
         if reader.next() == "{":
             for _ in reader.entries():
@@ -278,12 +275,12 @@ def _skip_run(reader: JsonReader) -> None:
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"a {type(value).__name__} stands where an object belongs")
+        raise ValueError(f"it holds a {type(value).__name__} where an object is expected")
     return value
 
 
 def _checked(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts, each of its kind. Raises ValueError."""
+    """The facts, if their values have the right types; raises ValueError otherwise."""
     vocab_size, allowed = facts.get("vocab_size"), facts.get("allowed")
     if not (type(vocab_size) is int and 0 < vocab_size < 2**48 and isinstance(facts.get("dtype"), str)
             and isinstance(allowed, list) and all(isinstance(name, str) for name in allowed)):

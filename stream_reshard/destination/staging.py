@@ -1,6 +1,6 @@
 """The staging folder `DST.partial`: where the destination grows, and how it becomes the destination.
 
-It holds a journal while files are missing, and a manifest once all are there; either says which run it belongs to.
+It holds a journal while files are missing, and a manifest once all are written; both identify the run.
 """
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from stream_reshard.storage.durable import (
 from stream_reshard.storage.folder import Access, Folder
 
 SUFFIX_NBYTES = len("..0123456789ab.replaced")
-"""By how much the longest name that is put beside a destination is longer than its own."""
+"""Bytes by which the longest name of a sibling (`_new_name_beside`) exceeds the name of the destination."""
 
 CONFIRM_SECONDS = 1.0
-"""While jobs run, a lost lock or folder is noticed within this time and a job."""
+"""Least time between two checks of lock and folder; they are checked between jobs."""
 
 COPY_NBYTES = 2**20
-"""Files that are copied pass in pieces of this size: a tokenizer can be larger than the memory that is left."""
+"""Bytes of a companion that are copied at a time: a tokenizer may be larger than the memory that is left."""
 
 
 def staging_of(destination: Path) -> Path:
@@ -44,24 +44,24 @@ def staging_of(destination: Path) -> Path:
 
 
 def lock_of(destination: Path) -> Path:
-    """The sibling file that says who writes."""
+    """The lock file beside the destination."""
     return destination.with_name(destination.name + ".partial.lock")
 
 
 def _new_name_beside(destination: Path) -> Path:
-    """New path for something that is to be removed."""
+    """A new path, beside the destination, for a folder that will be removed."""
     return destination.with_name(f".{destination.name}.{os.urandom(6).hex()}.replaced")
 
 
 def replaced_beside(destination: Path) -> Iterator[Path]:
-    """Paths that a stopped run was to remove, and did not."""
+    """Folders that an earlier run renamed to remove them, and did not remove."""
     pattern = re.compile(rf"\.{re.escape(destination.name)}\.[0-9a-f]{{12}}\.replaced")
     beside = destination.parent.iterdir() if os.path.isdir(destination.parent) else ()
     return (path for path in beside if pattern.fullmatch(path.name))
 
 
-def _manifest_of(folder: Path, run: Mapping[str, Any], max_files: int) -> Manifest | None:
-    """The manifest of a folder, if it is that of this run; None for anything else."""
+def manifest_of(folder: Path, run: Mapping[str, Any], max_files: int) -> Manifest | None:
+    """The manifest of a folder, if it is that of this run; else None."""
     try:
         manifest = read_manifest(folder, max_files * MAX_FILE_NBYTES)
     except SourceError:
@@ -70,9 +70,9 @@ def _manifest_of(folder: Path, run: Mapping[str, Any], max_files: int) -> Manife
 
 
 def finished(folder: Path, run: Mapping[str, Any], max_files: int) -> Manifest | None:
-    """The manifest of a folder that is the finished output of this very run: all its files are there, each of the
-    right size. None for anything else. Raises DestinationError where a folder in it may not be read."""
-    manifest = _manifest_of(folder, run, max_files)
+    """The manifest of a folder that holds the finished output of this run, with exactly its files, each of the right
+    size; else None. Raises DestinationError if a folder in it cannot be read."""
+    manifest = manifest_of(folder, run, max_files)
     if manifest is None:
         return None
     sizes = {path: file.nbytes for path, file in manifest.files.items()}
@@ -85,51 +85,38 @@ def finished(folder: Path, run: Mapping[str, Any], max_files: int) -> Manifest |
         raise target_error(Path(error.filename or folder), error) from error
 
 
-def _as_json(value: Mapping[str, Any]) -> Any:
+def as_json(value: Mapping[str, Any]) -> Any:
+    """A value as JSON gives it back: lists for tuples, texts for keys."""
     return json.loads(json.dumps(value))
 
 
-def num_kept_in(destination: Path, record: Record) -> int:
-    """Number of files that an earlier attempt at this run has left in the staging folder, as its journal names them.
-    Raises DestinationError where it holds another run, or one that failed."""
-    staging = staging_of(destination)
-    if not staging.is_dir():
-        return 0
-    record = replace(record, run=_as_json(record.run))
-    try:
-        manifest = _manifest_of(staging, record.run, record.max_files)
-        return len(manifest.files if manifest else read_done(staging, record))
-    except OSError as error:
-        raise target_error(staging, error) from error
-
-
 class Staging:
-    """The staging folder of a run."""
+    """The staging folder of a run, made or taken over from an earlier attempt."""
 
     def __init__(self, destination: Path, record: Record, lock: Lock, access: Access, naming: Naming, restart: bool):
-        """Make the folder, or take up what an earlier attempt at the same run left. Raises DestinationError for
-        anything else that stands there, and for links in it: nothing is ever written through one."""
-        self.record = replace(record, run=_as_json(record.run))
+        """Make the folder, or take over that of an earlier attempt at the same run. Raises DestinationError if it is
+        anything else, or holds a link: nothing is ever written through a link."""
+        self.record = replace(record, run=as_json(record.run))
         self.destination, self.path, self.lock = destination, staging_of(destination), lock
         self._confirmed, self._naming = time.monotonic(), naming
         try:
             if self.path.is_symlink():
-                raise DestinationError(f"{quoted(self.path)} is a link; the output grows there, remove it")
+                raise DestinationError(f"{quoted(self.path)} is a link; the output needs that name, remove it")
             make_folder(self.path, access.folders)
             self._refuse_others(access)
-            manifest = _manifest_of(self.path, self.record.run, record.max_files)
+            manifest = manifest_of(self.path, self.record.run, record.max_files)
             self._refuse_foreign(manifest)
             done = {} if restart else read_done(self.path, self.record)
             self._refuse_strangers(restart)
             if restart:
-                # Renamed first: a stop halfway through would leave a folder that nothing shows to be ours.
+                # Renamed first: after a stop halfway the name still shows that the folder may be removed.
                 os.rename(self.path, discarded := _new_name_beside(destination))
                 clear(discarded, naming, record.names)
                 make_folder(self.path, access.folders)
                 manifest = None
             self.folder = Folder(self.path, access)
             self.journal = Journal(self.folder, self.record, done | dict(manifest.files if manifest else {}))
-            # Files may be written anew, and until they are this is no checkpoint.
+            # Without its marker the folder is no checkpoint while files are written again.
             self.folder.unlink(record.marker)
             for entry in entries_below(self.path):
                 if TEMP_NAME.fullmatch(entry.name):
@@ -138,43 +125,43 @@ class Staging:
             raise target_error(self.path, error) from error
 
     def _refuse_others(self, access: Access) -> None:
-        """Raises DestinationError for links and for what another user has put there; takes from what is there what the
-        source does not let others do."""
+        """Raises DestinationError for links and for entries of other users. Reduces the modes of the other entries to
+        `access`."""
         status = os.stat(self.path)
         for entry in (Entry(".", status, False), *entries_below(self.path)):
             path = quoted(self.path / entry.path)
             if not (entry.is_file or entry.is_folder or entry.is_mount):
-                raise DestinationError(f"{path} is a link or no file at all, and nothing is written through those; "
+                raise DestinationError(f"{path} is neither file nor folder, and nothing is written through a link; "
                                        f"remove it")
             if entry.status.st_uid != self.lock.uid:
-                raise DestinationError(f"{path} belongs to user {entry.status.st_uid}, and files made here to "
-                                       f"{self.lock.uid}; what another user has prepared is not taken up, move it away")
+                raise DestinationError(f"{path} belongs to user {entry.status.st_uid}, and new files here to user "
+                                       f"{self.lock.uid}; files of another user are not used, move it away")
             allowed = access.folders if entry.is_folder else access.files
             if entry.status.st_mode & 0o077 & ~allowed:
                 with suppress(OSError):  # A file system without modes.
                     os.chmod(self.path / entry.path, stat.S_IMODE(entry.status.st_mode) & (0o7700 | allowed))
 
     def _refuse_foreign(self, manifest: Manifest | None) -> None:
-        """Raises DestinationError for a folder that no run has left."""
-        # A run that was stopped just before its last rename has left a manifest and no journal.
+        """Raises DestinationError for a folder that no run of this tool has left."""
+        # A run that was stopped just before its last rename leaves a manifest and no journal.
         is_ours = manifest or is_journal(self.path / JOURNAL_NAME) or self.lock.note == _identity(self.path)
         if not is_ours and not all(TEMP_NAME.fullmatch(path.name) for path in self.path.iterdir()):
-            raise DestinationError(f"{quoted(self.path)} was not left by an interrupted run; the output grows there, "
-                                   f"move it away")
+            raise DestinationError(f"{quoted(self.path)} was not left by an interrupted run; the output needs that "
+                                   f"name, move it away")
 
     def _refuse_strangers(self, restart: bool) -> None:
-        """Raises DestinationError for files in the folder that no run has written, and for mount points."""
+        """Raises DestinationError for mount points, and for files that no run of this tool has written."""
         for entry in strangers(self.path, self._naming, self.record.names):
             if restart or entry.is_mount:
-                raise stranger_error(self.path, entry, "--restart would take it away" if restart else
+                raise stranger_error(self.path, entry, "--restart would remove it" if restart else
                                      "the output grows around it")
             raise DestinationError(f"{quoted(self.path / entry.path)} was not written by this run; move it away and "
                                    f"run the same command again")
 
     def refuse_immovable(self) -> None:
-        """Raises DestinationError where a destination that is to be replaced cannot be renamed: overlayfs keeps folders
-        of its lower layers where they are. The trial does nothing, as no folder is renamed onto one that is not empty;
-        the kernel's overlayfs says before that whether it ever would."""
+        """Raises DestinationError if the destination will be replaced and overlayfs cannot rename it, since it is in a
+        lower layer. The trial renames it onto the staging folder, which always fails, as that is not empty; overlayfs
+        reports EXDEV first."""
         if self.destination.is_dir() and file_system_of(self.destination.parent) == "overlay":
             try:
                 os.rename(self.destination, self.path)
@@ -183,22 +170,22 @@ class Staging:
                     raise target_error(self.destination, error) from error
 
     def confirm(self) -> None:
-        """Raises LockedError where the run has lost its lock, ResourceError where its folder is not there any more."""
+        """Raises LockedError if the run has lost its lock, ResourceError if it has lost its folder."""
         is_there = self.folder.is_there()
-        self.lock.confirm()
+        self.lock.confirm()  # Raises first, as a lost lock explains a lost folder.
         if not is_there:
             raise ResourceError(f"{quoted(self.path)} has vanished, or another folder was put in its place; nothing "
                                 f"was committed, run the same command again")
         self._confirmed = time.monotonic()
 
     def confirm_at_times(self) -> None:
-        """The same, but not more often than makes sense."""
+        """Call `confirm` if the last call is more than `CONFIRM_SECONDS` ago."""
         if time.monotonic() - self._confirmed > CONFIRM_SECONDS:
             self.confirm()
 
     def write(self, name: str, content: BinaryIO, check: Callable[[], None], mode: int = 0o666) -> FileDone:
-        """Write a file beside the weights, durably, of this mode at most, and once more after an I/O error; `check` is
-        called between pieces."""
+        """Write a document or companion durably; after an I/O error once more. `mode`: most permission bits. `check` is
+        called before each piece."""
         self.confirm()
         try:
             return self._written(name, content, check, mode)
@@ -225,7 +212,7 @@ class Staging:
         sync_names(self.folder, [JOURNAL_NAME, *folders])
 
     def close(self) -> None:
-        """Let go of the folder; what is in it stays."""
+        """Close journal and folder; the files stay."""
         self.journal.close()
         self.folder.close()
 
@@ -237,19 +224,18 @@ class Staging:
         self.journal.fail()
 
     def deliver(self, overwrite: bool, sizes: Mapping[str, int]) -> None:
-        """Rename the folder to the destination, if it holds files of these sizes in bytes and nothing else. With
-        `overwrite` one that is there already is replaced: in the same step where the file system can swap two names,
-        else it is missing between two renames. The lock keeps beforehand which folder is the new one: one without a
-        journal, until it has its name.
+        """Rename the folder to the destination, if it holds exactly the files of `sizes` (bytes by path). With
+        `overwrite` an existing destination is replaced: in one step if the file system can swap two names, else it is
+        absent between two renames. A note in the lock file identifies the new folder before its journal is removed.
 
-        Raises LockedError or ResourceError, with the destination as it was, where the run has lost its lock, the folder
-        or a file in it."""
+        Raises LockedError or ResourceError, with the destination unchanged, if the run has lost its lock, the folder or
+        a file in it."""
         self.confirm()
         self.lock.write_note(_identity(self.path))
         self.journal.remove()
         sync_folder(".", self.folder)
         self._refuse_incomplete(sizes)
-        self.confirm()  # Last, so that as little as can be lies between it and the rename.
+        self.confirm()  # As close before the rename as possible.
         if overwrite and self.destination.exists():
             self._replace()
         else:
@@ -257,12 +243,12 @@ class Staging:
         sync_folder(self.destination.parent)
 
     def _refuse_incomplete(self, sizes: Mapping[str, int]) -> None:
-        """Raises the first fault, of lost files rather than of others; the folder is then as that of a run that was
-        stopped earlier."""
+        """Raises the first fault, preferably of a lost file. The folder then has a journal and no marker, as that of an
+        interrupted run."""
         try:
             fault = max(faults(self.path, sizes), key=lambda fault: fault.severity, default=None)
         except FileNotFoundError:
-            fault = None  # The folder itself is gone.
+            fault = None  # The folder itself was removed, as `confirm` will report.
         if fault:
             self.confirm()
             self.folder.unlink(self.record.marker)
@@ -283,23 +269,23 @@ class Staging:
 
 
 def _identity(folder: Path) -> list[int]:
-    return [folder.stat().st_ino]  # The device's number is another one after a reboot.
+    return [folder.stat().st_ino]  # Without the device, whose number changes with a reboot.
 
 
 def was_swapped(destination: Path, note: list[int] | None) -> bool:
-    """True where the destination is the new folder that the note of a stopped run tells of. The staging folder, if
-    there is one, is then the old destination."""
+    """True if the destination is the new folder in the note of a stopped run. A staging folder beside it is then the
+    old destination."""
     return note is not None and destination.is_dir() and _identity(destination) == note[-1:]
 
 
 def old_beside(destination: Path, is_swapped: bool) -> tuple[Path, ...]:
-    """Old checkpoints that the finished one at `destination` has replaced."""
+    """Old checkpoints, under other names, that the one at `destination` has replaced."""
     return (*([staging_of(destination)] if is_swapped and staging_of(destination).exists() else ()),
             *replaced_beside(destination))
 
 
 def clear_old(destination: Path, is_swapped: bool, naming: Naming) -> tuple[Path, ...]:
-    """Remove what is ours of them; returns those that remain."""
+    """Remove the own entries of `old_beside`; returns the folders that remain."""
     for path in old_beside(destination, is_swapped):
         clear(path, naming)
     return old_beside(destination, is_swapped)

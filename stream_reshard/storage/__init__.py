@@ -6,7 +6,7 @@
 - target_file: writing tensor files: cloned, copied by the file system, from a mapping, or through buffers
 - durable:     files and names that survive a power cut whole, or are absent
 - folder:      a folder held open, and modes of the files made below it
-- cloning:     sharing blocks with the source instead of copying bytes
+- cloning:     blocks shared with the source instead of copied bytes
 - dtypes:      dtypes of weights, and casts between them
 - identity:    the part of a file's status by which another file, and a change, is noticed
 - small_files: small files made by others: read up to a limit, parsed with care

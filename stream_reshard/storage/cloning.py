@@ -21,12 +21,12 @@ _FILE_CLONE_RANGE = struct.Struct("=qQQQ")
 
 _CANNOT = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EPERM,
                      errno.ETXTBSY, errno.EBADF, errno.EISDIR, errno.EMLINK})
-"""errno values for two files that cannot share these blocks; a full or broken disk has others. EMLINK: a block has the
+"""errno values if these blocks cannot be cloned; a full or broken disk has others. EMLINK: a block has the
 most owners that its file system can count."""
 
 
 def clone(source: int, source_offset: int, target: int, offset: int, nbytes: int) -> bool:
-    """Make `nbytes` from byte `offset` of the target share blocks with the source; False if that is impossible. All
+    """Clone `nbytes` from byte `source_offset` on to byte `offset` of the target; False if that is impossible. All
     three numbers must be multiples of the block size. Raises OSError if the disk is full or broken."""
     try:
         fcntl.ioctl(target, _FICLONERANGE, _FILE_CLONE_RANGE.pack(source, source_offset, nbytes, offset))
@@ -38,7 +38,7 @@ def clone(source: int, source_offset: int, target: int, offset: int, nbytes: int
 
 
 def can_clone(source: Path, folder: Path) -> bool:
-    """True if new files in `folder` can share blocks with the file `source`; tried on a file without a name."""
+    """True if blocks of the file `source` can be cloned into `folder`; tried with a file without a name."""
     try:
         if os.stat(source).st_dev != os.stat(folder).st_dev or os.stat(source).st_size < BLOCK_NBYTES:
             return False
@@ -56,7 +56,7 @@ def can_clone(source: Path, folder: Path) -> bool:
 
 
 def can_clone_all(root: Path, paths: Iterable[str], folder: Path) -> bool:
-    """True if new files in `folder` can share blocks with every one of these files below `root`."""
+    """True if blocks of every one of these files below `root` can be cloned into `folder`."""
     return all(can_clone(root / path, folder) for path in paths)
 
 

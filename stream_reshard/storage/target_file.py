@@ -44,7 +44,7 @@ class NewTensorFile(NewFile):
         super().__init__(folder, file.path, file.nbytes, transport.digests != "none")
         self.file, self.transport = file, transport
         self.cloned_nbytes = 0
-        """Bytes in blocks shared with sources."""
+        """Bytes cloned from sources."""
         self.num_overflowed = 0
         """Elements of this file that a cast made infinite."""
 

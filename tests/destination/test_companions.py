@@ -177,7 +177,7 @@ def test_a_crowd_of_companions_stays_bounded(source):
     for number in range(companions.MAX_NUM + 300):
         (source / f"LICENSE-{number:04}").touch()
     plan = planned(source)
-    assert len(plan.companions) == companions.MAX_NUM and f"{companions.MAX_NUM} files are already" in "\n".join(plan.notes)
+    assert len(plan.companions) == companions.MAX_NUM and f"the limit is {companions.MAX_NUM} such files" in "\n".join(plan.notes)
 
 
 def test_a_companion_that_changes_before_it_is_copied_is_noticed(source, tmp_path):

@@ -136,4 +136,4 @@ def test_a_source_of_links_into_the_destination_is_kept(tmp_path, capsys):
             path.unlink()
             path.write_bytes(content)
     assert main([str(tmp_path / "links"), str(tmp_path / "nt"), "--to", "nanotron", "--overwrite"]) == 4
-    assert "links to are in" in capsys.readouterr().err
+    assert "links to is in" in capsys.readouterr().err

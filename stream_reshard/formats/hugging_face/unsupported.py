@@ -49,7 +49,7 @@ def quantization_settings(config: SourceConfig) -> Iterator[Unsupported]:
     """The setting that weights are quantised. Unquantised weights can be converted in spite of it, but transformers
     would quantise them when loading."""
     if method := quantization_of(config.raw):
-        yield Unsupported(QUANTIZATION, f"the weights are quantised by config.json ({quoted(method)})", method)
+        yield Unsupported(QUANTIZATION, f"config.json states that the weights are quantised ({quoted(method)})", method)
 
 
 def _expert_limits(config: SourceConfig) -> Iterator[Unsupported]:
