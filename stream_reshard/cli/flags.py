@@ -154,7 +154,8 @@ def _fill(made: argparse.ArgumentParser, command: str) -> argparse.ArgumentParse
     if command == "inspect":
         made.add_argument("--values", action="store_true", help="read every weight, and count NaN and infinities")
     if command == "completion":
-        made.add_argument("shell", choices=("bash", "zsh"), help="the shell; source <(stream-reshard completion bash)")
+        made.add_argument("shell", metavar="SHELL", choices=("bash", "zsh"),
+                          help="bash or zsh; source <(stream-reshard completion bash) in ~/.bashrc")
         return made
     if command == "demo":
         made.add_argument("--keep", metavar="DIR", type=_folder, help="make the folders in DIR and leave them there")

@@ -90,7 +90,7 @@ class Progress:
         if not (is_due or self._logged_part < 0 or (part >= 1 and self._logged_part < 1)):
             return
         seconds = max(now - self._begin, 1e-9)
-        left = f", about {seconds / part - seconds:.0f} s left" if 0 < part < 1 else ""
+        left = f", about {seconds / part - seconds:.0f} s left" if 0 < part < 1 and seconds > _LEAST_SECONDS else ""
         amounts = [human(done), human(total)] if self._unit == "B" else [str(done), f"{total} {self._unit}s"]
         rate = f", {human(done / seconds)}/s" if self._unit == "B" else ""
         when = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -100,9 +100,8 @@ class Result(Reported):
     @property
     def facts(self) -> dict[str, Any]:
         """The plan and its outcome, as JSON; sizes in bytes."""
-        if self.already_done:
-            return as_json(self.conversion) | {"already_done": True}
-        return summary(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done)
+        outcome = summary(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done)
+        return outcome | ({"already_done": True} if self.already_done else {})
 
     @property
     def lines(self) -> tuple[str, ...]:

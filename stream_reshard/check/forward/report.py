@@ -9,7 +9,7 @@ from typing import Any
 from stream_reshard.check.forward import ForwardPlan
 from stream_reshard.check.forward.result import Comparison, Difference
 from stream_reshard.errors import DifferenceError, quoted, shown
-from stream_reshard.machine.memory import human
+from stream_reshard.machine.memory import counted, human
 from stream_reshard.report import Reported
 
 
@@ -63,7 +63,7 @@ class ForwardResult(Reported):
         yield (f"likeliest token the same after {logits.num_same_argmax} of {comparison.num_tokens}; KL divergence "
                f"{logits.kl_mean:.2g} nats in the mean, {logits.kl_largest:.2g} at most")
         num_padding = self.plan.copy.config.vocab_size - self.plan.vocab_size
-        padded = (f" ({logits.perplexity_with_padding:.6g} with its {num_padding} rows of padding)"
+        padded = (f" ({logits.perplexity_with_padding:.6g} with its {counted(num_padding, 'row')} of padding)"
                   if logits.perplexity_with_padding is not None else "")
         yield f"perplexity {logits.perplexities[0]:.6g} in SRC, {logits.perplexities[1]:.6g} in DST{padded}"
         if comparison.agrees:
