@@ -43,14 +43,18 @@ def stand_in(head: bytes, wanted: str | None) -> tuple[str, str] | None:
         return None  # It begins as it should.
     for magic, what in _ARCHIVES.items():
         if head.startswith(magic):
-            return f"files are {wanted} in name only", f"is {what}, not {wanted}, whatever its name says{_cure(what)}"
+            return (f"files are {wanted} in name only",
+                    f"is {what}, not {wanted}, whatever its name says{_cure(what, wanted)}")
     return _text(head, wanted)
 
 
-def _cure(what: str) -> str:
-    if "zip file, as" in what or "pickle" in what:
-        return ("; pickled weights are never opened, because they can run code: convert them where you trust them, or "
+def _cure(what: str, wanted: str) -> str:
+    if "zip file, as" in what and wanted == "weights":
+        return ("; where torch.save wrote it, under the name pytorch_model.bin it is read without unpickling it; or "
                 "download the safetensors")
+    if "pickle" in what:
+        return ("; a bare pickle can run code and is never opened: load it where you trust it and save the model with "
+                "save_pretrained, or download the safetensors")
     return "; download the file itself"
 
 

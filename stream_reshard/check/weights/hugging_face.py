@@ -47,6 +47,8 @@ class _Weights(Weights):
         parameter, tensor = self._layout.model.parameter(number), self._layout.tensor_of(number)
         assert tensor, "a layout has every parameter that is stored"
         whole = Box.whole(matrix_of(parameter.matrix_shape))
+        if self._layout.is_transposed(number):
+            return Weight(parameter, whole.stop[0], (Piece(whole, tensor, Box.whole(tensor.shape), True),))
         return Weight(parameter, whole.stop[0], (Piece(whole, tensor, whole),))
 
     def __iter__(self) -> Iterator[str]:
