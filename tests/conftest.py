@@ -127,7 +127,7 @@ def copied(made, tmp_path):
 def verify(capsys):
     """verify(source, copy, *flags): (exit code, stdout, problems). What is wrong is told in printable lines, soon."""
     def run(*arguments, command="verify"):
-        with deadline(2):
+        with deadline(30):
             code = call(command, *arguments)
         out, err = capsys.readouterr()
         assert all(line.isprintable() and line.isascii() for line in err.splitlines()), err

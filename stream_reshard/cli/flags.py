@@ -30,7 +30,8 @@ _OPTIONS: dict[str, tuple[type[Declared], ...]] = {
     "convert": (Options,), "plan": (Options,), "verify": (VerifyOptions, ForwardOptions)}
 """The options of each command; of two with one name the first is taken."""
 
-_SOURCE = ("source", "SRC", "a folder of Hugging Face safetensors shards, or a Nanotron checkpoint")
+_SOURCE = ("source", "SRC", "a folder of Hugging Face shards (safetensors, or pytorch_model*.bin), or a Nanotron "
+           "checkpoint")
 _FOLDERS = {
     "convert": [_SOURCE, ("destination", "DST", "the folder to be made; it must be absent or empty")],
     "plan": [_SOURCE, ("destination", "DST", "the folder that would be made")],

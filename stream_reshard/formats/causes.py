@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 from stream_reshard.errors import Cause, SourceError, StreamReshardError, quoted, shell_word
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from stream_reshard.formats.hugging_face.config import (
+    CONFIG_NAME, INDEX_NAME, PICKLED_INDEX_NAME, PICKLED_NAME, SINGLE_NAME)
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
 from stream_reshard.storage.small_files import dangling, read_capped, read_error, read_json
 
@@ -60,24 +61,26 @@ def no_checkpoint(root: Path) -> SourceError:
 
 
 def no_weights(root: Path) -> SourceError:
-    """Reason why a folder with config.json has neither model.safetensors nor its index."""
+    """Reason why a folder with config.json holds no weights that are read here: neither a single shard nor an index."""
     names = _names(root)
-    for name in (SINGLE_NAME, INDEX_NAME):
+    for name in (SINGLE_NAME, INDEX_NAME, PICKLED_NAME, PICKLED_INDEX_NAME):
         if cause := dangling(root, name):
             return cause
     shards = [name for name in names if name.endswith(".safetensors")]
     if (cause := _foreign(root, names)) and not any(name.startswith("model") for name in shards):
         return cause
-    if pickled := next((name for name in names if any(fnmatch(name, pattern) for pattern in _PICKLED)), None):
-        return Cause(f"{quoted(root)} holds pickled weights ({quoted(pickled)}), which are never opened because they "
-                     f"can run code; convert them where you trust them: "
-                     f"AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(NEW)")
+    index, shards = (INDEX_NAME, shards) if shards else (
+        PICKLED_INDEX_NAME, [name for name in names if fnmatch(name, "pytorch_model*.bin")])
     more = f"; {left}" if (left := unfinished(root)) else ""
     if shards:
         return SourceError(f"{quoted(root)} holds {len(shards)} shards such as {quoted(shards[0])}, but no "
-                           f"{INDEX_NAME}{more or '; download it: it names the shard of each tensor'}")
-    return SourceError(f"{quoted(root)} holds neither {SINGLE_NAME} nor {INDEX_NAME}: it is not a Hugging Face "
-                       f"checkpoint{more or ', or its weights are still to be downloaded'}")
+                           f"{index}{more or '; download it, it names the shard of each tensor'}")
+    if pickled := next((name for name in names if any(fnmatch(name, pattern) for pattern in _PICKLED)), None):
+        return Cause(f"{quoted(root)} holds pickled weights ({quoted(pickled)}) under a name that is not read (of such "
+                     f"files {PICKLED_NAME} and its shards are); convert them where you trust them: "
+                     f"AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(NEW)")
+    return SourceError(f"{quoted(root)} holds neither {SINGLE_NAME} nor {INDEX_NAME}, nor {PICKLED_NAME}: it is not a "
+                       f"Hugging Face checkpoint{more or ', or its weights are still to be downloaded'}")
 
 
 def unfinished(root: Path) -> str | None:

@@ -12,12 +12,15 @@ inside the window are read with it. Each part is written to its target file in t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from stream_reshard.formats.layout import Slice
 from stream_reshard.model.box import Box
+
+_MAX_KEPT = 2**12
+"""Longer lists of pieces are not kept: a pair takes some 100 bytes, and the rows of a matrix may be 200,000."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +166,28 @@ def _inner(shape: tuple[int, ...], target_strides: tuple[int, ...],
     return 0, length
 
 
-@lru_cache(maxsize=16)
 def runs(shape: tuple[int, ...], target_strides: tuple[int, ...],
-         window_strides: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+         window_strides: tuple[int, ...]) -> Iterable[tuple[int, int]]:
     """(target offset, window offset) of every piece of `run_length` elements, counted from the first piece, in the
-    order of the target. Blocks of one shape share the result, layer after layer."""
+    order of the target. Blocks of one shape share the result, layer after layer, unless it is long."""
     outer, _ = _inner(shape, target_strides, window_strides)
-    offsets = [(0, 0)]
-    for extent, target, window in zip(shape[:outer], target_strides, window_strides):
-        offsets = [(a + i * target, b + i * window) for a, b in offsets for i in range(extent)]
-    return tuple(offsets)
+    if math.prod(shape[:outer]) > _MAX_KEPT:
+        return _offsets(shape[:outer], target_strides, window_strides)
+    return _kept(shape[:outer], target_strides, window_strides)
+
+
+@lru_cache(maxsize=16)
+def _kept(shape: tuple[int, ...], target_strides: tuple[int, ...],
+          window_strides: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(_offsets(shape, target_strides, window_strides))
+
+
+def _offsets(shape: tuple[int, ...], target_strides: tuple[int, ...],
+             window_strides: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """(target offset, window offset) of every index of a shape."""
+    if not shape:
+        yield 0, 0
+        return
+    for target, window in _offsets(shape[:-1], target_strides, window_strides):
+        for i in range(shape[-1]):
+            yield target + i * target_strides[len(shape) - 1], window + i * window_strides[len(shape) - 1]

@@ -209,7 +209,8 @@ class _Interpreter:
             self.at += 1
         if (words[0], words[1]) not in NAMES:
             raise ValueError(f"its pickle holds {quoted('.'.join(words))}, which is no tensor and no plain value; "
-                             f"names can run code, so none but those of tensors are read")
+                             f"names can run code, so none but those of tensors are read; where you trust it, load it "
+                             f"with torch and save its tensors alone, best as safetensors")
         self._stack.append(NAMES[words[0], words[1]])
 
     def reduce(self) -> None:

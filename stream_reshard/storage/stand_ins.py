@@ -43,14 +43,17 @@ def stand_in(head: bytes, wanted: str | None) -> tuple[str, str] | None:
         return None  # The file begins as wanted.
     for magic, kind in _ARCHIVES.items():
         if head.startswith(magic):
-            return f"files are {wanted} in name only", f"is {kind}, not {wanted} as its name claims{_cure(kind)}"
+            return f"files are {wanted} in name only", f"is {kind}, not {wanted} as its name claims{_cure(kind, wanted)}"
     return _text(head, wanted)
 
 
-def _cure(kind: str) -> str:
-    if "zip file, as" in kind or "pickle" in kind:
-        return ("; pickled weights are never opened, because they can run code: convert them where you trust them, or "
+def _cure(kind: str, wanted: str) -> str:
+    if "zip file, as" in kind and wanted == "weights":
+        return ("; where torch.save wrote it, under the name pytorch_model.bin it is read without unpickling it; or "
                 "download the safetensors")
+    if "pickle" in kind:
+        return ("; a bare pickle can run code and is never opened: load it where you trust it and save the model with "
+                "save_pretrained, or download the safetensors")
     return "; download the file itself"
 
 

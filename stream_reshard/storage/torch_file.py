@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stream_reshard.errors import Cause, ResourceError, SourceError, StreamReshardError, quoted
-from stream_reshard.storage.header import StoredTensor, TensorFile
+from stream_reshard.storage.header import StoredTensor
 from stream_reshard.storage.restricted_pickle import read_pickle
 from stream_reshard.storage.small_files import misplaced, open_regular, read_error
 from stream_reshard.storage.torch_values import StorageReference, TensorReference
+from stream_reshard.storage.torch_weights import TorchWeights
 from stream_reshard.storage.zip_file import Member, NoEnd, NoRoom, ReadAt, read_members
 
 MAX_PICKLE_NBYTES = 32 * 2**20
@@ -70,27 +71,27 @@ class TorchFile:
             return None
         return StoredTensor(self.path, key, tensor.dtype, tensor.shape, self.begin_of(tensor))
 
-    def weights(self) -> TensorFile:
+    def weights(self) -> TorchWeights:
         """The tensors of a dict of weights, by name, in the order of their bytes. Some may share bytes.
 
-        Raises SourceError where it is no such dict, or a tensor does not stand in one piece.
+        Raises SourceError where it is no such dict.
         """
         where = quoted(self.path)
         if not isinstance(self.contents, dict):
-            raise SourceError(f"{where} holds a {type(self.contents).__name__}, not a dict of weights")
-        found = []
+            raise SourceError(f"{where} holds a {type(self.contents).__name__}, not a dict of weights",
+                              kind=NO_TORCH_FILE)
+        found, strides = [], {}
         for key, value in self.contents.items():
             if not isinstance(key, str) or not isinstance(value, TensorReference):
                 raise SourceError(f"{where}: {quoted(key)} is a {type(value).__name__}, where a dict of weights has "
-                                  f"names and tensors")
-            tensor = self.stored(key, value)
-            if tensor is None:
-                raise SourceError(f"{where}: {quoted(key)} of shape {value.shape} has the strides {value.strides}, so "
-                                  f"it does not stand in one piece; save it again after .contiguous()")
-            found.append(tensor)
+                                  f"names and tensors", kind=NO_TORCH_FILE)
+            found.append(StoredTensor(self.path, key, value.dtype, value.shape, self.begin_of(value)))
+            if not value.is_contiguous:
+                strides[key] = value.strides
         if not found:
-            raise SourceError(f"{where} names no tensor")
-        return TensorFile(self.path, tuple(sorted(found, key=lambda tensor: (tensor.begin, tensor.nbytes))))
+            raise SourceError(f"{where} names no tensor", kind=NO_TORCH_FILE)
+        found.sort(key=lambda tensor: (tensor.begin, tensor.nbytes))
+        return TorchWeights(self.path, tuple(found), (), strides, self.nbytes)
 
 
 def read_torch_file(root: Path, path: str, max_nbytes: int = MAX_PICKLE_NBYTES) -> TorchFile:

@@ -28,7 +28,7 @@ def test_value_in_a_config(tmp_path, capsys, key):
     for i, value in enumerate(VALUES):
         (root / "config.json").write_text(text.replace('"HERE"', value))
         try:
-            with deadline(3):
+            with deadline(30):
                 code = call("plan", root, "--tp", "2", *(ALLOWED if i % 3 else []))
             assert code == (3 if said(capsys)[1] else 0), code
         except BaseException as error:

@@ -73,7 +73,7 @@ def test_hostile_copy(tmp_path, pair, change, keep):
     if not keep:
         (copy / "stream_reshard.json").unlink(missing_ok=True)
     for words in (["inspect", copy], ["verify", root, copy]):
-        run = in_child(*words, seconds=3)
+        run = in_child(*words, seconds=30)
         assert run.code in {"inspect": (0, 3), "verify": (5,) if keep or change is twins else (0, 5)}[words[0]], run
         found = outside(run, root, copy)
         assert set(found) <= {str(pair[1] / "stream_reshard.json")} and len(run.out + run.err) < 7000, run

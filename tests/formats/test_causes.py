@@ -33,6 +33,10 @@ def instead(*files):
     return change
 
 
+def instead_linked(name, target):
+    return lambda root: (instead()(root), linked(name, target)(root))
+
+
 def without_config(*files):
     return lambda root: (instead(*files)(root), (root / "config.json").unlink())
 
@@ -73,7 +77,12 @@ IN_PLACE = [
     ("GGUF alone", without_config(("llama-Q4_K_M.gguf", "GGUF")), ["GGUF", "gguf_file"]),
     ("TensorFlow", instead(("tf_model.h5", "")), ["TensorFlow", "from_tf"]),
     ("Flax", instead(("flax_model-00001-of-00002.msgpack", "")), ["Flax", "from_flax"]),
-    ("PyTorch", instead(("pytorch_model-00001-of-00002.bin", "")), ["pickled weights", "save_pretrained"]),
+    ("PyTorch", instead(("pytorch_model-00001-of-00002.bin", "")), ["1 shards", "no pytorch_model.bin.index.json"]),
+    ("PyTorch under another name", instead(("model.pt", "")), ["pickled weights", "save_pretrained"]),
+    ("PyTorch, a link to nothing", instead_linked("pytorch_model.bin", "../b"), ["is a link to '../b'"]),
+    ("PyTorch, a pointer", instead(("pytorch_model.bin", POINTER)), ["'pytorch_model.bin'", "git lfs pull"]),
+    ("PyTorch, nothing", instead(("pytorch_model.bin", "")), ["'pytorch_model.bin'", "is empty (0 bytes)"]),
+    ("PyTorch, safetensors", lambda root: (root / SINGLE).rename(root / "pytorch_model.bin"), ["no zip file"]),
     ("not finished by aria2", written(f"{SINGLE}.aria2", "x"), [f"'{SINGLE}' is not downloaded whole", "aria2"]),
     ("not finished", instead(("model.safetensors.incomplete", "")), ["was not finished", "incomplete"])]
 

@@ -121,8 +121,16 @@ def test_weights_are_tensors_of_a_file(tmp_path):
     assert all(tensor.file == "pytorch_model.bin" and tensor.begin % 64 == 0 for tensor in file.tensors)
 
 
+def test_strides_of_weights_are_told(tmp_path):
+    """Of those that do not stand in C order; the size is that of the file, with what stands behind the tensors."""
+    path = saved({"a": some("int8", 4, 6).t(), "b": some("int8", 3)}, tmp_path)
+    file = read(path).weights()
+    assert dict(file.strides) == {"a": (1, 6)} and file.nbytes == path.stat().st_size
+    assert [tensor.shape for tensor in file.tensors] == [(6, 4), (3,)]
+
+
 @pytest.mark.parametrize("value, words", [
-    ([1], "holds a list"), ({"a": some("int8", 4, 6).t()}, "the strides (1, 6)"), ({}, "no tensor"),
+    ([1], "holds a list"), ({}, "no tensor"),
     ({"a": 1}, "'a' is a int"), ({3: some("int8", 2)}, "'3' is a TensorReference")])
 def test_what_is_no_dict_of_weights_is_named(value, words, tmp_path):
     with pytest.raises(SourceError) as error:

@@ -125,7 +125,7 @@ Run = namedtuple("Run", "code out err opened foreign")
 """`foreign`: what ran code of others, or could."""
 
 
-def in_child(*arguments, seconds=10):
+def in_child(*arguments, seconds=60):
     """A command in a forked process, whose audit hook notes what it opens and could run; what hangs is killed."""
     reading, writing = os.pipe()
     if not (pid := os.fork()):

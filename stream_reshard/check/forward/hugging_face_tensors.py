@@ -1,18 +1,22 @@
 """The tensors of a Hugging Face checkpoint by name, with the shapes that transformers' modules give them."""
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any, TypeGuard
 
 from stream_reshard.check.forward.hugging_face_config import HuggingFaceConfig
 from stream_reshard.check.forward.settings import DTYPES
 from stream_reshard.errors import Problems, SourceError, quoted
-from stream_reshard.storage.header import SHARD_NAME, StoredTensor, read_header
+from stream_reshard.storage.header import SHARD_NAME, StoredTensor, TensorFile, read_header
 from stream_reshard.storage.small_files import read_json
+from stream_reshard.storage.torch_file import read_torch_file
+from stream_reshard.storage.torch_weights import BIN_NAME
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_KINDS = (("model.safetensors", "model.safetensors.index.json", SHARD_NAME),
+          ("pytorch_model.bin", "pytorch_model.bin.index.json", BIN_NAME))
+"""(only shard, index, names of shards), in the order in which transformers looks for them."""
 
 
 class HuggingFaceTensors(dict[str, StoredTensor]):
@@ -21,15 +25,17 @@ class HuggingFaceTensors(dict[str, StoredTensor]):
     def __init__(self, root: Path, problems: Problems, max_nbytes: int):
         """Read the index and headers of at most `max_nbytes` each. Raises SourceError."""
         self._root, self._problems = root, problems
-        names: list[str] = [_SINGLE]
-        if (root / _INDEX).is_file():
-            weight_map = read_json(root, _INDEX, max_nbytes, {"weight_map"}).get("weight_map")
-            names = sorted(set(weight_map.values())) if _names_shards(weight_map) else []
-        elif not (root / _SINGLE).is_file():
-            raise SourceError(f"{quoted(root)} holds neither {_SINGLE} nor {_INDEX}")
-        if not names:
-            raise SourceError(f"{_INDEX} has no weight_map of shards in the folder")
-        self._stored = {tensor.key: tensor for name in names for tensor in read_header(root, name, max_nbytes).tensors}
+        self._turned: set[str] = set()
+        """Names of tensors that do not stand row by row."""
+        self._stored = {tensor.key: tensor for name in _shards(root, max_nbytes)
+                        for tensor in self._read(name, max_nbytes).tensors}
+
+    def _read(self, name: str, max_nbytes: int) -> TensorFile:
+        if not name.endswith(".bin"):
+            return read_header(self._root, name, max_nbytes)
+        file = read_torch_file(self._root, name, max_nbytes).weights()
+        self._turned |= file.strides.keys()
+        return file
 
     def find(self, config: HuggingFaceConfig) -> None:
         """Look up every parameter. Missing ones, and ones of another shape or dtype, go to `problems`."""
@@ -82,10 +88,25 @@ class HuggingFaceTensors(dict[str, StoredTensor]):
         elif tensor.shape != shape or tensor.dtype not in DTYPES:
             self._problems.append(SourceError(f"{name} has the shape {tensor.shape} and dtype {tensor.dtype}, "
                                               f"transformers' module has {shape} of {', '.join(DTYPES)}"))
+        elif tensor.key in self._turned:
+            self._problems.append(SourceError(f"{tensor.key} does not stand row by row in {tensor.file}, and a forward "
+                                              f"pass reads rows; save it again after .contiguous()"))
         else:
             self[name] = tensor
 
 
-def _names_shards(weight_map: Any) -> TypeGuard[dict[str, str]]:
-    return isinstance(weight_map, dict) and all(
-        isinstance(name, str) and len(name) < 256 and SHARD_NAME.fullmatch(name) for name in weight_map.values())
+def _shards(root: Path, max_nbytes: int) -> list[str]:
+    """Names of the shards. Raises SourceError without any."""
+    for single, index, shard_name in _KINDS:
+        if (root / index).is_file():
+            weight_map = read_json(root, index, max_nbytes, {"weight_map"}).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map or not _are_shards(weight_map, shard_name):
+                raise SourceError(f"{index} has no weight_map of shards in the folder")
+            return sorted(set(weight_map.values()))
+        if (root / single).is_file():
+            return [single]
+    raise SourceError(f"{quoted(root)} holds neither {_KINDS[0][0]} nor {_KINDS[0][1]}, nor {_KINDS[1][0]}")
+
+
+def _are_shards(weight_map: dict[str, object], shard_name: re.Pattern[str]) -> bool:
+    return all(isinstance(name, str) and len(name) < 256 and shard_name.fullmatch(name) for name in weight_map.values())

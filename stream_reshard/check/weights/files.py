@@ -14,7 +14,7 @@ from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.nanotron import MAX_LISTED
 from stream_reshard.destination.manifest import MANIFEST_NAME, FileDone, StoredManifest
 from stream_reshard.errors import DifferenceError, quoted
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, PICKLED_INDEX_NAME, SINGLE_NAME
 from stream_reshard.formats.nanotron.config import METADATA_NAME, MODEL_CONFIG_NAME
 from stream_reshard.storage.small_files import files_below
 
@@ -142,6 +142,11 @@ def _reason_if_extra(path: str, copy: Checkpoint) -> str | None:
     for known in _NAMES:
         if name == known and top != known:
             return f"on some file systems readers take it for {known}"
-    if below or path in copy.paths or (path == INDEX_NAME and not copy.is_nanotron):
+    if below or path in copy.paths or (path == _index_of(copy) and not copy.is_nanotron):
         return None
     return next((reason for pattern, reason in _FOLLOWED.items() if fnmatchcase(name, pattern)), None)
+
+
+def _index_of(copy: Checkpoint) -> str:
+    """Name of the index of a Hugging Face checkpoint, if it has one."""
+    return PICKLED_INDEX_NAME if any(path.endswith(".bin") for path in copy.paths) else INDEX_NAME

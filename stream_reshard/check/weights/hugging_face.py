@@ -48,6 +48,8 @@ class _Weights(Weights):
         if tensor is None:
             raise KeyError(name)
         whole = Box.whole(matrix_of(parameter.matrix_shape))
+        if self._layout.is_transposed(number):
+            return Weight(parameter, whole.stop[0], (Piece(whole, tensor, Box.whole(tensor.shape), True),))
         return Weight(parameter, whole.stop[0], (Piece(whole, tensor, whole),))
 
     def __iter__(self) -> Iterator[str]:

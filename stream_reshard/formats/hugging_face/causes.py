@@ -13,10 +13,11 @@ from typing import Any
 
 from stream_reshard.errors import Cause, StreamReshardError, quoted
 from stream_reshard.formats.hugging_face.config import SourceConfig, class_name_of
+from stream_reshard.formats.hugging_face.pickled import read_weights
 from stream_reshard.model.architectures import has_language_model_head
 from stream_reshard.model.parameters import Model
 from stream_reshard.storage.dtypes import TORCH_DTYPES
-from stream_reshard.storage.header import StoredTensor, read_header
+from stream_reshard.storage.header import StoredTensor
 
 _MAX_SHARDS = 8
 """Shards whose headers are read."""
@@ -94,7 +95,7 @@ def cause_of(root: Path, config: SourceConfig, model: Model | None, shards: Sequ
 def _tensors(root: Path, shards: Sequence[str], max_nbytes: int) -> Iterator[StoredTensor]:
     for name in islice(shards, _MAX_SHARDS):
         try:
-            yield from read_header(root, name, max_nbytes).tensors
+            yield from read_weights(root, name, max_nbytes).tensors
         except StreamReshardError:
             continue
 

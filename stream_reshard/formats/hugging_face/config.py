@@ -16,6 +16,8 @@ from stream_reshard.storage.stand_ins import answer
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+PICKLED_NAME = "pytorch_model.bin"
+PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
 
 UNDERSTOOD = frozenset("""
     architectures model_type transformers_version torch_dtype dtype hidden_size intermediate_size num_hidden_layers

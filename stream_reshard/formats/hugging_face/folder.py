@@ -11,14 +11,16 @@ from pathlib import Path
 from stream_reshard.errors import Problems, SourceError, explained, quoted
 from stream_reshard.formats.causes import no_checkpoint
 from stream_reshard.formats.hugging_face.causes import cause_of
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, SourceConfig, read_config
+from stream_reshard.formats.hugging_face.config import CONFIG_NAME, SourceConfig, read_config
 from stream_reshard.formats.hugging_face.index import MAX_PROBLEMS, Index, Shards, open_shards
-from stream_reshard.formats.hugging_face.layout import CODES, SPELLING, HuggingFaceLayout
+from stream_reshard.formats.hugging_face.layout import CODES, SPELLING, TRANSPOSED, HuggingFaceLayout
+from stream_reshard.formats.hugging_face.pickled import is_transposed, read_weights, strides_of
 from stream_reshard.model.architectures import build_model
 from stream_reshard.model.parameters import Model
 from stream_reshard.storage.dtypes import TORCH_DTYPES
-from stream_reshard.storage.header import MAX_HEADER_NBYTES, NO_HEADER, StoredTensor, TensorFile, read_header
+from stream_reshard.storage.header import MAX_HEADER_NBYTES, NO_HEADER, StoredTensor, TensorFile
 from stream_reshard.storage.small_files import MAX_JSON_NBYTES
+from stream_reshard.storage.torch_file import NO_TORCH_FILE
 
 _MAX_FAULTS = 10_000
 """Limit on faults of tensors; when there are more, no further shard is opened."""
@@ -45,7 +47,7 @@ def open_folder(root: Path, max_nbytes: int, problems: Problems, check: Callable
         if len(found) == num_before:
             model = found.collect(model_of, described, shards)
             layout = found.collect(layout_of, root, model, shards, max_nbytes) if model else None
-            if layout is None and not any(problem.kind == NO_HEADER for problem in found):
+            if layout is None and not any(problem.kind in (NO_HEADER, NO_TORCH_FILE) for problem in found):
                 found.extend(filter(None, [cause_of(root, config, model, shards.names, max_nbytes)]))
     problems.extend(explained(found))
     return config, model, layout
@@ -73,7 +75,7 @@ def layout_of(root: Path, model: Model, shards: Shards, max_nbytes: int = MAX_HE
     indexed = shards.index.shard_by_parameter(model.firsts[-1])
     found, problems = _Found(model, shards.names), Problems()
     for shard, name in enumerate(shards.names):
-        file = shards.single or problems.collect(read_header, root, name, max_nbytes)
+        file = shards.single or problems.collect(read_weights, root, name, max_nbytes)
         if file is not None:
             found.add(shard, file)
         if len(problems) > MAX_PROBLEMS or found.num_faults > _MAX_FAULTS:
@@ -82,12 +84,12 @@ def layout_of(root: Path, model: Model, shards: Shards, max_nbytes: int = MAX_HE
     if found.num_faults <= _MAX_FAULTS:  # All shards were opened.
         problems.extend(found.duplicates)
         if not shards.single:
-            problems.extend(found.differences(indexed, shards.index))
+            problems.extend(found.differences(indexed, shards))
         problems.raise_if_any()
         problems.extend(found.missing())
     problems.extend(found.faults)
     problems.raise_if_any()
-    return found.layout(root, indexed, shards.index)
+    return found.layout(root, indexed, shards)
 
 
 class _Found:
@@ -122,7 +124,18 @@ class _Found:
             row, _ = self.model.row_of(number)
             if not self.model.is_tied(row) and (tensor.shape != self._shapes[row] or tensor.dtype not in TORCH_DTYPES):
                 self._add_fault(*_fault(tensor, self._shapes[row]))
+            elif strides := strides_of(file, tensor):
+                self._add_strided(number, tensor, strides)
         self._sizes.append(file.nbytes)
+
+    def _add_strided(self, number: int, tensor: StoredTensor, strides: tuple[int, ...]) -> None:
+        """A tensor that does not stand in C order. A head that is tied is compared by its bytes, so it has to."""
+        if is_transposed(tensor, strides) and not self.model.is_tied(self.model.row_of(number)[0]):
+            self._codes[number] += TRANSPOSED
+        else:
+            self._add_fault(f"{tensor.key} of shape {tensor.shape} has the strides {strides} in {tensor.file}, so it "
+                            f"is not in one piece; save it again after .contiguous(), or as safetensors",
+                            "tensors are not in one piece")
 
     def _add_other(self, shard: int, tensor: StoredTensor) -> None:
         if tensor.key in self._others:
@@ -152,23 +165,25 @@ class _Found:
         return ((key, index.others.get(key, -1), self._others.get(key, -1))
                 for key in sorted(index.others.keys() | self._others.keys()) if (_BUFFER in key) == is_buffer)
 
-    def differences(self, indexed: array[int], index: Index) -> Iterator[SourceError]:
+    def differences(self, indexed: array[int], shards: Shards) -> Iterator[SourceError]:
         """Tensors in another shard than in the index. `indexed`: per parameter 1 + its shard in the index, or 0."""
+        index, index_name = shards.index, shards.kind.index
         actual = array("I", (code and shard + 1 for shard, code in zip(self._shard_numbers, self._codes)))
         if index.num_more:
-            yield SourceError(f"{INDEX_NAME} names {index.num_more} tensors and more that a {self.model.config.family} "
+            yield SourceError(f"{index_name} names {index.num_more} tensors and more that a {self.model.config.family} "
                               f"model of this config does not have")
-        parameters = ((self.model.parameter(number).hugging_face, indexed[number] - 1, actual[number] - 1)
-                      for number in range(len(indexed) if indexed != actual else 0) if indexed[number] != actual[number]
-                      and not self.model.is_tied(self.model.row_of(number)[0]))
-        rows = (row for row in chain(parameters, self._shards_of_others(index, False)) if row[1] != row[2])
+        differ = ((self.model.parameter(number).hugging_face, indexed[number] - 1, actual[number] - 1)
+                  for number in range(len(indexed) if indexed != actual else 0) if indexed[number] != actual[number]
+                  and not self.model.is_tied(self.model.row_of(number)[0]))
+        rows = (row for row in chain(differ, self._shards_of_others(index, False)) if row[1] != row[2])
         for key, in_index, shard in islice(rows, MAX_PROBLEMS):
             entry = f"names {quoted(self.names[in_index])}" if in_index >= 0 else "does not name it"
-            yield SourceError(f"{quoted(key)} is in {self._name(shard)}, but {INDEX_NAME} {entry}",
-                              kind=f"tensors are not in the shards that {INDEX_NAME} names")
+            yield SourceError(f"{quoted(key)} is in {self._name(shard)}, but {index_name} {entry}",
+                              kind=f"tensors are not in the shards that {index_name} names")
 
-    def _untrue(self, indexed: array[int], index: Index) -> Iterator[str]:
+    def _untrue(self, indexed: array[int], shards: Shards) -> Iterator[str]:
         """Remarks on wrong entries of the index for tensors that are not read: a tied head, buffers."""
+        index = shards.index
         firsts = self.model.firsts
         tied = ((self.model.parameter(firsts[row]).hugging_face, indexed[firsts[row]] - 1,
                  self._shard_numbers[firsts[row]] if self._codes[firsts[row]] else -1)
@@ -176,7 +191,7 @@ class _Found:
         for key, in_index, shard in chain(tied, self._shards_of_others(index, True)):
             if in_index != shard:
                 verb = "names" if in_index >= 0 else "does not name"
-                yield f"{INDEX_NAME} {verb} {quoted(key)}, which is in {self._name(shard)}; it is not needed"
+                yield f"{shards.kind.index} {verb} {quoted(key)}, which is in {self._name(shard)}; it is not needed"
 
     def _name(self, shard: int) -> str:
         return self.names[shard] if shard >= 0 else "no shard"
@@ -193,20 +208,22 @@ class _Found:
         return (number for row in self.model.stored_rows for number in self.model.numbers_of(row)
                 if not self._codes[number])
 
-    def layout(self, root: Path, indexed: array[int], index: Index) -> HuggingFaceLayout:
+    def layout(self, root: Path, indexed: array[int], shards: Shards) -> HuggingFaceLayout:
         """The layout, when there are no faults. `indexed`: per parameter 1 + its shard in the index, or 0."""
         firsts = self.model.firsts
         ignored = {self.model.parameter(firsts[row]).hugging_face: f"tied to {self._key_of('embedding')}"
                    for row in self.model.tied_rows if self._codes[firsts[row]]}
         ignored |= dict.fromkeys(self._others, "follows from config.json")
-        notes = (*self._respelled(), *(self._untrue(indexed, index) if index.shards else ()))
+        untrue = self._untrue(indexed, shards) if shards.index.shards else ()
+        notes = (*shards.kind.notes, *self._respelled(), *untrue)
         return HuggingFaceLayout(root, self.model, self.names, self._sizes, self._shard_numbers, self._begins,
                                  self._codes, ignored, notes)
 
     def _respelled(self) -> Iterator[str]:
         """Remarks on tensors under another spelling of their name: their count, and an example."""
-        for spelling, count in sorted(Counter(code // SPELLING for code in self._codes if code).items()):
-            number = next(number for number, code in enumerate(self._codes) if code // SPELLING == spelling)
+        codes = [code % TRANSPOSED for code in self._codes]
+        for spelling, count in sorted(Counter(code // SPELLING for code in codes if code).items()):
+            number = next(number for number, code in enumerate(codes) if code // SPELLING == spelling)
             names = self.model.spellings(number)
             if spelling:
                 yield (f"{count} tensors have names with {('', 'one more', 'no')[spelling]} 'model.' in front, such as "

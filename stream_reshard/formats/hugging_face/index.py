@@ -18,10 +18,10 @@ from typing import Any
 
 from stream_reshard.errors import Cause, Problems, Refused, SourceError, StreamReshardError, quoted
 from stream_reshard.formats.causes import no_weights, unfinished
-from stream_reshard.formats.hugging_face.config import INDEX_NAME, SINGLE_NAME
+from stream_reshard.formats.hugging_face.pickled import SAFETENSORS, Kind, kind_of, read_weights
 from stream_reshard.model.box import has_duplicates
 from stream_reshard.model.parameters import Model
-from stream_reshard.storage.header import MAX_HEADER_NBYTES, SHARD_NAME, TensorFile, read_header
+from stream_reshard.storage.header import MAX_HEADER_NBYTES, TensorFile
 from stream_reshard.storage.json_stream import JsonReader, TooLong
 from stream_reshard.storage.small_files import (
     MAX_JSON_NBYTES, dangling, misplaced, open_regular, read_error, read_json, too_long)
@@ -69,6 +69,7 @@ class Shards:
     single: TensorFile | None = None
     """The only shard; None where there is an index."""
     index: Index = field(default_factory=Index)
+    kind: Kind = SAFETENSORS
 
 
 def open_shards(root: Path, model: Model | None, max_nbytes: int = MAX_HEADER_NBYTES) -> Shards:
@@ -86,67 +87,69 @@ def open_shards(root: Path, model: Model | None, max_nbytes: int = MAX_HEADER_NB
 
 
 def _found_shards(root: Path, model: Model | None, max_nbytes: int) -> Shards:
-    single, index = os.path.isfile(root / SINGLE_NAME), os.path.isfile(root / INDEX_NAME)
+    kind = kind_of(root)
+    single, index = os.path.isfile(root / kind.single), os.path.isfile(root / kind.index)
     if single and index:
-        return _single_in_index(root, model, max_nbytes)
+        return _single_in_index(root, kind, model, max_nbytes)
     if single:
-        file = read_header(root, SINGLE_NAME, max_nbytes)
-        return Shards((SINGLE_NAME,), len(file.tensors), file)
+        file = read_weights(root, kind.single, max_nbytes)
+        return Shards((kind.single,), len(file.tensors), file, kind=kind)
     if not index:
         raise no_weights(root)
-    return _from_index(root, model, max_nbytes)
+    return _from_index(root, kind, model, max_nbytes)
 
 
-def _single_in_index(root: Path, model: Model | None, max_nbytes: int) -> Shards:
-    """The shards of a folder with model.safetensors and an index of it alone, as mlx-lm writes them. Raises SourceError
+def _single_in_index(root: Path, kind: Kind, model: Model | None, max_nbytes: int) -> Shards:
+    """The shards of a folder with a single shard and an index of it alone, as mlx-lm writes them. Raises SourceError
     for any other index: transformers would ignore it, but one of the two is stale."""
     try:
-        shards = _from_index(root, model, max_nbytes)
-        if shards.names == (SINGLE_NAME,):
+        shards = _from_index(root, kind, model, max_nbytes)
+        if shards.names == (kind.single,):
             return shards
     except Cause:
         raise
     except StreamReshardError:
         pass
-    raise SourceError(f"{quoted(root)} holds both {SINGLE_NAME} and an {INDEX_NAME} that is invalid or names other "
+    raise SourceError(f"{quoted(root)} holds both {kind.single} and an {kind.index} that is invalid or names other "
                       f"shards; remove the stale one")
 
 
-def _from_index(root: Path, model: Model | None, max_nbytes: int) -> Shards:
+def _from_index(root: Path, kind: Kind, model: Model | None, max_nbytes: int) -> Shards:
     try:
-        with open_regular(root / INDEX_NAME) as stream:
-            index = _Reading(root, model).whole(JsonReader(stream, MAX_JSON_NBYTES, max_nbytes))
+        with open_regular(root / kind.index) as stream:
+            index = _Reading(root, kind, model).whole(JsonReader(stream, MAX_JSON_NBYTES, max_nbytes))
     except OSError as error:
-        raise read_error(f"{quoted(INDEX_NAME)} in {quoted(root)}", error) from error
+        raise read_error(f"{quoted(kind.index)} in {quoted(root)}", error) from error
     except ValueError as error:
-        raise misplaced(root, INDEX_NAME, "JSON") or SourceError(f"{INDEX_NAME} is not valid JSON: {error}") from error
+        raise misplaced(root, kind.index, "JSON") or SourceError(f"{kind.index} is not valid JSON: {error}") from error
     except TooLong as error:
-        raise too_long(INDEX_NAME, error.limit, MAX_JSON_NBYTES) from error
+        raise too_long(kind.index, error.limit, MAX_JSON_NBYTES) from error
     # The shards are sorted by name.
     order = sorted(range(len(index.shards)), key=index.shards.__getitem__)
     rank = {old: new for new, old in enumerate(order)}
     index.shard_numbers = array("I", map(rank.__getitem__, index.shard_numbers))
     index.others = {key: rank[shard] for key, shard in index.others.items()}
     index.shards = [index.shards[old] for old in order]
-    return Shards(tuple(index.shards), index.num_tensors, None, index)
+    return Shards(tuple(index.shards), index.num_tensors, None, index, kind)
 
 
-def _without_map(root: Path) -> SourceError:
+def _without_map(root: Path, kind: Kind) -> SourceError:
     """Reason to refuse an index without weight_map."""
     try:
-        message = answer(read_json(root, INDEX_NAME, 2**16, ()), "weight_map")
+        message = answer(read_json(root, kind.index, 2**16, ()), "weight_map")
     except StreamReshardError:
         message = None
     if message:
-        return Cause(f"{quoted(INDEX_NAME)} in {quoted(root)} {message}")
-    return SourceError(f"{INDEX_NAME} has no weight_map; download it again: it names the shard of each tensor")
+        return Cause(f"{quoted(kind.index)} in {quoted(root)} {message}")
+    return SourceError(f"{kind.index} has no weight_map; download it again: it names the shard of each tensor")
 
 
 class _Reading:
     """Reads an index."""
 
-    def __init__(self, root: Path, model: Model | None):
-        self._root, self._model, self._index = root, model, Index()
+    def __init__(self, root: Path, kind: Kind, model: Model | None):
+        self._root, self._kind, self._model, self._index = root, kind, model, Index()
+        self._name = kind.index
         self._problems = Problems()
         self._known: dict[str, int] = {}
         """The shard of each name. A refused name has shard 0, so that it is refused only once."""
@@ -155,12 +158,12 @@ class _Reading:
     def whole(self, reader: JsonReader) -> Index:
         """The whole index. Raises SourceError, Refused, TooLong, or ValueError for invalid JSON."""
         if reader.next() != "{":
-            raise SourceError(f"{INDEX_NAME} holds a {type(reader.value()).__name__}, not an object")
+            raise SourceError(f"{self._name} holds a {type(reader.value()).__name__}, not an object")
         num_keys = num_maps = 0
         for key in reader.keys():
             num_keys += 1
             if num_keys > MAX_PROBLEMS:
-                raise SourceError(f"{INDEX_NAME} has more than {MAX_PROBLEMS} keys beside weight_map")
+                raise SourceError(f"{self._name} has more than {MAX_PROBLEMS} keys beside weight_map")
             num_maps += key == "weight_map"
             if key == "weight_map" and reader.next() == "{":
                 self._read_map(reader.entries())
@@ -169,11 +172,11 @@ class _Reading:
         if reader.next():
             raise ValueError("there is text after its end")
         if num_maps > 1:
-            raise SourceError(f"{INDEX_NAME}: weight_map occurs twice")
+            raise SourceError(f"{self._name}: weight_map occurs twice")
         self._problems.raise_if_any()
         self._refuse_duplicates()
         if not self._index.num_tensors:
-            raise _without_map(self._root)
+            raise _without_map(self._root, self._kind)
         return self._index
 
     def _refuse_duplicates(self) -> None:
@@ -188,10 +191,10 @@ class _Reading:
 
     def _refuse_duplicate(self, key: str) -> None:
         pattern = re.compile(re.escape(json.dumps(key)).encode() + rb"\s*:")
-        with open_regular(self._root / INDEX_NAME) as stream:
+        with open_regular(self._root / self._name) as stream:
             lines = [str(number) for number, line in enumerate(stream, 1) for _ in pattern.findall(line)][:5]
         where = f" in line{'s' * (len(lines) > 1)} {' and '.join(lines)}" if lines else ""
-        raise SourceError(f"{INDEX_NAME}: {quoted(key)} occurs twice with different values{where}")
+        raise SourceError(f"{self._name}: {quoted(key)} occurs twice with different values{where}")
 
     def _read_map(self, entries: Iterator[tuple[str, Any]]) -> None:
         index, find = self._index, self._model.number_of_tensor if self._model else lambda key: None
@@ -221,7 +224,7 @@ class _Reading:
         cause = dangling(self._root, name) if fault == _MISSING and len(name) <= 255 else None
         hint = self._unfinished if fault == _MISSING else None
         problem = (Cause if hint else SourceError)(
-            f"{INDEX_NAME} names {quoted(text)}, which is {fault}{f'; {hint}' if hint else ''}",
+            f"{self._name} names {quoted(text)}, which is {fault}{f'; {hint}' if hint else ''}",
             kind="shards are missing" if fault == _MISSING else "")
         self._problems.append(cause or problem)
         if not isinstance(name, str):
@@ -235,6 +238,6 @@ class _Reading:
         return unfinished(self._root)
 
     def _fault_of(self, name: Any) -> str | None:
-        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
-            return "not a safetensors file in the folder"
+        if not isinstance(name, str) or not self._kind.shard_name.fullmatch(name):
+            return f"not a {self._kind.word} file in the folder"
         return _MISSING if len(name) > 255 or not (self._root / name).is_file() else None

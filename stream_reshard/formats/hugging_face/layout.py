@@ -21,6 +21,9 @@ CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 SPELLING = 32
 """A code of dtype and spelling is `CODES[dtype] + SPELLING * spelling`."""
 
+TRANSPOSED = 128
+"""Added to the code of a matrix that stands column by column."""
+
 
 @dataclass(frozen=True, eq=False)
 class HuggingFaceLayout(Layout):
@@ -36,8 +39,8 @@ class HuggingFaceLayout(Layout):
     begins: array[int] = field(repr=False)
     """Offset of each parameter in its shard, in bytes."""
     codes: array[int] = field(repr=False)
-    """Code of each parameter's dtype and of the spelling of its name (`Model.spellings`); 0 where it has no tensor,
-    which is allowed for a tied parameter only."""
+    """Code of each parameter's dtype, of the spelling of its name (`Model.spellings`) and of its order; 0 where it has
+    no tensor, which is allowed for a tied parameter only."""
     ignored: Mapping[str, str]
     """Stored tensors that hold no parameter, with the reason."""
     notes: tuple[str, ...] = ()
@@ -52,9 +55,14 @@ class HuggingFaceLayout(Layout):
         """The tensor of a parameter, stored or tied; None where it has none."""
         if not self.codes[number]:
             return None
-        key = self.model.spellings(number)[self.codes[number] // SPELLING]
+        key = self.model.spellings(number)[self.codes[number] % TRANSPOSED // SPELLING]
+        shape = self.model.parameter(number).matrix_shape
         return StoredTensor(self.shards[self.shard_numbers[number]], key, self.dtype_at(number),
-                            self.model.parameter(number).matrix_shape, self.begins[number])
+                            shape[::-1] if self.is_transposed(number) else shape, self.begins[number])
+
+    def is_transposed(self, number: int) -> bool:
+        """True where the tensor of a parameter has the matrix's columns as its rows."""
+        return self.codes[number] >= TRANSPOSED
 
     def count_dtypes(self) -> dict[str, int]:
         """Count of tensors per dtype."""
@@ -75,7 +83,8 @@ class HuggingFaceLayout(Layout):
         parameter, tensor = self.model.parameter(number), self.tensor_of(number)
         if tensor is None or parameter.tied_to:
             return ()
-        return (Slice(parameter.name, parameter.whole, tensor, Box.whole(tensor.shape), parameter.matrix),)
+        order = parameter.matrix[::-1] if self.is_transposed(number) else parameter.matrix
+        return (Slice(parameter.name, parameter.whole, tensor, Box.whole(tensor.shape), order),)
 
     def dtype_at(self, number: int) -> str:
         return str(DTYPES[self.codes[number] % SPELLING])

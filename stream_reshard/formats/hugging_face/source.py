@@ -1,31 +1,28 @@
 """A Hugging Face folder, opened for a conversion."""
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from heapq import nsmallest
+from collections.abc import Iterator
 from pathlib import Path
 
 from stream_reshard.errors import Problems, SourceError, StreamReshardError, quoted
 from stream_reshard.formats.base import Described, Source, router_dtype_of
 from stream_reshard.formats.hugging_face.causes import quantization_of
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from stream_reshard.formats.hugging_face.config import CONFIG_NAME
 from stream_reshard.formats.hugging_face.folder import open_folder
 from stream_reshard.formats.hugging_face.hub import origin_of
 from stream_reshard.formats.hugging_face.index import Shards
 from stream_reshard.formats.hugging_face.layout import HuggingFaceLayout
+from stream_reshard.formats.hugging_face.pickled import file_notes, kind_of
 from stream_reshard.formats.hugging_face.unsupported import dropped, unsupported_settings
 from stream_reshard.storage.identity import identities_of
-from stream_reshard.storage.small_files import names_in
 from stream_reshard.storage.source_file import same_bytes
-
-_MAX_LISTED = 16
-"""Stray shards that are named in a note."""
 
 
 def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Described | None:
     """Read config and headers, each of at most `max_nbytes`. All problems are added to `problems`; with problems in the
     config, the result is None."""
-    seen = identities_of(root, (CONFIG_NAME, INDEX_NAME, SINGLE_NAME))
+    kind = kind_of(root)
+    seen = identities_of(root, (CONFIG_NAME, kind.index, kind.single))
 
     def add_identities(shards: Shards) -> None:
         seen.update(identities_of(root, (name for name in shards.names if name not in seen)))
@@ -41,27 +38,14 @@ def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Descri
         if method := quantization_of(config.raw):
             notes.append(f"config.json names a quantisation ({quoted(method)}), but no weight is quantised; the "
                          f"setting is left out")
-        notes += _strays(root, layout.shards)
-    files = (CONFIG_NAME, *(layout.shards if layout else ()), INDEX_NAME)
+        notes += file_notes(root, kind, layout.shards)
+    files = (CONFIG_NAME, *(layout.shards if layout else ()), kind.index)
     described = Described(
         root=root, config_name=CONFIG_NAME, family=config.family, config=config.model, model=model, notes=tuple(notes),
         unsupported=tuple(unsupported_settings(config)),
         identities={name: seen[name] for name in files if name in seen}, origin=origin_of(root),
         router_dtype=router_dtype_of(layout) if layout else None, ignored=layout.ignored if layout else None)
     return described if layout is None else Source(**vars(described), layout=layout)
-
-
-def _strays(root: Path, shards: Collection[str]) -> Iterator[str]:
-    """A remark on shards that no index names."""
-    def strays() -> Iterator[str]:
-        return (name for name in names_in(root)
-                if name.endswith(".safetensors") and name not in known and not name.startswith("._"))
-
-    known = set(shards)
-    if num_strays := sum(1 for _ in strays()):
-        listed = ", ".join(map(quoted, nsmallest(_MAX_LISTED, strays())))
-        more = f" and {num_strays - _MAX_LISTED} more" if num_strays > _MAX_LISTED else ""
-        yield f"files that no index names, ignored: {listed}{more}"
 
 
 def _tie_problems(layout: HuggingFaceLayout) -> Iterator[StreamReshardError]:
