@@ -16,25 +16,27 @@ from trees import make
 
 from stream_reshard.machine import memory
 
-_KEY = pytest.StashKey[list]()
+CAMPAIGN = "campaign"
 
 os.environ["TQDM_DISABLE"] = "1"
 """Lines of progress would stand between the messages that tests read; tests of progress take it away."""
 
 
 @pytest.fixture
-def figures(request):
+def figures(record_property):
     """figures(what, tried, violations): note a campaign for the summary, and fail where there are violations."""
     def note(what, tried, violations):
-        request.config.stash.setdefault(_KEY, []).append((what, tried, len(violations)))
+        record_property(CAMPAIGN, f"{what}: {tried} tried, {len(violations)} violations")
         assert tried and not violations, "\n".join(map(str, violations[:10]))
     return note
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    """One line per campaign."""
-    for what, tried, wrong in config.stash.get(_KEY, []):
-        terminalreporter.write_line(f"campaign: {what}: {tried} tried, {wrong} violations")
+def pytest_terminal_summary(terminalreporter):
+    """One line per campaign, also of those that other processes of pytest-xdist have run."""
+    for report in (*terminalreporter.stats.get("passed", ()), *terminalreporter.stats.get("failed", ())):
+        for name, line in report.user_properties if report.when == "call" else ():
+            if name == CAMPAIGN:
+                terminalreporter.write_line(f"campaign: {line}")
 
 
 @contextmanager
@@ -43,7 +45,7 @@ def folder_in_memory(otherwise):
     them. Power cuts, clones and full disks have disks of their own."""
     memory_disk = Path("/dev/shm")
     status = os.statvfs(memory_disk) if os.access(memory_disk, os.W_OK) else None
-    if status is None or status.f_bavail * status.f_frsize < 2**28:
+    if status is None or status.f_bavail * status.f_frsize < 2**30:
         yield otherwise
         return
     with TemporaryDirectory(dir=memory_disk, prefix="stream_reshard_test_") as folder:
@@ -52,7 +54,7 @@ def folder_in_memory(otherwise):
 
 @pytest.fixture
 def quick_path(tmp_path):
-    """A folder for campaigns of faults, in memory where there is room."""
+    """A folder for campaigns of faults and for many small files, in memory where there is room."""
     with folder_in_memory(tmp_path) as folder:
         yield folder
 

@@ -148,9 +148,10 @@ CODES = {"open": (errno.ENOSPC, errno.EIO, errno.EMFILE), "mkdir": (errno.ENOSPC
 
 @pytest.mark.parametrize("number", [QUICK, HEAVY])
 def test_errors_of_every_call(quick_path, figures, number):
-    """Once, and again and again from there on."""
-    names = Case(quick_path / "count").operations
-    points = [(at, code, until) for at, name in enumerate(names, 1) for code in CODES[name] for until in (None, 10**9)]
+    """Once with each of its codes; and with one of them again and again from there on."""
+    names = list(enumerate(Case(quick_path / "count").operations, 1))
+    points = [(at, code, None) for at, name in names for code in CODES[name]]
+    points += [(at, CODES[name][at % len(CODES[name])], 10**9) for at, name in names if CODES[name]]
     figures("errors of enumerated calls", *campaign(quick_path, make, failed, sample(points, number)))
 
 

@@ -2,9 +2,10 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
-from damage import edit_json, forge
+from damage import bare, edit_json, forge
 from running import call, measured
 from sources import CONFIG, FAMILY, INDEX, make_source, shapes_of
 from trees import write_sparse_source
@@ -87,21 +88,21 @@ def test_many_files_are_verified_in_64_mib(tmp_path, num_layers):
 
 
 @pytest.mark.heavy
-def test_60_000_files_are_verified_and_overwritten(tmp_path):
-    write_deep_source(source := tmp_path / "hf", 1765)
-    peak_of("320MiB", source, root := tmp_path / "nt", "--tp", "8", "--quiet", "--verify")
-    assert sum(1 for _ in (root / "model").rglob("*.safetensors")) > 60_000
-    peak_of("96MiB", "verify", source, root)
-    code, peak, err = measured("verify", source, root, "--max-memory", "64MiB", "--workers", "1")
-    assert code == 6 and peak <= 64 * 2**20 and "too many to be compared within --max-memory" in err
-    make_source(other := tmp_path / "other")
+def test_30_000_files_are_verified_and_overwritten(quick_path):
+    write_deep_source(source := quick_path / "hf", 883)
+    peak_of("192MiB", source, root := quick_path / "nt", "--tp", "8", "--quiet", "--verify")
+    assert sum(1 for _ in (root / "model").rglob("*.safetensors")) > 30_000
+    peak_of("80MiB", "verify", source, root)
+    code, peak, err = measured("verify", source, root, "--max-memory", "48MiB", "--workers", "1")
+    assert code == 6 and peak <= 48 * 2**20 and "too many to be compared within --max-memory" in err
+    make_source(other := quick_path / "other")
     peak_of("64MiB", other, root, "--overwrite", "--quiet")
 
 
 @pytest.mark.heavy
-def test_13_500_parameters_are_verified_in_64_mib(tmp_path):
-    write_deep_source(source := tmp_path / "hf", 1500)
-    peak_of("256MiB", source, root := tmp_path / "nt", "--tp", "2", "--quiet")
+def test_13_500_parameters_are_verified_in_64_mib(quick_path):
+    write_deep_source(source := quick_path / "hf", 1500)
+    peak_of("256MiB", source, root := quick_path / "nt", "--quiet")
     peak_of("64MiB", "verify", source, root)
     peak_of("64MiB", "verify", root, source)
 
@@ -114,11 +115,15 @@ def test_rows_wider_than_a_buffer_are_compared_in_pieces(tmp_path):
     peak_of("56MiB", "verify", root, source)
 
 
-@pytest.mark.parametrize("place", ["", "model"])
-@pytest.mark.parametrize("is_bare", [True, False], ids=["bare", "manifest"])
-@pytest.mark.parametrize("number", [500, pytest.param(150_000, marks=pytest.mark.heavy)])
-def test_any_number_of_extra_files_is_told_in_few_lines(made, copied, place, is_bare, number):
-    root = copied("tp1", is_bare)
+@pytest.mark.parametrize("place, is_bare, number", [
+    *[pytest.param(place, is_bare, 500, id=f"{place or 'beside'}, {'bare' if is_bare else 'manifest'}")
+      for place in ("", "model") for is_bare in (True, False)],
+    pytest.param("", True, 150_000, id="150,000 beside", marks=pytest.mark.heavy),
+    pytest.param("model", False, 150_000, id="150,000 in model", marks=pytest.mark.heavy)])
+def test_any_number_of_extra_files_is_told_in_few_lines(made, quick_path, place, is_bare, number):
+    shutil.copytree(made("tp1"), root := quick_path / "copy")
+    if is_bare:
+        bare(root)
     for i in range(number):
         (root / place / f"extra_{i:09}.safetensors").touch()
     code, peak, err = measured("verify", made("hf"), root, "--max-memory", "64MiB", "--workers", "1")

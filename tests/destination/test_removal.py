@@ -199,7 +199,7 @@ def restarted(case, point):
     return err if code else (f"left {case.beside()}" if case.beside() else None)
 
 
-@pytest.mark.parametrize("step", [150, pytest.param(3, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("step", [150, pytest.param(5, marks=pytest.mark.heavy)])
 def test_a_run_killed_anywhere_can_be_thrown_away(quick_path, figures, step):
     """Also between the journal's end and the last rename."""
     names = Case(quick_path / "count").operations
