@@ -7,7 +7,9 @@ import sys
 from collections import OrderedDict
 
 import pytest
+from attempts import kill_in_the_middle, num_kept
 from conversions import convert, tree
+from faults import Case
 from forwards import PLAIN, save_model
 from refusals import told
 from running import ROOT, call, in_child
@@ -349,6 +351,14 @@ def test_sums_and_digests(tmp_path, capsys):
         stream.write(b"0")
     with pytest.raises(SourceError, match="changed"):
         api.run(plan)
+
+
+def test_a_killed_run_goes_on(tmp_path):
+    """From pickled shards to the same folder; what was durable is kept."""
+    pickle_shards(make_source(tmp_path / "hf", num_shards=2, config={"vocab_size": 13}))
+    case = Case(tmp_path)
+    kill_in_the_middle(case)
+    assert num_kept(case) > 0 and case.tree() == case.wanted
 
 
 def test_diff_and_copies(tmp_path):
