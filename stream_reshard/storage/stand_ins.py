@@ -43,7 +43,8 @@ def stand_in(head: bytes, wanted: str | None) -> tuple[str, str] | None:
         return None  # The file begins as wanted.
     for magic, kind in _ARCHIVES.items():
         if head.startswith(magic):
-            return f"files are {wanted} in name only", f"is {kind}, not {wanted} as its name claims{_cure(kind, wanted)}"
+            cure = _cure(kind, wanted)
+            return f"files are {wanted} in name only", f"is {kind}, not {wanted} as its name claims{cure}"
     return _text(head, wanted)
 
 
