@@ -34,7 +34,7 @@ def test_model_type_decides_and_then_the_class(tmp_path, capsys, family, config,
     source = make_source(tmp_path / "hf", family=family, config=config)
     assert main(["plan", str(source)]) == 0
     out = capsys.readouterr().out
-    assert f"(Hugging Face, {chosen}, " in out and (note or "") in out and ("model_type decides" in out) == bool(note), out
+    assert f" Hugging Face, {chosen}, " in out and (note or "") in out and ("model_type decides" in out) == bool(note), out
     assert main(["inspect", str(source), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["family"] == chosen
 

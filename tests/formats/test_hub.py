@@ -5,6 +5,7 @@ from sources import make_source
 from stream_reshard import api
 from stream_reshard.destination.manifest import read_manifest
 from stream_reshard.formats.hugging_face.hub import origin_of
+from stream_reshard.formats.nanotron.source import origin_in
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -28,7 +29,16 @@ def test_a_snapshot_is_recorded_as_repository_and_commit(tmp_path):
     assert f"org/a-model on the hub, commit {COMMIT}" in str(conversion)
     api.run(conversion)
     assert read_manifest(tmp_path / "nt").facts["origin"] == {"repo": "org/a-model", "commit": COMMIT}
-    assert "hub" not in str(api.plan(tmp_path / "nt", to="hf"))
+    back = api.plan(tmp_path / "nt", tmp_path / "back", to="hf")
+    assert f"org/a-model on the hub, commit {COMMIT}" in str(back)
+    card = back.output.documents["README.md"].decode()
+    assert "base_model: org/a-model" in card and COMMIT in card
+
+
+@pytest.mark.parametrize("origin", [None, "x", {}, {"repo": "a/b"}, {"repo": "a/b\n", "commit": COMMIT},
+                                    {"repo": "a/b/c", "commit": COMMIT}, {"repo": "a/b", "commit": "main"}])
+def test_an_origin_in_a_manifest_that_is_none_is_left_out(origin):
+    assert origin_in({"origin": origin}) is None
 
 
 @pytest.mark.parametrize("path", ["models--org--a/snapshots/main", f"models--org--a/{COMMIT}", f"org/snapshots/{COMMIT}",

@@ -43,7 +43,7 @@ def test_the_source_is_the_folder_that_is_followed(steps, capsys):
     (steps / "tokenizer.json").write_text("[]")
     (steps / "10" / "stream_reshard.json").unlink()
     assert call(steps, steps.parent / "nt", "--to", "nanotron", "--vocab-size", 11, "--tp", 1) == 0
-    assert f"source   {steps}/10 " in capsys.readouterr().out
+    assert f"source   {steps}/10\n" in capsys.readouterr().out
     assert (steps.parent / "nt" / "tokenizer.json").read_text() == "{}"
 
 

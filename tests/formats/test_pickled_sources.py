@@ -222,7 +222,7 @@ def test_other_tensors(tmp_path, capsys, change, words):
 
 INDEXES = [
     ("missing shard", lambda root, index: (root / TWO).unlink(), [BIN_INDEX, f"'{TWO}'", "missing"]),
-    ("wrong shard", lambda root, index: index.update({NORM: ONE}), [NORM, BIN_INDEX, f"says '{ONE}'"]),
+    ("wrong shard", lambda root, index: index.update({NORM: ONE}), [NORM, BIN_INDEX, f"names '{ONE}'"]),
     ("safetensors", lambda root, index: index.update({NORM: "a.safetensors"}), ["not a .bin file in the folder"]),
     ("upwards", lambda root, index: index.update({NORM: "../a.bin"}), ["'../a.bin'", "not a .bin file"]),
     ("no index", lambda root, index: (root / BIN_INDEX).rename(root / "x.json"), ["2 shards", f"no {BIN_INDEX}"]),

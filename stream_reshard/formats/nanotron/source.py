@@ -71,7 +71,7 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
         model=layout.model if layout else None, unsupported=tuple(config.extras.values()),
         notes=(*litter_notes(root), *_notes(layout)) if layout else (),
         rope_interleaved=rules.rope_interleaved if rules else False, config_class=config.config_class,
-        identities=seen | opened, router_dtype=facts.get("router_dtype"), origin=_origin(facts),
+        identities=seen | opened, router_dtype=facts.get("router_dtype"), origin=origin_in(facts),
         ids_are_known=known_ids is not None)
     return described if layout is None else NanotronSource(**vars(described), layout=layout)
 
@@ -82,7 +82,7 @@ def _facts_of(root: Path, max_nbytes: int) -> Mapping[str, Any]:
     return manifest.facts if manifest else {}
 
 
-def _origin(facts: Mapping[str, Any]) -> Mapping[str, str] | None:
+def origin_in(facts: Mapping[str, Any]) -> Mapping[str, str] | None:
     """Repository and commit that a manifest names as the origin of the first conversion."""
     origin = facts.get("origin")
     if not isinstance(origin, dict) or not _REPO.fullmatch(str(origin.get("repo"))):
