@@ -72,7 +72,7 @@ FOLDERS = [
     ("list for a name", 2, lambda root: edit_index(root, model__norm__weight=["a"]), [INDEX]),
     ("missing shard", 2, lambda root: (root / TWO).unlink(), [INDEX, TWO, "missing"]),
     ("wrong shard", 2, lambda root: edit_index(root, model__norm__weight=ONE), [NORM, ONE, TWO]),
-    ("not in the index", 2, lambda root: edit_index(root, model__norm__weight=...), [NORM, TWO, "nothing of it"]),
+    ("not in the index", 2, lambda root: edit_index(root, model__norm__weight=...), [NORM, TWO, "does not name it"]),
     ("in no shard", 2, lambda root: edit_index(root, phantom=ONE), ["'phantom'", "no shard", ONE]),
     ("in two shards", 2, lambda root: shutil.copy(root / ONE, root / TWO), ["in both", ONE, TWO]),
     ("index is a list", 2, lambda root: (root / INDEX).write_text("[]"), [INDEX, "list"]),

@@ -1,6 +1,5 @@
 """pytorch_model*.bin is a source like any other: streamed, never unpickled, with the same output as safetensors."""
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,10 +10,11 @@ from attempts import kill_in_the_middle, num_kept
 from conversions import convert, tree
 from faults import Case
 from forwards import PLAIN, save_model
+from pickles import BIN, BIN_INDEX, EMBEDDING, HEAD, NORM, ONE, TWO, Q, files, pair, pickle_shards, tensors_of
 from refusals import told
 from running import ROOT, call, in_child
-from sources import INDEX, make_source, read
-from torch_files import changed, saved
+from sources import make_source
+from torch_files import saved
 
 from stream_reshard import api
 from stream_reshard.errors import SourceError
@@ -22,50 +22,7 @@ from stream_reshard.errors import SourceError
 torch = pytest.importorskip("torch")
 load_file = pytest.importorskip("safetensors.torch").load_file
 
-BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-ONE, TWO = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
-NORM, Q, HEAD, EMBEDDING = ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight",
-                            "model.embed_tokens.weight")
-
 MODELS = {"llama": {}, "tied": {"tied": True}, "qwen2": {"family": "qwen2"}, "qwen2_moe": {"family": "qwen2_moe"}}
-
-
-def tensors_of(path):
-    """The tensors of a shard as torch has them."""
-    return OrderedDict((key, torch.from_numpy(array.copy()).view(torch.bfloat16)) for key, array in read(path).items())
-
-
-def pickle_shards(root, change=lambda tensors: None, **how):
-    """The same folder with files of torch.save in place of its shards, and their names in the index."""
-    for path in root.glob("*.safetensors"):
-        tensors = tensors_of(path)
-        change(tensors)
-        saved(tensors, root, f"pytorch_{path.stem}.bin", **how)
-        path.unlink()
-    if (root / INDEX).exists():
-        index = json.loads((root / INDEX).read_text())
-        index["weight_map"] = {key: f"pytorch_{name[:-11]}bin" for key, name in index["weight_map"].items()}
-        (root / BIN_INDEX).write_text(json.dumps(index))
-        (root / INDEX).unlink()
-    return root
-
-
-def pair(tmp_path, change=lambda tensors: None, **how):
-    """(a source in safetensors, the same model in pickled files)."""
-    root = make_source(tmp_path / "hf", **how)
-    return root, pickle_shards(shutil.copytree(root, tmp_path / "bin"), change)
-
-
-def files(root):
-    """Every file of a copy, but those that name the source; headers without the spaces that pad them, as these follow
-    the source's places."""
-    found = {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()
-             and path.name not in ("stream_reshard.json", "config.yaml", "README.md")}
-    for path in found:
-        if path.suffix == ".safetensors":
-            begin = 8 + int.from_bytes(found[path][:8], "little")
-            found[path] = found[path][8:begin].rstrip(b" "), found[path][begin:]
-    return found
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])
@@ -202,47 +159,6 @@ def test_dtypes(tmp_path, dtype):
     assert tree(tmp_path / "nt_hf") == tree(tmp_path / "nt_bin")
 
 
-TENSORS = [
-    ("missing", lambda tensors: tensors.pop(NORM, None), [f"{NORM} is missing"]),
-    ("unexpected", lambda tensors: tensors.update(more=torch.zeros(2)), ["unexpected tensor 'more' in pytorch_model"]),
-    ("of another shape", lambda tensors: tensors.update({NORM: torch.zeros(3)}), [NORM, "shape (3,)"]),
-    ("quantised", lambda tensors: tensors.update({Q: torch.zeros(16, 16, dtype=torch.int8)}), ["quantised", "I8"]),
-    ("no tensor", lambda tensors: tensors.update(epoch=3), ["'epoch' is a int", "names and tensors"]),
-    ("of a wrapper", lambda tensors: [tensors.update({f"module.{key}": tensors.pop(key)}) for key in list(tensors)],
-     ["'module.'", "DistributedDataParallel"])]
-
-
-@pytest.mark.parametrize("change, words", [pytest.param(*row[1:], id=row[0]) for row in TENSORS])
-def test_other_tensors(tmp_path, capsys, change, words):
-    _, pickled = pair(tmp_path, change)
-    for command in (["plan", pickled], ["inspect", pickled], ["verify", pickled, tmp_path / "hf"]):
-        line = told(capsys, *command)
-        assert all(word in line for word in words), line
-
-
-INDEXES = [
-    ("missing shard", lambda root, index: (root / TWO).unlink(), [BIN_INDEX, f"'{TWO}'", "missing"]),
-    ("wrong shard", lambda root, index: index.update({NORM: ONE}), [NORM, BIN_INDEX, f"names '{ONE}'"]),
-    ("safetensors", lambda root, index: index.update({NORM: "a.safetensors"}), ["not a .bin file in the folder"]),
-    ("upwards", lambda root, index: index.update({NORM: "../a.bin"}), ["'../a.bin'", "not a .bin file"]),
-    ("no index", lambda root, index: (root / BIN_INDEX).rename(root / "x.json"), ["2 shards", f"no {BIN_INDEX}"]),
-    ("both", lambda root, index: saved({"a": torch.zeros(1)}, root, BIN), ["both", BIN, BIN_INDEX, "stale"]),
-    ("in both", lambda root, index: shutil.copy(root / ONE, root / TWO), ["in both", ONE, TWO]),
-    ("not whole", lambda root, index: (root / f"{ONE}.aria2").touch(), ["not downloaded whole"])]
-
-
-@pytest.mark.parametrize("change, words", [pytest.param(*row[1:], id=row[0]) for row in INDEXES])
-def test_indexes(tmp_path, capsys, change, words):
-    _, root = pair(tmp_path, num_shards=2)
-    told_before = json.loads((root / BIN_INDEX).read_text())
-    change(root, told_before["weight_map"])
-    if (root / BIN_INDEX).exists():
-        (root / BIN_INDEX).write_text(json.dumps(told_before))
-    assert call("plan", root) == 3
-    err = capsys.readouterr().err
-    assert all(word in err for word in words), err
-
-
 def test_shards_may_have_other_names(tmp_path):
     root, pickled = pair(tmp_path, num_shards=2)
     (pickled / "sub").mkdir()
@@ -281,58 +197,6 @@ def test_what_is_done_is_told(tmp_path):
     assert note in facts["notes"] and facts["num_files"] == 2
     assert facts["nbytes"] == sum((pickled / name).stat().st_size for name in (ONE, TWO))
     assert plan.facts["source"]["nbytes"] == facts["nbytes"]
-
-
-class Trap:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
-
-
-HOSTILE = [
-    ("zip", {}, ["system", "which is no tensor", "where you trust it", "best as safetensors"]),
-    ("before 1.6", {"_use_new_zipfile_serialization": False}, ["before 1.6", "save it again, best as safetensors"])]
-
-
-@pytest.mark.parametrize("how, words", [pytest.param(*row[1:], id=row[0]) for row in HOSTILE])
-@pytest.mark.parametrize("num_shards", [1, 2])
-def test_a_pickle_is_never_run(tmp_path, capsys, how, words, num_shards):
-    canary = tmp_path / "canary"
-    root = pickle_shards(make_source(tmp_path / "bin", num_shards=num_shards),
-                         lambda tensors: tensors.update(trap=Trap(canary)), **how)
-    for command in (["plan", root], [root, tmp_path / "nt"], ["inspect", root], ["verify", root, root]):
-        assert call(*command) == 3
-        line, *more = capsys.readouterr().err.splitlines()
-        assert all(word in line for word in ["pytorch_model", *words]) and len(more) < num_shards, line
-    assert not canary.exists() and not (tmp_path / "nt").exists()
-    torch.load(next(root.glob("*.bin")), weights_only=False)
-    assert canary.exists(), "the canary cannot sing"
-
-
-BROKEN = [
-    ("old format", lambda path: torch.save(torch.load(path), path, _use_new_zipfile_serialization=False),
-     ["before 1.6", "best as safetensors"]),
-    ("cut off", lambda path: os.truncate(path, 4000), ["cut off", "download or save it again"]),
-    ("another pickle", lambda path: torch.save(torch.nn.Linear(2, 2), path), ["torch.nn.modules.linear.Linear"]),
-    ("big endian", lambda path: path.write_bytes(changed(path.read_bytes(), "byteorder", b"big")), ["'big' endian"])]
-
-
-@pytest.mark.parametrize("change, words", [pytest.param(*row[1:], id=row[0]) for row in BROKEN])
-@pytest.mark.parametrize("num_shards", [1, 2])
-def test_files_that_cannot_be_read(tmp_path, capsys, change, words, num_shards):
-    _, root = pair(tmp_path, num_shards=num_shards)
-    change(next(root.glob("*.bin")))
-    line = told(capsys, "plan", root)
-    assert all(word in line for word in ["pytorch_model", *words]), line
-
-
-def test_a_long_pickle_needs_memory(tmp_path, capsys, monkeypatch):
-    from stream_reshard.machine import memory
-    _, root = pair(tmp_path)
-    monkeypatch.setattr(memory, "parse_limit", lambda allowed, reserved: 1500)
-    assert "raise --max-memory" in told(capsys, "plan", root, code=6)
 
 
 def test_sums_and_digests(tmp_path, capsys):

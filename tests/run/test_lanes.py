@@ -13,7 +13,6 @@ from sources import make_source
 from stream_reshard.convert.conversion import Options, plan_conversion
 from stream_reshard.errors import Interrupted
 from stream_reshard.machine.stop import Stop
-from stream_reshard.model.topology import Topology
 from stream_reshard.run.engines import run_all
 from stream_reshard.run.jobs import Work, run_job
 from stream_reshard.run.lanes import Lane, Lanes, Writing
@@ -151,7 +150,7 @@ def test_a_caller_that_goes_away_stops_the_jobs():
 def test_a_job_on_a_lane_of_its_own_leaves_nothing_open(tmp_path):
     """An executor in another process runs thousands of jobs, each with a copy of all that it needs."""
     make_source(tmp_path / "hf")
-    planned = plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", Topology(2)))
+    planned = plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", tp=2))
     (tmp_path / "files").mkdir()
     work = pickle.dumps(Work(planned.plan, Folder(tmp_path / "files"), 4096, planned.identities))
     held = len(os.listdir("/proc/self/fd")), threading.active_count()
