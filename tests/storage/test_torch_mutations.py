@@ -5,6 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch_files import assert_same, read, saved, with_pickle
+from torch_pickles import ORDERED, TENSOR, opcodes, pickle_of, tensor
 from watching import watched
 
 from stream_reshard.errors import StreamReshardError
