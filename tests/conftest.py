@@ -97,8 +97,11 @@ def open_to_all(tmp_path):
 
 @pytest.fixture(scope="session")
 def torch():
-    """torch, for the tests that ask for it, and not before: a process that holds it takes twice as long to fork."""
-    return pytest.importorskip("torch")
+    """torch, for the tests that ask for it, and not before: a process that holds it takes twice as long to fork. It has
+    one thread, as the other cores run other tests."""
+    module = pytest.importorskip("torch")
+    module.set_num_threads(1)
+    return module
 
 
 @pytest.fixture(scope="session")
