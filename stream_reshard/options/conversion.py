@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from stream_reshard.machine import memory
 from stream_reshard.model.topology import Topology
-from stream_reshard.options.declaring import ACCEPTED, RUN, SAFETY, option, options_of
+from stream_reshard.options.declaring import ACCEPTED, RUN, SAFETY, Declared, option, options_of
 from stream_reshard.options.resources import Dtype, Resources
 
 Format = Literal["nanotron", "hf"]
@@ -29,13 +29,17 @@ ALLOWABLE = {
 
 
 @dataclass(frozen=True)
-class Options(Resources):
-    """All options of a conversion."""
+class Folders(Declared):
+    """The folders of a conversion."""
 
     source: Path
     destination: Path | None = None
     """None: a plan only."""
-    _: KW_ONLY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Folders, Resources):
+    """All options of a conversion."""
 
     to: Format | None = option(None, "format of DST; required if SRC is a Nanotron checkpoint",
                                shown="nanotron")

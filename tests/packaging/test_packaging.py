@@ -56,11 +56,12 @@ def lowest():
 
 
 def python(version):
-    """A Python of this version; None where there is none."""
-    found = shutil.which(f"python{version}")
-    if found is None:
-        found = next(map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python")), None)
-    return found
+    """A Python of this version; None where there is none. A shim that leads nowhere is none."""
+    found = [shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
+    for path in map(str, filter(None, found)):
+        if not subprocess.run([path, "--version"], capture_output=True).returncode:
+            return path
+    return None
 
 
 def works(tmp_path, interpreter, wheel, constraints):
