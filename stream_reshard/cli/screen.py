@@ -80,8 +80,8 @@ class Progress:
                 look["ncols"] = 80
             self._bar = tqdm(total=total, file=sys.stderr, desc=self._title, **look)
         self._bar.total = total
-        self._bar.set_postfix_str(f"memory {human(resident())}", refresh=False)
-        self._bar.update(done - self._bar.n)
+        if self._bar.update(done - self._bar.n):  # Only a bar that was drawn just now: memory is dear to count.
+            self._bar.set_postfix_str(f"memory {human(resident())}", refresh=False)
 
     def _log(self, done: int, total: int) -> None:
         now, part = time.monotonic(), done / max(total, 1)
