@@ -14,7 +14,8 @@ class BuildWithCompletions(build_py):
         super().run()
         if not getattr(self, "editable_mode", False):
             sys.path.insert(0, str(Path(__file__).parent))
-            from stream_reshard.cli.completions import SHELLS, made
+            from stream_reshard.cli.completions import made
+            from stream_reshard.cli.flags import SHELLS
             folder = Path(self.build_lib) / "stream_reshard" / "cli" / "completions"
             folder.mkdir(parents=True, exist_ok=True)
             for shell, name in SHELLS.items():

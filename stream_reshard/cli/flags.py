@@ -42,6 +42,9 @@ _FOLDERS = {
              ("destination", "B", "another one of the same model")]}
 """(name, metavar, meaning) of the folders of each command."""
 
+SHELLS = {"bash": "stream-reshard.bash", "zsh": "_stream-reshard"}
+"""Shells that have a completion, each with the name of its file."""
+
 _ALIASES = {"--tensor-parallel-size": "--tp", "--pipeline-parallel-size": "--pp", "--data-parallel-size": "--dp"}
 """Names by which other tools call a flag."""
 
@@ -83,9 +86,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     try:
         if command is None:
             return parser().parse_args(words)
-        arguments, rest = parser_of(words[0]).parse_known_args(words[1:])
-        if rest:
-            parser_of(words[0]).error("unrecognized arguments: " + " ".join(rest))
+        arguments = parser_of(words[0]).parse_args(words[1:])
     except UsageError as error:
         raise UsageError(f"{error}{_meant_command(argv)}") from None
     arguments.command, arguments.argv = words[0], list(argv)
@@ -155,7 +156,7 @@ def _fill(made: argparse.ArgumentParser, command: str) -> argparse.ArgumentParse
     if command == "inspect":
         made.add_argument("--values", action="store_true", help="read every weight, and count NaN and infinities")
     if command == "completion":
-        made.add_argument("shell", metavar="SHELL", choices=("bash", "zsh"),
+        made.add_argument("shell", metavar="SHELL", choices=tuple(SHELLS),
                           help="bash or zsh; source <(stream-reshard completion bash) in ~/.bashrc")
         return made
     if command == "demo":

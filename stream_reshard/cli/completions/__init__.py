@@ -3,11 +3,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stream_reshard.cli.flags import parser
+from stream_reshard.cli.flags import SHELLS, parser
 from stream_reshard.errors import UsageError
-
-SHELLS = {"bash": "stream-reshard.bash", "zsh": "_stream-reshard"}
-"""File that holds the completion for each shell."""
 
 
 def made(shell: str) -> str:
