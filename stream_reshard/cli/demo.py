@@ -40,13 +40,14 @@ def write_random_source(root: Path, config: dict[str, Any], seed: int = 0) -> No
 def demo(quiet: bool, keep: Path | None = None, stop: Stop | None = None) -> Report:
     """Make, convert, verify, in `keep` or in a temporary folder; the facts are those of `verify`."""
     if keep is not None:
-        return _demo(keep, quiet, stop)
+        report = _demo(keep, quiet, stop)
+        return Report(report.facts, (*report.lines, *_next_steps(keep)))
     with tempfile.TemporaryDirectory(prefix="stream_reshard_demo_") as folder:
         return _demo(Path(folder), quiet, stop)
 
 
 def _demo(folder: Path, quiet: bool, stop: Stop | None) -> Report:
-    source, destination = folder / "llama", folder / "nanotron"
+    source, destination = _source_in(folder), _destination_in(folder)
     if source.exists() and any(source.iterdir()):
         raise DestinationError(f"{quoted(source)} is not empty; --keep takes a new folder")
     write_random_source(source, CONFIG)
@@ -55,16 +56,20 @@ def _demo(folder: Path, quiet: bool, stop: Stop | None) -> Report:
         print(conversion)
     run_conversion(conversion, stop=stop)
     facts = verify(source, destination, stop=stop)
-    return Report(facts, (f"demo     converted and verified {facts['num_elements']} weights: all equal",
-                          *_next_steps(source, destination)))
+    return Report(facts, (f"demo     converted and verified {facts['num_elements']} weights: all equal",))
 
 
-def _next_steps(source: Path, destination: Path) -> list[str]:
+def _next_steps(folder: Path) -> tuple[str, str, str]:
     """The next three commands, for folders that stay."""
-    if source.parent.name.startswith("stream_reshard_demo_"):
-        return []
-    words = {name: shell_word(path) for name, path in (
-        ("source", source), ("destination", destination), ("back", source.parent / "back"))}
-    return ["next     stream-reshard inspect {destination}".format(**words),
-            "         stream-reshard verify {source} {destination}".format(**words),
-            "         stream-reshard {destination} {back} --to hf".format(**words)]
+    source, destination, back = map(shell_word, (_source_in(folder), _destination_in(folder), folder / "back"))
+    return (f"next     stream-reshard inspect {destination}",
+            f"         stream-reshard verify {source} {destination}",
+            f"         stream-reshard {destination} {back} --to hf")
+
+
+def _source_in(folder: Path) -> Path:
+    return folder / "llama"
+
+
+def _destination_in(folder: Path) -> Path:
+    return folder / "nanotron"
