@@ -17,8 +17,7 @@ from stream_reshard.destination.access import access_notes
 from stream_reshard.destination.companions import Companion, find_companions
 from stream_reshard.destination.journal import JOURNAL_NAME
 from stream_reshard.destination.lock import lock_problems
-from stream_reshard.destination.refusals import (
-    disk_free, existing_parent, num_kept_in, occupation_problems)
+from stream_reshard.destination.refusals import disk_free, existing_parent, num_kept_in, occupation_problems
 from stream_reshard.destination.staging import lock_of
 from stream_reshard.errors import DestinationError, Problems, ResourceError, StreamReshardError, UsageError, quoted
 from stream_reshard.formats.base import Source, Target
@@ -32,7 +31,7 @@ from stream_reshard.plan.alignment import cloneable_nbytes
 from stream_reshard.plan.plan import Job, Plan, make_plan
 from stream_reshard.report import Progress, Reported
 from stream_reshard.run.lanes import MAX_UNUSED, NUM_BUFFERS
-from stream_reshard.run.output import Done, RunOptions, Output, run
+from stream_reshard.run.output import Done, Output, RunOptions, run
 from stream_reshard.storage.cloning import can_clone_all
 from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES, import_torch
 from stream_reshard.storage.identity import Identity
@@ -60,7 +59,7 @@ class Conversion(Reported):
     memory: memory.MemoryPlan
     notes: tuple[str, ...]
     """Remarks for the user, accepted settings included."""
-    num_threads: int
+    num_threads: int = 0
     """Jobs under way at once: some of them move bytes, others wait for the disk."""
     num_kept: int = 0
     """Files in the staging folder that the run can keep, from an earlier attempt."""
@@ -148,11 +147,12 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     notes = (*notes_of(options, source, target, plan, found.files), *found.notes, *budget_notes,
              *access_notes((source.layout.root / path for path in source.layout.paths),
                            options.destination if options.overwrite else None))
-    num_threads = problems.collect(_num_threads, options, plan) or 0 if options.destination is not None else 0
-    conversion = Conversion(options, source, target, plan, budget, notes, num_threads, companions=found.files)
+    conversion = Conversion(options, source, target, plan, budget, notes, companions=found.files)
     if options.destination is not None:
+        num_threads = problems.collect(_num_threads, options, plan) or 0
         _check_destination(conversion, problems)
-        conversion = replace(conversion, num_kept=problems.collect(_num_kept, conversion) or 0)
+        num_kept = problems.collect(_num_kept, conversion) or 0
+        conversion = replace(conversion, num_threads=num_threads, num_kept=num_kept)
     problems.extend(budget.problems("the run"))
     problems.raise_if_any()
     return conversion
@@ -250,7 +250,7 @@ def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memor
     """(memory of the run, remarks on it). A run keeps a record per file, and `held` bytes of documents. Without a
     destination only the plan must fit in memory, not the run's per-file records."""
     memory_of = partial(memory.plan_memory, options.allowed_memory, memory.held(), options.num_workers, casts,
-                 NUM_BUFFERS + options.verify * memory.VERIFY_BUFFERS)
+                        NUM_BUFFERS + options.verify * memory.VERIFY_BUFFERS)
     if options.verify:  # `verify` opens the source again, and keeps a second record of each file.
         held += memory.VERIFY_NBYTES
     num_files = plan.target.num_files + options.verify * (plan.target.num_files + plan.source.num_files)

@@ -100,67 +100,57 @@ class Result(Reported):
     @property
     def facts(self) -> dict[str, Any]:
         """The plan and its outcome, as JSON; sizes in bytes."""
-        outcome = summary(self.conversion, self.seconds, self.peak_nbytes, self.io, self.done)
-        return outcome | ({"already_done": True} if self.already_done else {})
+        conversion, done, moved = self.conversion, self.done, self.done.moved
+        outcome = {"seconds": round(self.seconds, 3), "peak_nbytes": self.peak_nbytes, "num_files_kept": done.num_kept,
+                   "leftovers": list(map(str, done.leftovers)), "num_digests": done.num_digests,
+                   "nbytes_cloned": moved.cloned, "nbytes_copied": moved.copied, "nbytes_strided": moved.strided,
+                   "num_overflowed": moved.num_overflowed, "io": dict(self.io), "verified": conversion.options.verify,
+                   "next": self._next_step.command}
+        return as_json(conversion) | outcome | ({"already_done": True} if self.already_done else {})
 
     @property
     def lines(self) -> tuple[str, ...]:
         """Summary of the run, for a person."""
-        if self.already_done:
-            return tuple(_done_lines(self.conversion))
-        return tuple(_summary_lines(self.conversion, self.seconds, self.peak_nbytes, self.done))
+        return (*(self._done_lines() if self.already_done else self._summary()), *self._next_lines())
 
+    def _summary(self) -> Iterator[str]:
+        conversion, done, moved = self.conversion, self.done, self.done.moved
+        memory, plan = conversion.memory, conversion.plan
+        yield f"done     {shown(conversion.options.destination)}"
+        yield (f"         {counted(plan.target.num_files, 'file')}, {human(plan.nbytes)} in {self.seconds:.1f} s "
+               f"({human(plan.nbytes / max(self.seconds, 1e-9))}/s), durable")
+        yield (f"memory   peak {human(self.peak_nbytes)}, {human(memory.projected)} projected, "
+               f"{human(memory.allowed)} allowed")
+        yield from (f"left     {shown(path)}: the old checkpoint could not be removed" for path in done.leftovers)
+        if done.num_kept:
+            yield f"resumed  {counted(done.num_kept, 'file')} kept from an earlier attempt, each with its digest"
+        yield f"moved    {human(moved.cloned)} cloned, {human(moved.copied)} copied, {human(moved.strided)} rearranged"
+        num_without = plan.target.num_files - done.num_kept - done.num_digests
+        if num_without > 0:
+            yield (f"digests  {counted(num_without, 'file')} without one" + (
+                ", sharing blocks with SRC (--digests all reads them)" if moved.cloned else ""))
+        if moved.num_overflowed:
+            yield (f"overflow {moved.num_overflowed} weights were too large for {conversion.options.dtype} and are "
+                   f"infinite now; choose another --dtype")
+        if conversion.options.verify:
+            yield "verified every weight, header and file against the source, before the commit: all equal"
 
-def summary(conversion: Conversion, seconds: float, peak: int, io: Mapping[str, int], done: Done) -> dict[str, Any]:
-    """Summary of a finished run, as JSON; sizes in bytes. `io`: counts of the kernel during the run."""
-    return as_json(conversion) | {"seconds": round(seconds, 3), "peak_nbytes": peak, "num_files_kept": done.num_kept,
-                                  "leftovers": list(map(str, done.leftovers)), "num_digests": done.num_digests,
-                                  "nbytes_cloned": done.moved.cloned, "nbytes_copied": done.moved.copied,
-                                  "nbytes_strided": done.moved.strided,
-                                  "num_overflowed": done.moved.num_overflowed, "io": dict(io),
-                                  "verified": conversion.options.verify,
-                                  "next": next_step(conversion).command}
+    def _done_lines(self) -> Iterator[str]:
+        options = self.conversion.options
+        proof = "and equals the source" if options.verify else "`verify` proves it"
+        yield (f"done     {shown(options.destination)} holds this conversion already, complete; {proof}, "
+               f"--overwrite makes it anew")
 
+    @property
+    def _next_step(self) -> NextStep:
+        """The step that a user wants to take next, in a folder that was written."""
+        return self.conversion.target.next_step(self.conversion.output.destination)
 
-def _summary_lines(conversion: Conversion, seconds: float, peak: int, done: Done) -> Iterator[str]:
-    memory, plan, moved = conversion.memory, conversion.plan, done.moved
-    yield f"done     {shown(conversion.options.destination)}"
-    yield (f"         {counted(plan.target.num_files, 'file')}, {human(plan.nbytes)} in {seconds:.1f} s "
-           f"({human(plan.nbytes / max(seconds, 1e-9))}/s), durable")
-    yield (f"memory   peak {human(peak)}, {human(memory.projected)} projected, {human(memory.allowed)} allowed")
-    yield from (f"left     {shown(path)}: the old checkpoint could not be removed" for path in done.leftovers)
-    if done.num_kept:
-        yield f"resumed  {counted(done.num_kept, 'file')} kept from an earlier attempt, each with its digest"
-    yield f"moved    {human(moved.cloned)} cloned, {human(moved.copied)} copied, {human(moved.strided)} rearranged"
-    num_without = plan.target.num_files - done.num_kept - done.num_digests
-    if num_without > 0:
-        yield (f"digests  {counted(num_without, 'file')} without one" + (
-            ", sharing blocks with SRC (--digests all reads them)" if moved.cloned else ""))
-    if moved.num_overflowed:
-        yield (f"overflow {moved.num_overflowed} weights were too large for {conversion.options.dtype} and are "
-               f"infinite now; choose another --dtype")
-    if conversion.options.verify:
-        yield "verified every weight, header and file against the source, before the commit: all equal"
-    yield from _next_lines(conversion)
-
-
-def _done_lines(conversion: Conversion) -> Iterator[str]:
-    proof = "and equals the source" if conversion.options.verify else "`verify` proves it"
-    yield (f"done     {shown(conversion.options.destination)} holds this conversion already, complete; {proof}, "
-           f"--overwrite makes it anew")
-    yield from _next_lines(conversion)
-
-
-def next_step(conversion: Conversion) -> NextStep:
-    """The step that a user wants to take next, in a folder that was written."""
-    return conversion.target.next_step(conversion.output.destination)
-
-
-def _next_lines(conversion: Conversion) -> Iterator[str]:
-    """The next commands, each on a line that can be copied."""
-    step = next_step(conversion)
-    if not conversion.options.verify:
-        words = map(shell_word, (conversion.options.source, conversion.output.destination))
-        yield f"verify   stream-reshard verify {' '.join(words)}"
-    yield f"{step.word:<8} {step.place}"
-    yield step.command
+    def _next_lines(self) -> Iterator[str]:
+        """The next commands, each on a line that can be copied."""
+        options, step = self.conversion.options, self._next_step
+        if not options.verify:
+            words = map(shell_word, (options.source, self.conversion.output.destination))
+            yield f"verify   stream-reshard verify {' '.join(words)}"
+        yield f"{step.word:<8} {step.place}"
+        yield step.command
