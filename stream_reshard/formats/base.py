@@ -87,9 +87,9 @@ class Target(ABC, Generic[OwnLayout]):
         """Names (as in `verify --allow`) of differences in the layout that the user has accepted."""
         return ()
 
-    @abstractmethod
     def problems(self, model: Model) -> Problems:
         """Options that do not fit the model."""
+        return Problems()
 
     @abstractmethod
     def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> OwnLayout:

@@ -56,11 +56,6 @@ class ToHuggingFace(Target[HuggingFaceTarget]):
             yield (f"{ids} are those of {source.config_name}, which holds one number each and none for padding; "
                    f"compare them with the config.json of the original model")
 
-    def problems(self, model: Model) -> Problems:
-        if self.max_shard_nbytes > 0:
-            return Problems()
-        return Problems([UsageError(f"--max-shard-size {self.max_shard_nbytes}: it is at least 1")])
-
     def layout(self, root: Path, model: Model, dtypes: Callable[[int], str]) -> HuggingFaceTarget:
         if self.router_dtype is not None:
             dtypes = with_router_dtype(model, dtypes, self.router_dtype)

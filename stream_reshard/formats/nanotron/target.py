@@ -47,8 +47,6 @@ class ToNanotron(Target[NanotronLayout]):
             if options.rope == "neox":
                 problems.append(UsageError("--rope neox with --checkpoint-version 1.2: release 0.4 always interleaves "
                                            "RoPE; use interleaved or auto"))
-        if options.vocab_multiple < 1:
-            problems.append(UsageError(f"--vocab-multiple {options.vocab_multiple}: it is at least 1"))
         problems.raise_if_any()
         by_default = is_release_04 or source.rope_interleaved
         interleaved = by_default if options.rope == "auto" else options.rope == "interleaved"
