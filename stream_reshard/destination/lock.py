@@ -284,8 +284,8 @@ def _owner(descriptor: int, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
-        if _BEGINNING.startswith(content) or (content.startswith(_BEGINNING) and len(content) < _RECORD_NBYTES):
-            return {}  # Torn by a stop or a full disk.
+        if _BEGINNING.startswith(content) or (content.startswith(_BEGINNING) and len(content) <= _RECORD_NBYTES):
+            return {}  # Torn by a stop or a full disk, or read while its run writes it over an older one.
         value = None
     if not (isinstance(value, dict) and type(value.get("pid")) is int and 0 < value["pid"] < 2**31):
         raise DestinationError(f"{quoted(path)} is not a lock of this tool, and its lock needs that name; move it away")

@@ -20,9 +20,13 @@ HERE = {"pid": 2**22 - 1, "host": socket.gethostname(), "boot": lock._boot(), "s
 """What a run of this machine that is dead has left; no process has this number."""
 
 
-@pytest.mark.parametrize("left", [b"", bytes(100), b'{"pi', b'{"pid": 17, "ho', json.dumps(HERE).encode(),
+MIXED = b'{"pid": 17, "started": 5, "ho' + json.dumps(HERE).encode()[29:].ljust(1024 - 29)
+"""A record over half of an older one, as a reader may see it while its run writes."""
+
+
+@pytest.mark.parametrize("left", [b"", bytes(100), b'{"pi', b'{"pid": 17, "ho', MIXED, json.dumps(HERE).encode(),
                                   json.dumps(HERE | {"boot": "before", "pid": os.getpid()}).encode()],
-                         ids=["empty", "zeros", "torn", "torn later", "dead", "of another boot"])
+                         ids=["empty", "zeros", "torn", "torn later", "half of each of two", "dead", "of another boot"])
 def test_a_stale_lock_is_taken(tmp_path, left):
     (tmp_path / "lock").write_bytes(left)
     with Lock(tmp_path / "lock"):
@@ -155,6 +159,15 @@ def test_where_the_file_system_knows_no_locks(tmp_path, monkeypatch, left, taken
     else:
         with pytest.raises(LockedError):
             Lock(tmp_path / "lock").__enter__()
+
+
+def test_a_record_that_is_just_written_over_an_older_one_is_of_a_run_that_lives(tmp_path):
+    with open(tmp_path / "lock", "wb", buffering=0) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(MIXED)
+        with pytest.raises(LockedError, match="a process that has not written its name yet; wait for it"):
+            Lock(tmp_path / "lock").__enter__()
+    assert (tmp_path / "lock").read_bytes() == MIXED
 
 
 def test_nothing_is_written_through_a_link(tmp_path):
