@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +24,9 @@ from stream_reshard.storage.source_file import SourceFile
 
 if TYPE_CHECKING:
     from stream_reshard.check.weights.states.state import TrainingState
+
+MAX_OPEN = 64
+"""Limit on files that a weight has open at once: with ZeRO-1 a parameter stands in the files of all ranks."""
 
 Block = tuple[int, int, int, int]
 """(first row, past the last row, first column, past the last column) of a matrix."""
@@ -191,14 +193,8 @@ class Opened:
 
     def __init__(self, root: Path, weight: Weight, max_nbytes: int):
         """`max_nbytes`: approximate size of one read; twice that for an interleaved weight."""
-        self.weight, self._max_nbytes = weight, max_nbytes
-        self._stack = ExitStack()
-        try:
-            self._files = {path: self._stack.enter_context(SourceFile(root, path))
-                           for path in dict.fromkeys(piece.tensor.file for piece in weight.pieces)}
-        except BaseException:
-            self._stack.close()
-            raise
+        self.weight, self._root, self._max_nbytes = weight, root, max_nbytes
+        self._files: dict[str, SourceFile] = {}
 
     def block(self, first: int, last: int, left: int, right: int) -> np.ndarray:
         """The bits, as unsigned integers, of rows first to last in Hugging Face's order, columns left to right."""
@@ -236,7 +232,7 @@ class Opened:
         """The bits of a box of (rows, columns) of a tensor, read at once for whole rows, else row by row."""
         part: np.ndarray = np.empty(place.shape, f"u{tensor.itemsize}")
         width = matrix_of(tensor.shape)[1] if len(tensor.shape) < 3 else tensor.shape[-1]
-        (top, left), file = place.start, self._files[tensor.file]
+        (top, left), file = place.start, self._file(tensor.file)
         if place.shape[1] == width:
             file.read_into(part.data.cast("B"), tensor.begin + top * width * tensor.itemsize)
             return part
@@ -244,11 +240,22 @@ class Opened:
             file.read_into(view.data.cast("B"), tensor.begin + ((top + row) * width + left) * tensor.itemsize)
         return part
 
+    def _file(self, path: str) -> SourceFile:
+        """A file, opened when it is first read. Of many, those are closed that were not read for the longest time."""
+        file = self._files.pop(path, None)
+        if file is None:
+            if len(self._files) >= MAX_OPEN:
+                self._files.pop(next(iter(self._files))).close()
+            file = SourceFile(self._root, path)
+        self._files[path] = file
+        return file
+
     def __enter__(self) -> Opened:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        for file in self._files.values():
+            file.close()
 
 
 def rounded(bits: np.ndarray, dtype: str) -> np.ndarray:

@@ -62,7 +62,10 @@ def start_problems(folder: TrainingFolder, content: bytes, init_method: Any, che
     `content`: of config.yaml. Remarks go to `notes`; so does all that a training wrote of its own start."""
     resumed = checkpoints.get("resume_checkpoint_path")
     if has_state:
-        problems = list(_resume_problems(folder, content, resumed, checkpoints, notes))
+        key = "checkpoints.resume_checkpoint_path"
+        problems = [SourceError(f"{CONFIG_YAML}: {key} is null; set it to {quoted(folder.name)} to resume from its "
+                                f"state")] if resumed is None else list(
+            _resume_problems(folder, content, resumed, checkpoints, notes))
         if folder.manifest is None:
             notes.extend(map(str, problems))
         else:

@@ -9,8 +9,9 @@ from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.files import CONFIG_YAML
-from stream_reshard.check.weights.states.settings import wanted_settings
 from stream_reshard.check.weights.start import TrainingFolder, start_problems, value_text
+from stream_reshard.check.weights.states.settings import wanted_settings
+from stream_reshard.check.weights.states.state import has_state
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.formats.nanotron.config import NanotronModelConfig, ids_written, parse_model_config
 from stream_reshard.formats.nanotron.rules import padded_size
@@ -36,7 +37,7 @@ def training_problems(folder: TrainingFolder, checkpoint: Checkpoint, topology: 
         problems.extend(problems.collect(lambda: list(_model_problems(settings, checkpoint, topology, notes))) or ())
         elsewhere.extend(elsewhere.collect(lambda: list(start_problems(
             folder, content, _below(settings, "model").get("init_method"), _below(settings, "checkpoints"), notes,
-            checkpoint.state is not None))) or ())
+            has_state(folder.root)))) or ())
     return problems, elsewhere
 
 

@@ -132,7 +132,7 @@ def _place_faults(contents: Mapping[str, Any], stage: Sequence[str], held: Seque
             return
         number += len(ids)
     if _ACCUMULATOR in contents and contents[_ACCUMULATOR].keys() != set(wanted):
-        other = sorted(contents[_ACCUMULATOR].keys() ^ set(wanted))[0]
+        other = min(contents[_ACCUMULATOR].keys() ^ set(wanted), key=str)
         yield f"{quoted(other)} has a state or a master, but not both"
 
 

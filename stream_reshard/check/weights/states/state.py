@@ -26,7 +26,12 @@ ZERO = "ZeroDistributedOptimizer"
 
 _SIZES = {"tp": "tp_size", "pp": "pp_size", "dp": "dp_size"}
 
+_KEYS = {"type", "parallelism", "configs"}
+
 _MAX_RANKS = 2**16
+
+_MAX_MISSING = 1000
+"""Missing files that are told one by one."""
 
 Shapes = Mapping[str, Mapping[int | None, tuple[int, ...]]]
 """Of each Nanotron parameter, the shape of the shard by tensor-parallel rank; None where ranks hold it whole."""
@@ -146,6 +151,10 @@ class _Opening:
         root, checkpoint = self.checkpoint.root, self.checkpoint
         config = read_json(root, OPTIMIZER_CONFIG, self.max_nbytes)
         topology, optimizer = self._topology(config), str(config.get("type"))
+        has_randoms = any(path.startswith(f"{RANDOM}/") for path in found)
+        if (optimizer == ZERO or has_randoms) and topology.world_size > len(found) + _MAX_MISSING:
+            raise SourceError(f"{OPTIMIZER_CONFIG} is of {topology}: there are {len(found)} files for "
+                              f"{topology.world_size} ranks")
         stages = stages_in_order(checkpoint.model, checkpoint.config_class or "", topology.pp)
         ranks = {(pp, dp, tp): optimizer_path(topology, optimizer == ZERO, pp, dp, tp) for pp in range(topology.pp)
                  for dp in range(topology.dp if optimizer == ZERO else 1) for tp in range(topology.tp)}
@@ -154,10 +163,10 @@ class _Opening:
             raise SourceError(f"checkpoint_metadata.json has dp {quoted(document['dp'])}, {OPTIMIZER_CONFIG} has "
                               f"{topology.dp}")
         of_schedule = schedule_paths(topology, _is_single(checkpoint.version, found))
-        randoms = [*random_paths(topology)] if any(path.startswith(RANDOM) for path in found) else []
+        randoms = list(random_paths(topology)) if has_randoms else []
         expected = [OPTIMIZER_CONFIG, *ranks.values(), *of_schedule, *randoms]
         self.problems.extend(_set_faults(set(found), set(expected), topology))
-        shapes = _shapes(checkpoint)
+        shapes = shapes_of(checkpoint)
         if self.problems or any(name not in shapes for names in stages for name in names):
             return None  # Where weights are missing, that is told already.
         files = self._rank_files(ranks, stages, shapes, topology.dp if optimizer == ZERO else 1)
@@ -171,8 +180,10 @@ class _Opening:
 
     def _topology(self, config: Mapping[str, Any]) -> Topology:
         """The topology that optimizer_config.json states; its numbers are texts. Raises SourceError."""
-        sizes = config.get("parallelism")
-        sizes = sizes if isinstance(sizes, dict) else {}
+        if config.keys() != _KEYS or not isinstance(config["parallelism"], dict):
+            raise SourceError(f"{OPTIMIZER_CONFIG}: it has {quoted(sorted(config))}, where Nanotron writes "
+                              f"{', '.join(sorted(_KEYS))}")
+        sizes = config["parallelism"]
         texts = {axis: sizes.get(key) for axis, key in _SIZES.items()}
         if not all(isinstance(text, str) and text.isascii() and text.isdigit() and 0 < len(text) < 6
                    and text == str(int(text)) and 0 < int(text) <= _MAX_RANKS for text in texts.values()):
@@ -182,9 +193,9 @@ class _Opening:
         if of_weights is not None and (topology.tp, topology.pp) != (of_weights.tp, of_weights.pp):
             raise SourceError(f"{OPTIMIZER_CONFIG} is of TP={topology.tp} PP={topology.pp}, the weights beside it are "
                               f"of TP={of_weights.tp} PP={of_weights.pp}")
-        if sizes.get("expert_parallel_size") != "1":
+        if sizes.get("expert_parallel_size") != "1" or len(sizes) > len(texts) + 1:
             raise SourceError(f"{OPTIMIZER_CONFIG}: expert_parallel_size is "
-                              f"{quoted(sizes.get('expert_parallel_size'))}, not '1'")
+                              f"{quoted(sizes.get('expert_parallel_size'))}, not '1', or it has other sizes")
         return topology
 
     def _rank_files(self, paths: Mapping[tuple[int, int, int], str], stages: Sequence[Sequence[str]], shapes: Shapes,
@@ -205,7 +216,7 @@ def _is_single(version: str | None, found: Sequence[str]) -> bool:
     return version == "1.2" or (version != "1.5" and SINGLE_SCHEDULE in found)
 
 
-def _shapes(checkpoint: Checkpoint) -> Shapes:
+def shapes_of(checkpoint: Checkpoint) -> Shapes:
     """The shapes of all shards, by the headers of the weights."""
     shapes: dict[str, dict[int | None, tuple[int, ...]]] = {}
     for name in checkpoint.weights:
@@ -269,8 +280,7 @@ def _config_faults(config: Mapping[str, Any], state: TrainingState, shapes: Shap
         wanted = {"param_name_to_dp_rank_offsets": {PREFIX + name: _offsets(shape, state.topology.dp)
                                                     for name, shape in of_names.items()},
                   "orig_param_shapes": {PREFIX + name: list(map(str, shape)) for name, shape in of_names.items()}}
-    found = config.get("configs")
-    found = found if isinstance(found, dict) else {}
+    found = config["configs"] if isinstance(config["configs"], dict) else {"configs": config["configs"]}
     for key in sorted({*wanted, *found}):
         if found.get(key) != wanted.get(key):
             yield SourceError(f"{OPTIMIZER_CONFIG}: {key} does not describe the parameters of the first stage, as they "
