@@ -3,12 +3,10 @@ import json
 
 import pytest
 from damage import edit_json, edit_yaml, every
-from torch_files import GOLDEN_TRAINING
-from training import LENGTH, SAMPLES, STEP, edit, make_training
+from golden_training import HERE, TREES
+from training import LENGTH, SAMPLES, STEP, edit, load, make_training
 
 from stream_reshard.cli import main
-
-golden = pytest.mark.skipif(not GOLDEN_TRAINING.is_dir(), reason="the golden checkpoints are not beside this checkout")
 
 
 @pytest.fixture
@@ -41,7 +39,6 @@ def test_what_a_state_holds(tmp_path, told, sizes):
 
 def in_files(root, kind):
     """Bytes of the tensors of a kind, as they stand in the files."""
-    from training import load
     total = 0
     for path in every(root, "optimizer/optimizer_", ".pt"):
         values = load(path)
@@ -104,9 +101,8 @@ def test_what_nanotron_will_get_wrong(tmp_path, told, sizes, damage, key, words)
     assert words in lines
 
 
-@golden
-def test_what_nanotron_saved_has_no_faults(told):
-    for root in sorted(GOLDEN_TRAINING.iterdir()):
-        if (root / "model_config.json").exists():
-            facts, _ = told(root)
-            assert facts["faults"] == [] and facts["training"]["step"] == 4, root
+@HERE
+@pytest.mark.parametrize("root", TREES, ids=lambda tree: tree.name)
+def test_what_nanotron_saved_has_no_faults(told, root):
+    facts, _ = told(root)
+    assert facts["faults"] == [] and facts["training"]["step"] == 4

@@ -5,21 +5,13 @@ import json
 import numpy as np
 import pytest
 from damage import edit_json, edit_yaml, start_here
+from golden_training import HERE, PAIRS
 from running import call, measured
 from torch_files import GOLDEN_TRAINING
 from training import edit, load, make_training, parameters_of, write_states
 
 from stream_reshard.check.weights.states.cut import boxes_between, part_of_rank
 from stream_reshard.cli.demo import CONFIG, write_random_source
-
-golden = pytest.mark.skipif(not GOLDEN_TRAINING.is_dir(), reason="the golden checkpoints are not beside this checkout")
-
-TREES = {family: [name.format(family) for name in names] for family, names in {
-    "untied": ["{}_tp1_pp1_dp1_zero0", "{}_tp2_pp1_dp2_zero0", "{}_tp2_pp2_dp1_zero0", "{}_tp2_pp1_dp2_zero1",
-               "{}_tp1_pp2_dp2_zero1", "{}_tp1_pp1_dp3_zero1"],
-    "tied": ["{}_tp1_pp1_dp1_zero0", "{}_tp2_pp2_dp1_zero0", "{}_tp2_pp1_dp2_zero1", "{}_tp1_pp2_dp2_zero1"],
-    "moe": ["{}_tp1_pp1_dp1_zero0", "{}_tp2_pp1_dp1_zero0"],
-    "trained_untied": ["{}_tp1_pp1_dp1_zero0", "{}_tp2_pp2_dp2_zero1"]}.items()}
 
 CUT = {"tp": 2, "pp": 2, "dp": 3, "zero": 1}
 
@@ -28,17 +20,15 @@ FAMILIES = {"llama": {}, "tied": {"tied": True}, "moe": {"family": "qwen2_moe"},
             "Qwen2Config": {"flags": ("--nanotron-config", "Qwen2Config")}}
 
 
-@golden
-@pytest.mark.parametrize("family", TREES)
-def test_what_nanotron_saved_at_all_topologies_is_one_state(verify, family):
-    for source in TREES[family]:
-        for copy in TREES[family]:
-            code, out, problems = verify(GOLDEN_TRAINING / source, GOLDEN_TRAINING / copy)
-            assert (code, problems) == (0, []), (source, copy)
-            assert "state    of step 4" in out and ": all equal, checksums of" in out
+@HERE
+@pytest.mark.parametrize("source, copy", PAIRS, ids=lambda tree: tree.name)
+def test_what_nanotron_saved_at_all_topologies_is_one_state(verify, source, copy):
+    code, out, problems = verify(source, copy)
+    assert (code, problems) == (0, [])
+    assert "state    of step 4" in out and ": all equal, checksums of" in out
 
 
-@golden
+@HERE
 @pytest.mark.parametrize("name", ["untied_tp1_pp1_dp1_zero0", "moe_tp1_pp1_dp1_zero0"])
 def test_parameters_are_made_here_in_the_order_of_nanotron(name):
     file = next((GOLDEN_TRAINING / name / "optimizer").glob("*.pt"))

@@ -16,9 +16,8 @@ from stream_reshard.destination.manifest import MANIFEST_NAME, FileDone, StoredM
 from stream_reshard.errors import DifferenceError, quoted
 from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, PICKLED_INDEX_NAME, SINGLE_NAME
 from stream_reshard.formats.nanotron.config import METADATA_NAME, MODEL_CONFIG_NAME
+from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML
 from stream_reshard.storage.small_files import files_below
-
-CONFIG_YAML = "config.yaml"
 
 LATEST = "latest.txt"
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 from stream_reshard.check.weights.agreement import WITHOUT_EFFECT
 from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.compare import Rule
-from stream_reshard.check.weights.files import CONFIG_YAML
 from stream_reshard.check.weights.side import Side
 from stream_reshard.errors import UsageError, quoted
 from stream_reshard.formats.nanotron.config import METADATA_NAME, NEUTRAL
 from stream_reshard.formats.nanotron.rules import STAGES
+from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML
 from stream_reshard.options import ALLOWABLE, VerifyOptions
 from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES
 

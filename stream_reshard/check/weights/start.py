@@ -15,10 +15,11 @@ from typing import Any
 
 import xxhash
 
-from stream_reshard.check.weights.files import CONFIG_YAML, LATEST
+from stream_reshard.check.weights.files import LATEST
 from stream_reshard.destination.manifest import StoredManifest, open_manifest
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
+from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML
 from stream_reshard.storage.small_files import read_capped
 
 _MAX_LATEST_NBYTES = 2**12

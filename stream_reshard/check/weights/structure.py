@@ -7,7 +7,7 @@ from stream_reshard.check.weights.agreement import (
     Setting, dtype_differences, parameter_differences, setting_differences, vocabulary_difference)
 from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.compare import shape_difference
-from stream_reshard.check.weights.files import CONFIG_YAML, FilesOfManifest, file_set
+from stream_reshard.check.weights.files import FilesOfManifest, file_set
 from stream_reshard.check.weights.scope import STATES, cast_to, rule_of
 from stream_reshard.check.weights.side import Side
 from stream_reshard.check.weights.start import TrainingFolder
@@ -18,6 +18,7 @@ from stream_reshard.check.weights.token_ids import id_differences
 from stream_reshard.check.weights.training import training_problems
 from stream_reshard.errors import Problems, ResourceError, quoted
 from stream_reshard.formats.nanotron.rules import STAGES
+from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML
 from stream_reshard.machine import memory
 from stream_reshard.options import VerifyOptions
 

@@ -8,13 +8,13 @@ from dataclasses import fields
 from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint
-from stream_reshard.check.weights.files import CONFIG_YAML
 from stream_reshard.check.weights.start import TrainingFolder, start_problems, value_text
 from stream_reshard.check.weights.states.settings import wanted_settings
 from stream_reshard.check.weights.states.state import has_state
-from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.errors import Problems, SourceError
 from stream_reshard.formats.nanotron.config import NanotronModelConfig, ids_written, parse_model_config
 from stream_reshard.formats.nanotron.rules import padded_size
+from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML, parse_settings
 from stream_reshard.model.parameters import TOKEN_IDS, ModelConfig
 from stream_reshard.model.topology import Topology
 from stream_reshard.storage.dtypes import TORCH_DTYPES
@@ -32,7 +32,7 @@ def training_problems(folder: TrainingFolder, checkpoint: Checkpoint, topology: 
     if not has_yaml() or not os.path.lexists(folder.root / CONFIG_YAML):
         return problems, elsewhere
     content = problems.collect(read_capped, folder.root, CONFIG_YAML, max_nbytes)
-    settings = problems.collect(_parsed, content) if content is not None else None
+    settings = problems.collect(parse_settings, content) if content is not None else None
     if content is not None and settings is not None:
         problems.extend(problems.collect(lambda: list(_model_problems(settings, checkpoint, topology, notes))) or ())
         elsewhere.extend(elsewhere.collect(lambda: list(start_problems(
@@ -86,43 +86,6 @@ def _pairs(settings: Mapping[str, Any], config: NanotronModelConfig, checkpoint:
     pairs |= {axis: (parallelism.get(axis), size) for axis, size in (("tp", topology.tp), ("pp", topology.pp))}
     # A file of experts holds all of them, and with context parallelism the trainer starts from no path (trainer.py).
     return pairs | {axis: (parallelism.get(axis, 1), 1) for axis in ("expert_parallel_size", "context_parallel_size")}
-
-
-def _parsed(content: bytes) -> Mapping[str, Any]:
-    """The settings in config.yaml. Raises SourceError for a content that is no mapping."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types.
-        """Loader without merge keys, which can make the value of a short text endless."""
-
-        def flatten_mapping(self, node: Any) -> None:
-            """Raises YAMLError for a merge key."""
-            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-                raise yaml.YAMLError("merge keys (<<) are not read here; write their values out")
-
-    try:
-        value = yaml.load(content, Loader)
-    except Exception as error:  # PyYAML's constructors raise errors of many types.
-        raise SourceError(f"{CONFIG_YAML} cannot be parsed: {quoted(error)}") from error
-    if value is not None and _size(value, 4 * len(content)) > 4 * len(content):
-        raise SourceError(f"{CONFIG_YAML} has {len(content)} bytes, but its references repeat values without end; "
-                          f"write the values out")
-    if not isinstance(value, Mapping):
-        raise SourceError(f"{CONFIG_YAML} is empty: no training can start from it" if value is None else
-                          f"{CONFIG_YAML} holds a {type(value).__name__}, not a mapping of settings")
-    return value
-
-
-def _size(value: Any, limit: int) -> int:
-    """Number of values and characters with references followed, counted up to about `limit`: a few lines of references
-    to references can stand for more values than any memory holds."""
-    total, waiting = 0, [value]
-    while waiting and total <= limit:
-        item = waiting.pop()
-        total += 1 + len(item) if isinstance(item, (str, bytes, dict, list, tuple, set)) else 1
-        if isinstance(item, (dict, list, tuple, set)):
-            waiting += [*item.keys(), *item.values()] if isinstance(item, dict) else item
-    return total
 
 
 def has_yaml() -> bool:

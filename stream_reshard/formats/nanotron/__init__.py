@@ -11,4 +11,5 @@
 - target:       a checkpoint to be written
 - template:     a checkpoint to be written with the files of another one
 - documents:    the files beside the weights that Nanotron's trainer reads
+- yaml_text:    YAML of config.yaml
 """

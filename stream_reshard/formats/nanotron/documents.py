@@ -13,6 +13,7 @@ from typing import Any
 
 from stream_reshard.formats.nanotron.config import METADATA_NAME, MODEL_CONFIG_NAME, ids_written
 from stream_reshard.formats.nanotron.rules import MARKERS, NanotronRules
+from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML
 from stream_reshard.model.parameters import Experts, ModelConfig
 
 
@@ -75,10 +76,10 @@ def yaml_string(text: str) -> str:
     """A string as a YAML 1.1 scalar in double quotes (section 5.7, escape sequences), in ASCII for readers of any
     encoding. JSON would not do: YAML reads its surrogate pairs as two characters. A byte of a path that is not UTF-8 is
     a lone surrogate in Python; PyYAML reads it back as one, and the path still names the same file."""
-    return '"' + "".join(map(_escaped, _decoded(text))) + '"'
+    return '"' + "".join(map(_escaped, decoded_path(text))) + '"'
 
 
-def _decoded(text: str) -> str:
+def decoded_path(text: str) -> str:
     """The text of a path that Python decoded in an ASCII locale: each byte of UTF-8 beyond ASCII is a lone surrogate
     there, and becomes part of its character here."""
     try:
@@ -187,5 +188,5 @@ def documents(config: ModelConfig, rules: NanotronRules, attention_bias: bool, d
     metadata = checkpoint_metadata(rules, min(config.max_position_embeddings, 2048))
     return {
         METADATA_NAME: json.dumps(metadata, indent=2, sort_keys=True).encode(),
-        "config.yaml": config_yaml(config, rules, attention_bias, dtype, destination, has_tokenizer).encode(),
+        CONFIG_YAML: config_yaml(config, rules, attention_bias, dtype, destination, has_tokenizer).encode(),
         MODEL_CONFIG_NAME: json.dumps(nanotron_config(config, rules, attention_bias, padded), indent=2).encode()}

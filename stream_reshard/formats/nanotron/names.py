@@ -8,8 +8,9 @@ from stream_reshard.destination.removal import Naming
 from stream_reshard.errors import SourceError
 from stream_reshard.formats.nanotron.config import METADATA_NAME, MODEL_CONFIG_NAME
 from stream_reshard.formats.nanotron.weight_files import parse_path
+from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML
 
-_SETTINGS = frozenset({"config.yaml", METADATA_NAME, MODEL_CONFIG_NAME})
+_SETTINGS = frozenset({CONFIG_YAML, METADATA_NAME, MODEL_CONFIG_NAME})
 """Files at the root of a checkpoint (nanotron/serialize/main.py, nanotron/trainer.py)."""
 
 _OF = r"(?:0|[1-9]\d*)-of-[1-9]\d*"

@@ -78,13 +78,13 @@ def topology_problems(model: Model, rules: NanotronRules) -> Problems:
         usable = [n for n in range(1, min(MAX_TP, *(size for _, size in uneven)) + 1)
                   if all(size % n == 0 for _, size in uneven)]
         dims = " nor ".join(f"the {size} {dim} of {name}" for (dim, size), name in uneven.items())
-        problems.append(UsageError(f"--tp {tp} cannot split {dims}; --tp can be {_listed(usable)}"))
+        problems.append(UsageError(f"--tp {tp} cannot split {dims}; --tp can be {listed(usable)}"))
     empty = _empty_stages(config, rules) if pp <= MAX_PP else [pp - 1]
     if empty:
         usable = [n for n in range(1, min(pp, config.num_hidden_layers + 4)) if not _empty_stages(
             config, NanotronRules(Topology(tp, n), vocab_multiple=rules.vocab_multiple))]
-        problems.append(UsageError(f"--pp {pp} leaves stage {_listed(empty)} without parameters in Nanotron's own "
-                                   f"balancing of {config.num_hidden_layers} layers; --pp can be {_listed(usable)}"))
+        problems.append(UsageError(f"--pp {pp} leaves stage {listed(empty)} without parameters in Nanotron's own "
+                                   f"balancing of {config.num_hidden_layers} layers; --pp can be {listed(usable)}"))
     return problems
 
 
@@ -92,7 +92,8 @@ def _empty_stages(config: ModelConfig, rules: NanotronRules) -> list[int]:
     return sorted(set(range(rules.topology.pp)) - set(stages_of(config, rules).values()))
 
 
-def _listed(numbers: Iterable[int]) -> str:
+def listed(numbers: Iterable[int]) -> str:
+    """The numbers for a person; of more than 20 the first ones and the last."""
     texts = list(map(str, numbers))
     return ", ".join(texts if len(texts) <= 20 else [*texts[:19], f"... {texts[-1]}"])
 
