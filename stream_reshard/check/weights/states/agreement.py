@@ -7,6 +7,7 @@ from typing import Any
 
 from stream_reshard.check.weights.nanotron import MAX_LISTED
 from stream_reshard.check.weights.states.metadata import sum_faults
+from stream_reshard.check.weights.states.names import word
 from stream_reshard.check.weights.states.rank_file import PREFIX
 from stream_reshard.check.weights.states.state import TrainingState
 from stream_reshard.errors import DifferenceError, quoted
@@ -43,7 +44,7 @@ def _compared(place: str, copy: Mapping[str, Any], source: Mapping[str, Any], ig
             continue
         texts = [repr(side[key]) if key in side else "not there" for side in (copy, source)]
         if texts[0] != texts[1]:
-            yield DifferenceError(f"{place}: {key} is {quoted(texts[0])}, in the source {quoted(texts[1])}")
+            yield DifferenceError(f"{place}: {word(key)} is {quoted(texts[0])}, in the source {quoted(texts[1])}")
 
 
 def _dtype_differences(source: TrainingState, copy: TrainingState) -> Iterator[DifferenceError]:

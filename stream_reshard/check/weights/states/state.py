@@ -11,7 +11,8 @@ from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.states.cut import part_of_rank
 from stream_reshard.check.weights.states.metadata import read_metas
 from stream_reshard.check.weights.states.names import (
-    OPTIMIZER, OPTIMIZER_CONFIG, RANDOM, SCHEDULE, SINGLE_SCHEDULE, optimizer_path, random_paths, state_paths)
+    OPTIMIZER, OPTIMIZER_CONFIG, RANDOM, SCHEDULE, SINGLE_SCHEDULE, optimizer_path, random_paths, state_paths,
+    word)
 from stream_reshard.check.weights.states.order import stages_in_order
 from stream_reshard.check.weights.states.rank_file import MASTERS, PREFIX, Held, RankFile, read_rank_file
 from stream_reshard.check.weights.states.schedule import Schedule, read_schedule, schedule_paths
@@ -283,8 +284,8 @@ def _config_faults(config: Mapping[str, Any], state: TrainingState, shapes: Shap
     found = config["configs"] if isinstance(config["configs"], dict) else {"configs": config["configs"]}
     for key in sorted({*wanted, *found}):
         if found.get(key) != wanted.get(key):
-            yield SourceError(f"{OPTIMIZER_CONFIG}: {key} does not describe the parameters of the first stage, as they "
-                              f"are cut for DP={state.topology.dp}")
+            yield SourceError(f"{OPTIMIZER_CONFIG}: {word(key)} does not describe the parameters of the first stage, "
+                              f"as they are cut for DP={state.topology.dp}")
 
 
 def _offsets(shape: tuple[int, ...], num_ranks: int) -> dict[str, list[str]]:
