@@ -96,8 +96,9 @@ def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor
 
 def _layout(root: Path, config: NanotronModelConfig, manifest: Manifest | None,
             files: Mapping[str, WeightFile]) -> NanotronLayout:
-    """The layout that the headers describe; without a manifest its vocabulary includes the padding. Raises Refused."""
-    vocab_size = manifest.facts["vocab_size"] if manifest else config.model.vocab_size
+    """The layout that the headers describe; where no manifest states the vocabulary, it includes the padding. Raises
+    Refused."""
+    vocab_size = (manifest.facts["vocab_size"] if manifest else None) or config.model.vocab_size
     return layout_of_files(root, config, min(vocab_size, config.model.vocab_size), agreeing(root, files))
 
 
