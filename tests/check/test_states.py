@@ -11,6 +11,7 @@ from torch_files import GOLDEN_TRAINING
 from trees import raw_of
 from training import edit, load, make_training, parameters_of, write_states
 
+from stream_reshard.check.weights.checkpoint import rounded
 from stream_reshard.check.weights.states.cut import boxes_between, stretch_of
 from stream_reshard.cli.demo import CONFIG, write_random_source
 
@@ -78,6 +79,17 @@ def test_a_stretch_of_a_matrix_is_at_most_three_boxes(width):
             boxes = list(boxes_between(start, stop, width))
             found = [places[box.start[0]:box.stop[0], box.start[1]:box.stop[1]].ravel() for box in boxes]
             assert np.concatenate([[], *found]).tolist() == list(range(start, stop)) and len(boxes) <= 3
+
+
+@pytest.mark.parametrize("dtype, name", [("BF16", "bfloat16"), ("F16", "float16"), ("F32", "float32")])
+def test_masters_are_rounded_as_torch_rounds(torch, dtype, name):
+    """Every upper half of a finite float32, with lower halves around a tie."""
+    upper = np.arange(2**16, dtype=np.uint32)
+    upper = upper[(upper & 0x7F80) != 0x7F80]
+    for lower in (0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        bits = upper << 16 | lower
+        theirs = torch.from_numpy(bits.view(np.float32)).to(getattr(torch, name)).view(torch.uint8).numpy()
+        assert np.array_equal(rounded(bits, dtype).view(np.uint8), theirs), lower
 
 
 def test_a_state_in_the_copy_alone_is_checked_by_itself(tmp_path, verify, differs):

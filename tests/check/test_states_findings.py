@@ -181,6 +181,8 @@ FINDINGS = [
     ("a schedule on one rank", "cut", change(*OTHER, where=SCHEDULE)(lambda v: v.update(last_epoch=3)), ["last_epoch is"]),
     ("all schedules", "plain", change(where=SCHEDULE, all=True)(lambda v: v.update(_step_count=9)),
      ["the schedule: _step_count is '9', in the source '5'"]),
+    ("a number that is equal but not the same", "plain", change(where=SCHEDULE, all=True)(lambda v: v.update(_is_initial=0)),
+     ["the schedule: _is_initial is '0', in the source 'False'"]),
     ("a short schedule", "plain", change(*LAST, where=SCHEDULE)(lambda v: v["lr_lambdas"].pop()), ["lr_lambdas has"]),
     ("schedules of stages exchanged", "cut", lambda c: exchange(c, ONE, LAST, SCHEDULE), ["entries, its stage has"]),
     ("no schedule", "plain", lambda c: save(every(c, SCHEDULE)[0], {}), ["it is no state of a schedule"]),
