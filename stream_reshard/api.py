@@ -38,7 +38,7 @@ from stream_reshard.machine import memory
 from stream_reshard.machine.kernel import io_counters
 from stream_reshard.machine.stop import Stop
 from stream_reshard.options import ForwardOptions, Options, VerifyOptions
-from stream_reshard.options.conversion import Digests, Format, Io, NanotronConfig, Rope, Version
+from stream_reshard.options.conversion import Digests, Format, Io, NanotronConfig, Rope, Schedule, Version
 from stream_reshard.options.declaring import did_you_mean, options_of
 from stream_reshard.options.resources import Dtype
 from stream_reshard.plan.plan import Job
@@ -113,7 +113,8 @@ def _as_keywords(text: str) -> str:
 
 @_public
 def plan(source: Folder, destination: Folder | None = None, *, to: Format | None = None, tp: int = 1, pp: int = 1,
-         dp: int = 1, template: Folder | None = None, dtype: Dtype = "keep", rope: Rope = "auto",
+         dp: int = 1, zero: int | None = None, schedule: Schedule = "saved", weights_only: bool = False,
+         template: Folder | None = None, dtype: Dtype = "keep", rope: Rope = "auto",
          nanotron_config: NanotronConfig = "auto", checkpoint_version: Version = "1.5", vocab_multiple: int = 1,
          vocab_size: int | None = None, max_shard_size: Size = Options.max_shard_size, tokenizer: Folder | None = None,
          allow: Collection[str] = (), verify: bool = False, source_sha256: str | None = None, io: Io = "auto",
@@ -152,7 +153,7 @@ def run(conversion: Conversion, progress: Progress | bool = False, stop: Stop | 
     def advance(job: Job) -> None:
         nonlocal num_done
         num_done += job.nbytes
-        show(num_done, conversion.plan.nbytes)
+        show(num_done, conversion.nbytes)
 
     with _switching_soon(), shown(progress, "B") as show, shown(check_progress, "part") as show_check:
         done = run_conversion(conversion, advance, stop, show_check)

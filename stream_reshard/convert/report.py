@@ -11,7 +11,7 @@ from stream_reshard.errors import shell_word, shown
 from stream_reshard.formats.base import NextStep
 from stream_reshard.machine.memory import big, counted, human
 from stream_reshard.report import Reported, note_lines
-from stream_reshard.run.output import Done
+from stream_reshard.run.writing import Done
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 
 _MAX_LISTED = 16
@@ -30,12 +30,13 @@ def as_json(conversion: Conversion) -> dict[str, Any]:
                    "num_shards": plan.source.num_files, "nbytes": plan.source.nbytes,
                    **(conversion.source.origin or {})},
         "target": {"path": str(options.destination) if options.destination else None, **target,
-                   "num_files": plan.target.num_files, "nbytes": plan.nbytes, "dtype": conversion.dtype},
+                   "num_files": conversion.num_files, "nbytes": conversion.nbytes, "dtype": conversion.dtype},
         "num_parameters": plan.target.model.num_elements,
         "vocab": {"size": config.vocab_size, "padded": rows},
         "tied": config.tie_word_embeddings, "stages": stages,
         "casts": {f"{TORCH_DTYPES[a]} to {TORCH_DTYPES[b]}": n for (a, b), n in plan.casts.items()},
-        "num_jobs": len(plan.jobs), "largest_job_nbytes": plan.largest_job_nbytes,
+        "num_jobs": sum(len(part.jobs) for part in conversion.plans),
+        "largest_job_nbytes": max(part.largest_job_nbytes for part in conversion.plans),
         "memory": {"allowed": conversion.memory.allowed, "reserved": conversion.memory.reserved,
                    "projected": conversion.memory.projected, "num_workers": conversion.memory.num_workers,
                    "block_nbytes": conversion.memory.block_nbytes},
@@ -115,17 +116,17 @@ class Result(Reported):
 
     def _summary(self) -> Iterator[str]:
         conversion, done, moved = self.conversion, self.done, self.done.moved
-        memory, plan = conversion.memory, conversion.plan
+        memory, nbytes = conversion.memory, conversion.nbytes
         yield f"done     {shown(conversion.options.destination)}"
-        yield (f"         {counted(plan.target.num_files, 'file')}, {human(plan.nbytes)} in {self.seconds:.1f} s "
-               f"({human(plan.nbytes / max(self.seconds, 1e-9))}/s), durable")
+        yield (f"         {counted(conversion.num_files, 'file')}, {human(nbytes)} in {self.seconds:.1f} s "
+               f"({human(nbytes / max(self.seconds, 1e-9))}/s), durable")
         yield (f"memory   peak {human(self.peak_nbytes)}, {human(memory.projected)} projected, "
                f"{human(memory.allowed)} allowed")
         yield from (f"left     {shown(path)}: the old checkpoint could not be removed" for path in done.leftovers)
         if done.num_kept:
             yield f"resumed  {counted(done.num_kept, 'file')} kept from an earlier attempt, each with its digest"
         yield f"moved    {human(moved.cloned)} cloned, {human(moved.copied)} copied, {human(moved.strided)} rearranged"
-        num_without = plan.target.num_files - done.num_kept - done.num_digests
+        num_without = conversion.plan.target.num_files - done.num_kept - done.num_digests
         if num_without > 0:
             yield (f"digests  {counted(num_without, 'file')} without one" + (
                 ", sharing blocks with SRC (--digests all reads them)" if moved.cloned else ""))

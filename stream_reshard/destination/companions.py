@@ -46,6 +46,14 @@ _MAX_PARSED_NBYTES = 2**20
 """Bytes at the beginning of a config or of code that are searched for names of other files."""
 
 
+def copied_from(path: Path) -> Companion:
+    """A file of the source that goes along. Raises SourceError."""
+    try:
+        return Companion(path, identity_of(os.stat(path)))
+    except OSError as error:
+        raise read_error(quoted(path), error) from error
+
+
 @dataclass(frozen=True)
 class Companion:
     """A file that goes along."""

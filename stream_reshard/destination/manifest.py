@@ -282,7 +282,8 @@ def _object(value: Any) -> dict[str, Any]:
 def _checked(facts: dict[str, Any]) -> dict[str, Any]:
     """The facts, if their values have the right types; raises ValueError otherwise."""
     vocab_size, allowed = facts.get("vocab_size"), facts.get("allowed")
-    if not (type(vocab_size) is int and 0 < vocab_size < 2**48 and isinstance(facts.get("dtype"), str)
+    has_size = vocab_size is None or (type(vocab_size) is int and 0 < vocab_size < 2**48)
+    if not (has_size and isinstance(facts.get("dtype"), str)
             and isinstance(allowed, list) and all(isinstance(name, str) for name in allowed)):
         raise ValueError(f"{quoted(facts)} are not the facts of a conversion")
     for value in dict(facts.get("token_ids", {})).values():

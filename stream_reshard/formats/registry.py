@@ -14,11 +14,11 @@ from stream_reshard.storage.small_files import check_readable, dangling, misplac
 
 
 def open_any(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
-             is_exact: bool = True) -> Described | None:
+             is_exact: bool = True, keeps_rows: bool = False) -> Described | None:
     """Open a checkpoint of either format; see `open_nanotron`. Raises SourceError for a folder that may not be read."""
     check_readable(root)
     if is_nanotron(root):
-        return open_nanotron(root, max_nbytes, vocab_size, problems, is_exact)
+        return open_nanotron(root, max_nbytes, vocab_size, problems, is_exact, keeps_rows)
     if vocab_size is not None and os.path.isfile(root / CONFIG_NAME):
         problems.append(UsageError("--vocab-size is for a Nanotron source only; config.json gives vocab_size"))
     return open_hugging_face(root, max_nbytes, problems)

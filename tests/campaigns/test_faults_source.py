@@ -19,7 +19,7 @@ from stream_reshard.convert.conversion import Options, plan_conversion
 from stream_reshard.destination.staging import staging_of
 from stream_reshard.errors import ResourceError, SourceError
 from stream_reshard.run import engines
-from stream_reshard.run.output import RunOptions, run
+from stream_reshard.run.writing import RunOptions, run
 from stream_reshard.storage import source_file as tensor_file
 
 SHARD = "model-00002-of-00002.safetensors"

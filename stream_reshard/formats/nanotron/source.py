@@ -38,13 +38,13 @@ _REPO, _COMMIT = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII), re.compi
 """A repository of the hub, and a commit in it, as a manifest may name them."""
 
 
-def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
-                  is_exact: bool = True) -> Described | None:
+def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems, is_exact: bool = True,
+                  keeps_rows: bool = False) -> Described | None:
     """Read config and headers, each of at most `max_nbytes`. All problems are added to `problems`; with problems in the
     config, the result is None.
 
     `vocab_size`: rows of the embedding without padding, if the user gave them. Without `is_exact`, padding may be
-    counted as vocabulary.
+    counted as vocabulary; with `keeps_rows` it is, unless the user gave a size: in a training it has states too.
     """
     if not os.path.isfile(root / MODEL_CONFIG_NAME):
         problems.append(not_committed(root))
@@ -59,7 +59,7 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     if None not in (recorded, vocab_size) and recorded != vocab_size:
         problems.append(UsageError(f"--vocab-size {vocab_size}: the manifest of {quoted(root)} has {recorded}"))
     if vocab_size is None:
-        vocab_size = recorded if is_exact else config.model.vocab_size
+        vocab_size = recorded if is_exact and not keeps_rows else config.model.vocab_size
     size = problems.collect(_checked_vocab_size, config, vocab_size)
     layout = problems.collect(layout_of_files, root, config, size, files) if files and size else None
     known_ids = with_known_ids(config.model, config.family, facts.get("token_ids"))
@@ -72,7 +72,7 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
         notes=(*litter_notes(root), *_notes(layout)) if layout else (),
         rope_interleaved=rules.rope_interleaved if rules else False, config_class=config.config_class,
         identities=seen | opened, router_dtype=facts.get("router_dtype"), origin=origin_in(facts),
-        ids_are_known=known_ids is not None)
+        ids_are_known=known_ids is not None, recorded_vocab_size=recorded)
     return described if layout is None else NanotronSource(**vars(described), layout=layout)
 
 

@@ -17,11 +17,10 @@ from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.formats.config_reader import ConfigReader
 from stream_reshard.formats.nanotron.config import METADATA_NAME, MODEL_CONFIG_NAME
 from stream_reshard.formats.nanotron.documents import decoded_path
+from stream_reshard.formats.nanotron.training.files import OPTIMIZER_CONFIG_NAME
 from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML, parse_settings, settings_text
 from stream_reshard.model.topology import Topology
 from stream_reshard.storage.small_files import MAX_JSON_NBYTES, read_capped, read_json
-
-OPTIMIZER_CONFIG_NAME = "optimizer/optimizer_config.json"
 
 WITH_ZERO = "ZeroDistributedOptimizer"
 WITH_MASTERS = "OptimizerFromGradientAccumulator"
