@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from stream_reshard.check.inspect_states import state_facts
 from stream_reshard.destination.journal import JOURNAL_NAME
 from stream_reshard.destination.manifest import MANIFEST_NAME, Manifest, read_manifest
 from stream_reshard.errors import Problems, SourceError, explained, quoted
@@ -85,11 +86,12 @@ def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor
     layout = problems.collect(_layout, root, config, manifest, files) if config else None
     if config is None:
         problems.extend(_holes(files.values()))
-    faults = list(map(str, explained(problems)))
+    state, state_faults, state_notes = state_facts(root, _MAX_NBYTES)
+    faults = [*map(str, explained(problems)), *state_faults]
     return {"checkpoint": "Nanotron", **_nanotron_facts(config, manifest, layout), **_file_facts(files),
-            "has_manifest": manifest is not None,
+            **state, "has_manifest": manifest is not None,
             "faults": faults[:MAX_LISTED] + [f"and {len(faults) - MAX_LISTED} more"] * (len(faults) > MAX_LISTED),
-            "notes": list(litter_notes(root))}, (file.tensor for file in files.values())
+            "notes": [*litter_notes(root), *state_notes]}, (file.tensor for file in files.values())
 
 
 def _layout(root: Path, config: NanotronModelConfig, manifest: Manifest | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from stream_reshard.check.inspect_states import state_lines
 from stream_reshard.machine.memory import big, counted, human
 from stream_reshard.report import note_lines
 
@@ -20,6 +21,8 @@ def lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield from _topology_lines(facts)
     dtypes = [f"{dtype} in {counted(number, 'tensor')}" for dtype, number in facts["dtypes"].items()]
     yield "files      " + ", ".join([f"{human(facts['nbytes'])} in {counted(facts['num_files'], 'file')}", *dtypes])
+    if "training" in facts:
+        yield from state_lines(facts["training"])
     yield f"manifest   {'of a conversion by this tool' if facts['has_manifest'] else 'none'}"
     yield from (f"ignored    {key}: {reason}" for key, reason in facts.get("ignored", {}).items())
     if "num_nan" in facts:

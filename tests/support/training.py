@@ -42,6 +42,7 @@ EMBEDDING, NORM, HEAD = ("token_position_embeddings.pp_block.token_embedding.wei
 
 def make_training(root, *, family="llama", tied=False, config={}, tp=1, pp=1, dp=1, zero=0, masters=True, flags=()):
     """Write a checkpoint to the new folder `root`, and return it; `flags`: more of the conversion that makes model/."""
+    config = {"vocab_size": 12} | config  # No padding at TP=2.
     sizes = CONFIG | config
     tensors = make_tensors(shapes_of(family, sizes, tied))
     extra = {key: array & 0xBFFF for key, array in tensors.items() if not key.endswith("mlp.gate.weight")}  # Finite.
@@ -73,7 +74,7 @@ def write_states(root, tp, pp, dp, zero=0, masters=True):
             for part in range(dp):
                 save(root / f"random/tp-{rank}-of-{tp}_dp-{part}-of-{dp}_pp-{stage}-of-{pp}.pt", {})
     first = [(name, shard_of(pieces, name, 0)) for name in order if stages[name] == 0]
-    write_documents(root, optimizer_config(first, tp, pp, dp, zero, masters), zero)
+    write_documents(root, optimizer_config(first, tp, pp, dp, zero, masters), zero, masters)
 
 
 def parameters_of(root, pp):
@@ -101,7 +102,7 @@ def read_pieces(root):
         name = ".".join([*path.parent.relative_to(root / "model/model").parts, re.match("model_([a-z_]+?)(_pp-|[.])", path.name)[1]])
         places = np.arange(bits.size).reshape(bits.shape)
         if metadata:
-            shape = [int(n) for n in re.findall(r"\d+", metadata["unsharded_shape"])]
+            shape = [int(n) for n in re.findall(r"\d+", metadata["unsharded_shape"].replace("np.int64", ""))]
             whole = np.arange(np.prod(shape)).reshape(shape)
             for pair in metadata["local_global_slices_pairs"].split(";"):
                 here, there = (tuple(slice(*(None if n == "None" else int(n) for n in part.split(",")))
@@ -195,7 +196,7 @@ def has_data_stages(root):
     return "data_stages" in json.loads((root / "checkpoint_metadata.json").read_text())["metas"]
 
 
-def write_documents(root, config, zero):
+def write_documents(root, config, zero, masters):
     """The documents of a training that has done STEP steps and is resumed from this folder."""
     (root / "optimizer/optimizer_config.json").write_text(json.dumps(config))
     metadata = json.loads((root / "checkpoint_metadata.json").read_text())
@@ -208,6 +209,7 @@ def write_documents(root, config, zero):
     (root / "checkpoint_metadata.json").write_text(json.dumps(metadata | {"metas": metas}, indent=2))
     text = (root / "config.yaml").read_text()
     text = re.sub("resume_checkpoint_path: null", lambda match: f"resume_checkpoint_path: {json.dumps(str(root))}", text)
+    text = re.sub("accumulate_grad_in_fp32: .*", f"accumulate_grad_in_fp32: {json.dumps(masters)}", text)
     (root / "config.yaml").write_text(text.replace("zero_stage: 0", f"zero_stage: {zero}"))
 
 

@@ -14,6 +14,7 @@
 - training:     config.yaml against the weights beside it
 - side:         one of the two folders, of either format
 - tasks:        the parts of the comparison that read files, and their execution
+- states:       the training state beside the weights: moments, masters, schedule
 
 The planner's slices and arithmetic are not used here, so that a wrong plan cannot agree with itself. Shared with it are
 the table of names (`architectures`), the reader of files, and Nanotron's balancing of stages.
@@ -21,17 +22,21 @@ the table of names (`architectures`), the reader of files, and Nanotron's balanc
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint
-from stream_reshard.check.weights.compare import compared_as, is_widening
+from stream_reshard.check.weights.compare import Compared, compared_as, is_widening
 from stream_reshard.check.weights.files import FilesOfManifest
 from stream_reshard.check.weights.scope import cast_to, check_names, rule_of, true_vocab_size, with_vocabulary
 from stream_reshard.check.weights.structure import Found, compare_structure
 from stream_reshard.check.weights.side import Side, open_side
+from stream_reshard.check.weights.states.presence import with_states
+from stream_reshard.check.weights.states.tasks import byte_tasks, state_tasks
 from stream_reshard.check.weights.tasks import Task, digest_tasks, run, shared, weight_tasks
 from stream_reshard.check.weights.training import has_yaml
 from stream_reshard.errors import DifferenceError, Problems, ResourceError
@@ -63,30 +68,38 @@ def verify(source: Path, copy: Path, options: VerifyOptions = VerifyOptions(), s
     _raise_resource_error(problems)
     original = with_vocabulary(problems.required(source_side.checkpoint), options)
     copy_side = open_side(copy, _parse_limit(options, allowed), found.differences, options.allow, is_copy=True)
+    original, copy_side = with_states(original, copy_side, _parse_limit(options, allowed), found.differences)
     check_names(copy_side, options)
     manifest_files = compare_structure(original, copy_side, options, allowed, found)
     _raise_resource_error(found.differences)
     budget = options.plan or _budget(original, copy_side, options, allowed)
-    num_elements = num_digests = num_more = 0
     tasks, num_tasks = _tasks(original, copy_side, manifest_files, options, budget, stop)
     with stop.awaited():
-        for task in run(tasks, num_tasks, budget.num_workers, stop, progress):
-            num_elements, num_digests = num_elements + task.num_elements, num_digests + task.is_digest
-            if task.difference and len(found.differences) < MAX_DIFFERENCES:
-                found.differences.append(task.difference)
-            else:
-                num_more += task.difference is not None
-    if num_more:
-        found.differences.append(DifferenceError(f"and {num_more} more"))
+        counts = _counted(run(tasks, num_tasks, budget.num_workers, stop, progress), found.differences)
     differences = Problems(DifferenceError(str(problem), kind=problem.kind, num_more=problem.num_more)
                            for problem in found.differences)
     compared = differences.required(copy_side.checkpoint)
     return {"equal": True, "num_files": len(compared.paths),
             "num_elements": compared.num_elements(true_vocab_size(original, compared)),
-            "num_elements_compared": num_elements, "num_digests": num_digests,
+            "num_elements_compared": counts["elements"], "num_digests": counts["digests"],
+            "state": _state_facts(original, compared, counts["states"], options),
             "has_manifest": copy_side.manifest is not None, "cast": _cast_text(original, copy_side, options),
             "accepted": found.accepted, "notes": found.notes, "config_yaml_was_read": has_yaml(),
             "quick": options.quick, "sample": options.sample, "seed": options.seed}
+
+
+def _counted(results: Iterator[Compared], differences: Problems) -> Counter[str]:
+    """The sums over all tasks; the differences that they found go to `differences`, up to MAX_DIFFERENCES."""
+    counts: Counter[str] = Counter()
+    for compared in results:
+        counts.update(elements=compared.num_elements, states=compared.num_states, digests=compared.is_digest)
+        if compared.difference and len(differences) < MAX_DIFFERENCES:
+            differences.append(compared.difference)
+        else:
+            counts["more"] += compared.difference is not None
+    if counts["more"]:
+        differences.append(DifferenceError(f"and {counts['more']} more"))
+    return counts
 
 
 def lines(facts: dict[str, Any]) -> Iterator[str]:
@@ -98,6 +111,8 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
                f"weights (sample with seed {facts['seed']}): all equal")
     else:
         yield f"verified {facts['num_files']} files, {facts['num_elements']} weights: all equal"
+    if facts["state"]:
+        yield _state_line(facts["state"])
     yield (f"digests  {facts['num_digests']} files, equal to those in the manifest" if facts["has_manifest"] else
            "digests  not compared: the folder has no manifest of this tool")
     if facts["cast"]:
@@ -106,6 +121,28 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
     yield from note_lines(facts)
     if not facts["config_yaml_was_read"]:
         yield "note     config.yaml was not read, only its digest compared: PyYAML is not installed"
+
+
+def _state_facts(source: Checkpoint, copy: Checkpoint, num_compared: int, options: VerifyOptions
+                 ) -> dict[str, Any] | None:
+    """Facts of the training state of the copy; None where it has none."""
+    if copy.state is None:
+        return None
+    return {"step": copy.state.step, "kinds": list(copy.state.kinds), "in_source": source.state is not None,
+            "num_compared": num_compared, "num_files": len(copy.state.paths),
+            "checksums": _checks_bytes(options)}
+
+
+def _state_line(facts: dict[str, Any]) -> str:
+    step, kinds = f"state    of step {facts['step']:g}", " and ".join(facts["kinds"])
+    compared = f"{facts['num_compared']} numbers in {kinds}: all equal" if facts["num_compared"] else "not compared"
+    checks = f", checksums of {facts['num_files']} files right" if facts["checksums"] else ""
+    return f"{step}, {compared}{checks}"
+
+
+def _checks_bytes(options: VerifyOptions) -> bool:
+    """True if whole files of the training state are read for their checksums."""
+    return not options.quick and options.sample >= 1
 
 
 def _parse_limit(options: VerifyOptions, allowed: int) -> int:
@@ -145,6 +182,11 @@ def _tasks(source: Checkpoint, copy_side: Side, manifest_files: FilesOfManifest 
         rule = rule_of(source, copy, copy_side, options, budget.block_nbytes // 4)
         tasks = weight_tasks(source, copy, rule, manifest_files, budget.block_nbytes, stop)
         num_tasks += sum(1 for _ in shared(source, copy))
+        if copy.state is not None:
+            of_state = partial(state_tasks, source, copy, rule, stop)
+            of_bytes = partial(byte_tasks, copy, budget.block_nbytes, stop) if _checks_bytes(options) else tuple
+            tasks = chain(tasks, of_bytes(), of_state())
+            num_tasks += sum(1 for _ in chain(of_bytes(), of_state()))
     if manifest_files is not None:
         tasks = chain(tasks, digest_tasks(copy_side.root, manifest_files, budget.block_nbytes, stop))
     return tasks, num_tasks

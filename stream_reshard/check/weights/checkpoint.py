@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +21,12 @@ from stream_reshard.model.topology import Topology
 from stream_reshard.storage.dtypes import ITEMSIZE
 from stream_reshard.storage.header import StoredTensor
 from stream_reshard.storage.source_file import SourceFile
+
+if TYPE_CHECKING:
+    from stream_reshard.check.weights.states.state import TrainingState
+
+MAX_OPEN = 64
+"""Limit on files that a weight has open at once: with ZeRO-1 a parameter stands in the files of all ranks."""
 
 Block = tuple[int, int, int, int]
 """(first row, past the last row, first column, past the last column) of a matrix."""
@@ -58,11 +64,25 @@ class Weight:
     pieces: tuple[Piece, ...]
     interleaved: bool = False
     """True if the rows of a head alternate between its two halves."""
+    state: str = ""
+    """Kind of a state of the optimizer, such as exp_avg; "" for the weights of the model."""
+    rounded_to: str = ""
+    """The dtype to which the stored float32 is rounded when it is read; "" to read it as it is."""
+
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        return f"{self.state} of {self.parameter.hugging_face}" if self.state else self.parameter.hugging_face
+
+    @property
+    def stored_dtype(self) -> str:
+        """safetensors' name of the dtype in the file."""
+        return self.pieces[0].tensor.dtype
 
     @property
     def dtype(self) -> str:
-        """safetensors' name of the dtype."""
-        return self.pieces[0].tensor.dtype
+        """safetensors' name of the dtype in which it is read."""
+        return self.rounded_to or self.stored_dtype
 
     def num_true_rows(self, vocab_size: int) -> int:
         """Rows without padding."""
@@ -139,12 +159,19 @@ class Checkpoint:
     """The value of `interleaved` for a config that does not state it."""
     num_moved: int = 0
     """Number of files on other stages than in Nanotron's balancing."""
+    config_class: str | None = None
+    """Nanotron's config class."""
+    version: str | None = None
+    """The format version in the headers of the files."""
     is_whole: bool = False
     """True if Nanotron itself saved the config of the model: it writes every field."""
     knows_ids: bool = True
     """False if the token ids are only those that Nanotron's config can hold."""
     padding_id: int | None = None
     """The token id for padding in a Nanotron config; Nanotron does not train its row on any rank."""
+
+    state: TrainingState | None = None
+    """The training state beside the weights; None for weights alone."""
 
     @property
     def config(self) -> ModelConfig:
@@ -166,22 +193,21 @@ class Opened:
 
     def __init__(self, root: Path, weight: Weight, max_nbytes: int):
         """`max_nbytes`: approximate size of one read; twice that for an interleaved weight."""
-        self.weight, self._max_nbytes = weight, max_nbytes
-        self._stack = ExitStack()
-        try:
-            self._files = {path: self._stack.enter_context(SourceFile(root, path))
-                           for path in dict.fromkeys(piece.tensor.file for piece in weight.pieces)}
-        except BaseException:
-            self._stack.close()
-            raise
+        self.weight, self._root, self._max_nbytes = weight, root, max_nbytes
+        self._files: dict[str, SourceFile] = {}
 
     def block(self, first: int, last: int, left: int, right: int) -> np.ndarray:
         """The bits, as unsigned integers, of rows first to last in Hugging Face's order, columns left to right."""
+        bits = self._ordered(first, last, left, right)
+        return rounded(bits, self.weight.rounded_to) if self.weight.rounded_to else bits
+
+    def _ordered(self, first: int, last: int, left: int, right: int) -> np.ndarray:
+        """The bits as they are stored, of rows in Hugging Face's order."""
         if not self.weight.interleaved:
             return self._kept(first, last, left, right)
         kept = self.weight.kept_rows(first, last)
         lowest, highest = int(kept.min()), int(kept.max()) + 1
-        if (highest - lowest) * (right - left) * ITEMSIZE[self.weight.dtype] <= 2 * self._max_nbytes:
+        if (highest - lowest) * (right - left) * ITEMSIZE[self.weight.stored_dtype] <= 2 * self._max_nbytes:
             rows: np.ndarray = self._kept(lowest, highest, left, right)[kept - lowest]
         else:
             rows = np.concatenate([self._kept(row, row + 1, left, right) for row in map(int, kept)])
@@ -190,7 +216,7 @@ class Opened:
     def _kept(self, first: int, last: int, left: int, right: int) -> np.ndarray:
         """The bits of rows first to last in the format's order, columns left to right."""
         weight, window = self.weight, Box((first, left), (last, right))
-        block: np.ndarray = np.empty(window.shape, f"u{ITEMSIZE[weight.dtype]}")
+        block: np.ndarray = np.empty(window.shape, f"u{ITEMSIZE[weight.stored_dtype]}")
         for piece in weight.pieces:
             if common := piece.origin.overlap(window):
                 (top, begin), (bottom, end) = (common.seen_from(window).start, common.seen_from(window).stop)
@@ -206,7 +232,7 @@ class Opened:
         """The bits of a box of (rows, columns) of a tensor, read at once for whole rows, else row by row."""
         part: np.ndarray = np.empty(place.shape, f"u{tensor.itemsize}")
         width = matrix_of(tensor.shape)[1] if len(tensor.shape) < 3 else tensor.shape[-1]
-        (top, left), file = place.start, self._files[tensor.file]
+        (top, left), file = place.start, self._file(tensor.file)
         if place.shape[1] == width:
             file.read_into(part.data.cast("B"), tensor.begin + top * width * tensor.itemsize)
             return part
@@ -214,11 +240,38 @@ class Opened:
             file.read_into(view.data.cast("B"), tensor.begin + ((top + row) * width + left) * tensor.itemsize)
         return part
 
+    def _file(self, path: str) -> SourceFile:
+        """A file, opened when it is first read. Of many, those are closed that were not read for the longest time."""
+        file = self._files.pop(path, None)
+        if file is None:
+            if len(self._files) >= MAX_OPEN:
+                self._files.pop(next(iter(self._files))).close()
+            file = SourceFile(self._root, path)
+        self._files[path] = file
+        return file
+
     def __enter__(self) -> Opened:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+        for file in self._files.values():
+            file.close()
+
+
+def rounded(bits: np.ndarray, dtype: str) -> np.ndarray:
+    """The bits of float32 values rounded to nearest, ties to even, as bits of another dtype. For bfloat16 half of the
+    last kept bit is added, less one bit where that is even."""
+    if dtype == "BF16":
+        raised: np.ndarray = bits >> 16
+        raised &= 1
+        raised += bits
+        raised += 0x7FFF
+        raised >>= 16
+        return raised.astype(np.uint16)
+    kind = {"F16": np.float16, "F64": np.float64}.get(dtype, np.float32)
+    with np.errstate(over="ignore"):
+        narrow: np.ndarray = bits.view(np.float32).astype(kind).view(f"u{ITEMSIZE[dtype]}")
+    return narrow
 
 
 def blocks(num_rows: int, num_columns: int, itemsize: int, max_nbytes: int) -> Iterator[Block]:

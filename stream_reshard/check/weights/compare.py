@@ -32,6 +32,8 @@ class Rule:
     source_padding_is_known: bool = True
     """True if the source or a user states the size of the source's vocabulary; if not, rows of the source past the
     copy's vocabulary must be zero."""
+    other: str = "the source has"
+    """The words before the value of the other side, in a message."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Compared:
     """The first difference."""
     is_digest: bool = False
     """True for the digest of a file."""
+    num_states: int = 0
+    """Number of moments and masters compared with those of the source."""
 
 
 def compare(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule, stop: Stop) -> Compared:
@@ -59,7 +63,7 @@ def compare(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule, stop: S
             expected = _as(source_file.block(*block), source_weight.dtype, dtype)
             found = _as(copy_file.block(*block), copy_weight.dtype, dtype)
             num_compared += found.size
-            if difference := _difference(found, expected, block, dtype, copy_weight, source_weight):
+            if difference := _difference(found, expected, block, dtype, copy_weight, source_weight, rule.other):
                 return Compared(num_compared, difference)
         if rule.padding_is_zero:
             difference = _padding_difference(copy_file, num_rows, rule)
@@ -88,21 +92,17 @@ def _lost_rows_difference(source_file: Opened, num_rows: int, copy: Checkpoint, 
             row = num_rows + first + int(rows.argmax())
             tensor, _ = weight.origin_of(row, left)
             return DifferenceError(
-                f"{_title(weight)}: row {row} of the source is not zero ({quoted(tensor.file)}), but "
+                f"{weight.title}: row {row} of the source is not zero ({quoted(tensor.file)}), but "
                 f"{quoted(copy.root)} has a vocabulary of {num_rows} rows; --vocab-size {num_rows} declares the rows "
                 f"from there on padding")
     return None
-
-
-def _title(weight: Weight) -> str:
-    return weight.parameter.hugging_face
 
 
 def shape_difference(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule) -> DifferenceError | None:
     """An error for a parameter with another shape or dtype than the source's and the rule ask for."""
     weight = copy.weights[name]
     fault = _shape_fault(weight, source.weights[name], rule, source.is_nanotron == copy.is_nanotron)
-    return DifferenceError(f"{quoted(weight.pieces[0].tensor.file)}: {_title(weight)} {fault}") if fault else None
+    return DifferenceError(f"{quoted(weight.pieces[0].tensor.file)}: {weight.title} {fault}") if fault else None
 
 
 def _shape_fault(copy: Weight, source: Weight, rule: Rule, are_same_format: bool) -> str | None:
@@ -163,8 +163,9 @@ def _as(block: np.ndarray, source: str, target: str) -> np.ndarray:
 
 
 def _difference(found: np.ndarray, expected: np.ndarray, block: Block, dtype: str, copy: Weight,
-                source: Weight | None) -> DifferenceError | None:
-    """The first element that differs: file, parameter, index and both values. `source` is None for padding."""
+                source: Weight | None, words: str = "") -> DifferenceError | None:
+    """The first element that differs: file, parameter, index and both values. `source` is None for padding; `words`:
+    those before its value."""
     differs = found != expected
     if not differs.any():
         return None
@@ -176,9 +177,10 @@ def _difference(found: np.ndarray, expected: np.ndarray, block: Block, dtype: st
         other = "but it is padding, which must be zero"
     else:
         origin, there = source.origin_of(row, column)
-        other = f"the source has {_value(expected[down, right], dtype)} ({quoted(origin.file)}, {list(there)})"
-    return DifferenceError(f"{quoted(tensor.file)}: {_title(copy)} {list(index)} is "
-                           f"{_value(found[down, right], dtype)} at {list(local)} of the file; {other}")
+        other = f"{words} {_value(expected[down, right], dtype)} ({quoted(origin.file)}, {list(there)})"
+    return DifferenceError(f"{quoted(tensor.file)}: {copy.title} {list(index)} is "
+                           f"{_value(found[down, right], dtype)} at {list(local)} of the "
+                           f"{'shard' if copy.state else 'file'}; {other}")
 
 
 def _value(bits: np.unsignedinteger, dtype: str) -> str:

@@ -73,7 +73,8 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
     unsaid = ["rope_theta"] if is_old and not config.says_rope_theta else []
     topology = next((Topology(file.rank.num_tp, file.rank.num_pp) for file in files if file.rank), Topology())
     return Checkpoint(root, model, vocab_size, config.extras, tuple(file.path for file in files), weights, unsaid, None,
-                      topology, interleaved, by_default, len(moved), config.is_whole)
+                      topology, interleaved, by_default, len(moved), config.config_class,
+                      next((file.version for file in files if file.version), None), config.is_whole)
 
 
 def _read_files(root: Path, max_nbytes: int, problems: Problems, known: Container[str] | None) -> list[HeldFile]:

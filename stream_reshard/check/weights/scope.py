@@ -15,6 +15,9 @@ from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML
 from stream_reshard.options import ALLOWABLE, VerifyOptions
 from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES
 
+STATES = "states"
+"""Name in `allow` for a copy without the training state that the source has."""
+
 PADDING = "padding"
 """Name in `allow` for padding rows that are not zero; Nanotron itself fills them with random values."""
 
@@ -22,6 +25,7 @@ PADDING = "padding"
 def allowable() -> dict[str, str]:
     """The names of differences that a user may accept, with the meaning of each."""
     return {PADDING: "rows of padding that are not zero; Nanotron itself fills them with random values",
+            STATES: "no training state beside the weights of DST, where SRC has one",
             STAGES: "blocks on other stages than Nanotron's balancing gives them",
             CONFIG_YAML: "config.yaml is missing, or starts from other weights",
             METADATA_NAME: f"{METADATA_NAME} is missing",
@@ -67,5 +71,8 @@ def cast_to(copy_side: Side, options: VerifyOptions) -> str | None:
 
 def true_vocab_size(source: Checkpoint, copy: Checkpoint) -> int:
     """Rows of the embedding without padding: the source's count, so that a copy cannot hide lost rows, else the copy's;
-    rows of the source past the copy's count must be zero."""
+    rows of the source past the copy's count must be zero. Rows of padding that both have are part of a training, which
+    changes them, so they are compared."""
+    if source.state is not None and copy.state is not None:
+        return min(copy.config.vocab_size, source.config.vocab_size)
     return source.vocab_size or copy.vocab_size or min(copy.config.vocab_size, source.config.vocab_size)

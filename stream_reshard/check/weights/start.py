@@ -58,15 +58,26 @@ class TrainingFolder:
 
 
 def start_problems(folder: TrainingFolder, content: bytes, init_method: Any, checkpoints: Mapping[str, Any],
-                   notes: list[str]) -> Iterator[SourceError]:
-    """Reasons why a training does not start from this folder. `content`: of config.yaml. Remarks go to `notes`."""
+                   notes: list[str], has_state: bool) -> Iterator[SourceError]:
+    """Reasons why a training does not start from this folder, or with a training state does not resume from it.
+    `content`: of config.yaml. Remarks go to `notes`; so does all that a training wrote of its own start."""
+    resumed = checkpoints.get("resume_checkpoint_path")
+    if has_state:
+        key = "checkpoints.resume_checkpoint_path"
+        problems = [SourceError(f"{CONFIG_YAML}: {key} is null; set it to {quoted(folder.name)} to resume from its "
+                                f"state")] if resumed is None else list(
+            _resume_problems(folder, content, resumed, checkpoints, notes))
+        if folder.manifest is None:
+            notes.extend(map(str, problems))
+        else:
+            yield from problems
+        return
     if not isinstance(init_method, Mapping) or init_method.keys() != {"path"}:
         held = ", ".join(sorted(map(str, init_method))) if isinstance(init_method, Mapping) else init_method
         yield SourceError(f"{CONFIG_YAML}: model.init_method holds {quoted(held or 'nothing')}, so the training does "
                           f"not start from these weights; it must hold path: {quoted(folder.name)}, and nothing else")
     else:
         yield from _path_problems(folder, content, "model.init_method.path", init_method["path"], notes)
-    resumed = checkpoints.get("resume_checkpoint_path")
     if resumed is not None:
         yield from _resume_problems(folder, content, resumed, checkpoints, notes)
 
@@ -112,7 +123,8 @@ def _resume_problems(folder: TrainingFolder, content: bytes, value: Any, checkpo
             yield SourceError(f"{CONFIG_YAML}: {key} is {quoted(path)}, whose {LATEST} holds {quoted(step[:40])}, not "
                               f"a number")
             return
-    elif path and "://" not in path and not os.path.exists(os.path.join(path, MODEL_CONFIG_NAME)):
+    elif path and "://" not in path and not folder.is_at(Path(path)) and not os.path.exists(
+            os.path.join(path, MODEL_CONFIG_NAME)):
         notes.append(f"{CONFIG_YAML}: {key} {quoted(path)} holds no checkpoint, so Nanotron starts from "
                      f"model.init_method")
         return

@@ -8,13 +8,15 @@ from stream_reshard.check.weights.agreement import (
 from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.compare import shape_difference
 from stream_reshard.check.weights.files import FilesOfManifest, file_set
-from stream_reshard.check.weights.scope import cast_to, rule_of
+from stream_reshard.check.weights.scope import STATES, cast_to, rule_of
 from stream_reshard.check.weights.side import Side
 from stream_reshard.check.weights.start import TrainingFolder
+from stream_reshard.check.weights.states.presence import differences as state_differences
+from stream_reshard.check.weights.states.presence import lack_of_state
 from stream_reshard.check.weights.tasks import shared
 from stream_reshard.check.weights.token_ids import id_differences
 from stream_reshard.check.weights.training import training_problems
-from stream_reshard.errors import Problems, ResourceError
+from stream_reshard.errors import Problems, ResourceError, quoted
 from stream_reshard.formats.nanotron.rules import STAGES
 from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML
 from stream_reshard.machine import memory
@@ -56,6 +58,7 @@ def compare_structure(source: Checkpoint, copy_side: Side, options: VerifyOption
         rule = rule_of(source, copy, copy_side, options, 0)
         found.differences.extend(filter(None, (
             shape_difference(name, source, copy, rule) for name in shared(source, copy))))
+    _compare_states(source, copy, copy_side, options, found)
     if copy.topology is not None:
         folder = TrainingFolder(copy_side.root, options.name or copy_side.root, copy_side.manifest)
         limit = memory.yaml_limit(allowed, memory.resident())
@@ -64,6 +67,19 @@ def compare_structure(source: Checkpoint, copy_side: Side, options: VerifyOption
         found.differences.extend([*problems, *(elsewhere if not is_accepted else ())])
         found.accepted.extend(f"{text}; {_acceptor(CONFIG_YAML, options)}" for text in elsewhere if is_accepted)
     return manifest_files
+
+
+def _compare_states(source: Checkpoint, copy: Checkpoint, copy_side: Side, options: VerifyOptions,
+                    found: Found) -> None:
+    """Collect the differences of training states in everything but tensors."""
+    found.differences.extend(state_differences(source, copy, found.notes))
+    lack = lack_of_state(source, copy_side)
+    if isinstance(lack, str):
+        found.notes.append(lack)
+    elif lack is not None and STATES in options.allow:
+        found.accepted.append(f"{STATES}: {quoted(copy.root)} has no training state; {_acceptor(STATES, options)}")
+    elif lack is not None:
+        found.differences.append(lack)
 
 
 def _judge(setting: Setting, copy: Checkpoint, copy_side: Side, options: VerifyOptions, found: Found) -> None:

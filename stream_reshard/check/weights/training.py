@@ -9,6 +9,8 @@ from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.start import TrainingFolder, start_problems, value_text
+from stream_reshard.check.weights.states.settings import wanted_settings
+from stream_reshard.check.weights.states.state import has_state
 from stream_reshard.errors import Problems, SourceError
 from stream_reshard.formats.nanotron.config import NanotronModelConfig, ids_written, parse_model_config
 from stream_reshard.formats.nanotron.rules import padded_size
@@ -34,8 +36,8 @@ def training_problems(folder: TrainingFolder, checkpoint: Checkpoint, topology: 
     if content is not None and settings is not None:
         problems.extend(problems.collect(lambda: list(_model_problems(settings, checkpoint, topology, notes))) or ())
         elsewhere.extend(elsewhere.collect(lambda: list(start_problems(
-            folder, content, _below(settings, "model").get("init_method"), _below(settings, "checkpoints"), notes)))
-            or ())
+            folder, content, _below(settings, "model").get("init_method"), _below(settings, "checkpoints"), notes,
+            has_state(folder.root)))) or ())
     return problems, elsewhere
 
 
@@ -46,6 +48,8 @@ def _model_problems(settings: Mapping[str, Any], checkpoint: Checkpoint, topolog
     config = parse_model_config(_below(settings, "model", "model_config"), f"{CONFIG_YAML}: model_config")
     multiple = _below(settings, "model").get("make_vocab_size_divisible_by", 1)
     pairs = _pairs(settings, config, checkpoint, topology)
+    if checkpoint.state is not None:
+        pairs |= {name: (value, needed) for name, value, needed in wanted_settings(settings, checkpoint.state)}
     if not (type(multiple) is int and multiple > 0):
         yield SourceError(f"{CONFIG_YAML}: make_vocab_size_divisible_by is {value_text(multiple)}, not a positive int")
     else:
