@@ -62,8 +62,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "speed": (*COMMON, CALLS),
     "groups": (NAME, ("finished", lambda case: "yes"), *COMMON[1:]),
     "options": COMMON,
-    "clones": (*COMMON[:-1], *((f"{word}, MiB", lambda case, word=word: told(case, f"nbytes_{word}"))
-                               for word in ("cloned", "copied", "strided")),
+    "clones": (*COMMON[:-1], *((f"{word}, MiB", lambda case, key=key: told(case, key)) for word, key in (
+                  ("cloned", "nbytes_cloned"), ("copied", "nbytes_copied"), ("rearranged", "nbytes_strided"))),
                ("disk used, MiB", lambda case: mib(case["used_nbytes"]))),
     "growth": (NAME, ("source, GB", lambda case: f"{case['source_nbytes'] / GB:.2f}"), *COMMON[1:]),
 }
@@ -77,8 +77,8 @@ ABOUT = {
     "options": "Variants of stream_reshard at TP=4 PP=2, --max-memory 256MiB. Cold source. Ratio to "
                "`cp -r SRC OUT && sync`.",
     "clones": "File systems that share blocks, each in a file on a loop device. Cold source. Ratio to "
-              "`cp --reflink=never -r SRC OUT && sync` on the same file system. Cloned, copied, strided: target bytes, "
-              "as the tool tells; disk used: what the file system holds more after the run.",
+              "`cp --reflink=never -r SRC OUT && sync` on the same file system. Cloned, copied, rearranged: target "
+              "bytes, as the tool tells; disk used: what the file system holds more after the run.",
     "growth": "Time and memory against the size of the model and against TP. Cold source. Ratio to "
               "`cp -r SRC OUT && sync` of the same source.",
 }
