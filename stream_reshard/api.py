@@ -1,4 +1,4 @@
-"""The interface for programs, notebooks and the command line: plan, run, verify, inspect, diff::
+"""The interface for programs, notebooks and the command line: plan, estimate, run, verify, inspect, diff::
 
     from stream_reshard import api
     conversion = api.plan("llama-7b", "llama-7b-tp4", tp=4, pp=2, max_memory="256MiB")
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from stream_reshard.check.forward import ForwardPlan
     from stream_reshard.check.forward.report import ForwardResult
 
-__all__ = ["Conversion", "Report", "Result", "Stop", "diff", "inspect", "plan", "plan_forward", "run", "run_forward",
-           "verify"]
+__all__ = ["Conversion", "Report", "Result", "Stop", "diff", "estimate", "inspect", "plan", "plan_forward", "run",
+           "run_forward", "verify"]
 
 _SWITCH_SECONDS = 0.0005
 """Longest time, while bytes are moved, that a thread keeps the others from running Python."""
@@ -133,6 +133,15 @@ def plan(source: Folder, destination: Folder | None = None, *, to: Format | None
     more += litter_notes(like) if like else ()
     conversion = plan_conversion(replace(options, source=root, template=like), stop)
     return replace(conversion, notes=(*notes, *more, *conversion.notes))
+
+
+@_public
+def estimate(conversion: Conversion) -> Conversion:
+    """The plan with an estimate of its time. For about a second SRC is read, and copied into a file without a name
+    beside DST, which is gone afterwards. Raises SourceError or ResourceError where SRC cannot be read."""
+    from stream_reshard.convert.estimate import with_estimate
+    with _switching_soon():
+        return with_estimate(conversion)
 
 
 @_public

@@ -150,6 +150,9 @@ def _fill(made: argparse.ArgumentParser, command: str) -> argparse.ArgumentParse
         if own.group not in groups:
             groups[own.group] = made.add_argument_group(own.group)
         _add(groups[own.group], own)
+    if command == "plan":
+        made.add_argument("--time", action="store_true", help="also estimate the time of the run: for about a second, "
+                          "read SRC and write a file without a name beside DST")
     if command == "verify":
         made.add_argument("--forward", action="store_true", help="also run both over the same tokens, layer by layer "
                           "in float32, and compare the outcome; needs the extra [torch]")

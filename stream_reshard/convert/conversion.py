@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stream_reshard.check.source_digests import expected_sums, sum_problems
 from stream_reshard.convert.ends import open_ends
@@ -40,6 +40,9 @@ from stream_reshard.storage.identity import Identity
 from stream_reshard.storage.small_files import real_path
 from stream_reshard.storage.target_file import Transport
 
+if TYPE_CHECKING:
+    from stream_reshard.convert.estimate import Estimate
+
 _SMALL_FILES_NBYTES = 2**20
 """Bytes on disk for documents, manifest and folders beside the weights."""
 
@@ -63,6 +66,8 @@ class Conversion(Reported):
     """Files in the staging folder that the run can keep, from an earlier attempt."""
     companions: dict[str, Companion] = field(default_factory=dict)
     """Companions to copy, by name."""
+    estimate: Estimate | None = None
+    """The time of the run, where it was asked for and its disks could be tried."""
 
     @property
     def facts(self) -> dict[str, Any]:

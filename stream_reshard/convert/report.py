@@ -9,7 +9,7 @@ from typing import Any
 from stream_reshard.convert.conversion import Conversion
 from stream_reshard.errors import shell_word, shown
 from stream_reshard.formats.base import NextStep
-from stream_reshard.machine.memory import big, counted, human
+from stream_reshard.machine.memory import big, counted, duration, human
 from stream_reshard.report import Reported, note_lines
 from stream_reshard.run.writing import Done
 from stream_reshard.storage.dtypes import TORCH_DTYPES
@@ -42,7 +42,18 @@ def as_json(conversion: Conversion) -> dict[str, Any]:
                    "block_nbytes": conversion.memory.block_nbytes},
         "copied": list(conversion.companions), "disk_nbytes": conversion.disk_nbytes,
         "num_files_kept": conversion.num_kept,
-        "disk_free_nbytes": conversion.disk_free, "notes": list(conversion.notes), "plan_sha256": plan.digest}
+        "disk_free_nbytes": conversion.disk_free, "time": _time_as_json(conversion),
+        "notes": list(conversion.notes), "plan_sha256": plan.digest}
+
+
+def _time_as_json(conversion: Conversion) -> dict[str, Any] | None:
+    """The estimate of the time, as JSON."""
+    if conversion.estimate is None:
+        return None
+    trial = conversion.estimate.trial
+    return {"seconds_estimated": round(conversion.estimate.seconds, 3),
+            "read_nbytes_per_second": round(trial.reading.per_second),
+            "copied_nbytes_per_second": round(trial.copying.per_second), "nbytes_tried": trial.nbytes}
 
 
 def plan_lines(conversion: Conversion) -> Iterator[str]:
@@ -69,6 +80,9 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
            f"{human(memory['allowed'])} allowed, {human(memory['reserved'])} held now")
     free = f", {human(facts['disk_free_nbytes'])} free" if facts["disk_free_nbytes"] is not None else ""
     yield f"disk     {human(facts['disk_nbytes'])} in {counted(target['num_files'], 'file')}{free}"
+    if time := facts["time"]:
+        yield (f"time     {duration(time['seconds_estimated'])} (reads {human(time['read_nbytes_per_second'])}/s, "
+               f"copies {human(time['copied_nbytes_per_second'])}/s, measured on {human(time['nbytes_tried'])})")
     if copied := facts["copied"]:
         more = f" and {len(copied) - _MAX_LISTED} more" if len(copied) > _MAX_LISTED else ""
         yield from _wrapped(f"{', '.join(map(shown, copied[:_MAX_LISTED]))}{more}", "along    ")

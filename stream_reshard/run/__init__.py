@@ -7,4 +7,5 @@
 - moving:  one parameter, from its source files into the files of a job
 - lanes:   one block is written while the next is read
 - engines: executors that run the jobs
+- trial:   the speed of the disks, measured before a run
 """

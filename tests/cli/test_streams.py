@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from running import ROOT
 from shells import shelled, started
 from sources import make_source
@@ -89,7 +90,6 @@ ODD = "é\U0001f600a\nb\u2028x\u0085q\"u'o\\t\t"
     for name, env in ((ODD, ASCII), (ODD, PLAIN_C), (ODD, LATIN), ("\udce9", PLAIN_C), ("\udce9", LATIN), ("é", ASCII))])
 def test_names_in_any_locale(tmp_path, name, env):
     """Plan, run, summary and errors are printable, and config.yaml names the folder in which it stands."""
-    yaml = pytest.importorskip("yaml")
     source, copy = make_source(tmp_path / f"hf{name}"), tmp_path / f"nt{name}"
     (source / "tokenizer.json").write_text("{}")
     code, _, err = shelled("", source / "none", copy, env=env)

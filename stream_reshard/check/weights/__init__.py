@@ -38,7 +38,6 @@ from stream_reshard.check.weights.side import Side, open_side
 from stream_reshard.check.weights.states.presence import with_states
 from stream_reshard.check.weights.states.tasks import byte_tasks, state_tasks
 from stream_reshard.check.weights.tasks import Task, digest_tasks, run, shared, weight_tasks
-from stream_reshard.check.weights.training import has_yaml
 from stream_reshard.errors import DifferenceError, Problems, ResourceError
 from stream_reshard.machine import memory
 from stream_reshard.machine.stop import Stop
@@ -84,7 +83,8 @@ def verify(source: Path, copy: Path, options: VerifyOptions = VerifyOptions(), s
             "num_elements_compared": counts["elements"], "num_digests": counts["digests"],
             "state": _state_facts(original, compared, counts["states"], options),
             "has_manifest": copy_side.manifest is not None, "cast": _cast_text(original, copy_side, options),
-            "accepted": found.accepted, "notes": found.notes, "config_yaml_was_read": has_yaml(),
+            "accepted": found.accepted, "notes": found.notes,
+            "config_yaml_was_read": True,  # Always; a key of the JSON document is never removed.
             "quick": options.quick, "sample": options.sample, "seed": options.seed}
 
 
@@ -119,8 +119,6 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
         yield f"cast     {facts['cast']}"
     yield from (f"accepted {text}" for text in facts["accepted"])
     yield from note_lines(facts)
-    if not facts["config_yaml_was_read"]:
-        yield "note     config.yaml was not read, only its digest compared: PyYAML is not installed"
 
 
 def _state_facts(source: Checkpoint, copy: Checkpoint, num_compared: int, options: VerifyOptions
