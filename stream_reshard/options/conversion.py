@@ -92,8 +92,8 @@ class Options(Folders, Resources):
         return Topology(self.tp, self.pp, self.dp)
 
 
-_NANOTRON_ONLY = ("rope", "vocab_multiple", "nanotron_config", "checkpoint_version")
-"""Options of which only a Nanotron target makes use, beside `tp` and `pp`."""
+_NANOTRON_ONLY = ("tp", "pp", "rope", "vocab_multiple", "nanotron_config", "checkpoint_version")
+"""Options of which only a Nanotron target makes use."""
 
 
 def nanotron_flags(options: Options) -> Iterator[str]:
@@ -101,5 +101,3 @@ def nanotron_flags(options: Options) -> Iterator[str]:
     for own in options_of(Options):
         if own.name in _NANOTRON_ONLY and getattr(options, own.name) != own.default:
             yield own.flag
-    if (options.tp, options.pp) != (1, 1):
-        yield "--tp, --pp"
