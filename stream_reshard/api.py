@@ -51,6 +51,12 @@ if TYPE_CHECKING:
 __all__ = ["Conversion", "Report", "Result", "Stop", "diff", "estimate", "inspect", "plan", "plan_forward", "run",
            "run_forward", "verify"]
 
+
+def __dir__() -> list[str]:
+    """The public names alone: what a notebook offers."""
+    return __all__
+
+
 _SWITCH_SECONDS = 0.0005
 """Longest time, while bytes are moved, that a thread keeps the others from running Python."""
 

@@ -3,21 +3,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from textwrap import wrap
 from typing import Any
 
 from stream_reshard.convert.conversion import Conversion
 from stream_reshard.errors import shell_word, shown
 from stream_reshard.formats.base import NextStep
 from stream_reshard.machine.memory import big, counted, duration, human
-from stream_reshard.report import Reported, note_lines
+from stream_reshard.report import Reported, note_lines, wrapped
 from stream_reshard.run.writing import Done
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 
 _MAX_LISTED = 16
 """Companions that are named."""
-
-_INDENT = " " * 9
 
 
 def as_json(conversion: Conversion) -> dict[str, Any]:
@@ -66,7 +63,7 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
     if origin := conversion.source.origin:
         yield f"         {origin['repo']} on the hub, commit {origin['commit']}"
     yield f"target   {shown(target['path'] or '(not given)')}"
-    yield from _wrapped(f"{target['format']} {conversion.target}, {target['dtype']}")
+    yield from wrapped(f"{target['format']} {conversion.target}, {target['dtype']}")
     yield from conversion.target.lines(conversion.plan.target, facts)
     vocab = facts["vocab"]
     padding = f"padded to {vocab['padded']} with zeros" if vocab["padded"] != vocab["size"] else "no padding"
@@ -85,14 +82,8 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
                f"copies {human(time['copied_nbytes_per_second'])}/s, measured on {human(time['nbytes_tried'])})")
     if copied := facts["copied"]:
         more = f" and {len(copied) - _MAX_LISTED} more" if len(copied) > _MAX_LISTED else ""
-        yield from _wrapped(f"{', '.join(map(shown, copied[:_MAX_LISTED]))}{more}", "along    ")
+        yield from wrapped(f"{', '.join(map(shown, copied[:_MAX_LISTED]))}{more}", "along    ")
     yield from note_lines(facts)
-
-
-def _wrapped(text: str, first: str = _INDENT) -> list[str]:
-    """A text in lines of 80 columns; words are never cut."""
-    return wrap(text, 80, initial_indent=first, subsequent_indent=_INDENT, break_long_words=False,
-                break_on_hyphens=False)
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,7 +139,7 @@ class Result(Reported):
             yield (f"overflow {moved.num_overflowed} weights were too large for {conversion.options.dtype} and are "
                    f"infinite now; choose another --dtype")
         if conversion.options.verify:
-            yield "verified every weight, header and file against the source, before the commit: all equal"
+            yield "verified every weight, header and file, before the commit: all equal"
 
     def _done_lines(self) -> Iterator[str]:
         options = self.conversion.options

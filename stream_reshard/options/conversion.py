@@ -101,8 +101,8 @@ class Options(Folders, Resources):
         return Topology(self.tp, self.pp, self.dp)
 
 
-_NANOTRON_ONLY = ("rope", "vocab_multiple", "nanotron_config", "checkpoint_version", "zero", "schedule")
-"""Options of which only a Nanotron target makes use, beside `tp` and `pp`."""
+_NANOTRON_ONLY = ("tp", "pp", "rope", "vocab_multiple", "nanotron_config", "checkpoint_version", "zero", "schedule")
+"""Options of which only a Nanotron target makes use."""
 
 
 def flags_of(options: Options, names: Collection[str]) -> Iterator[str]:
@@ -115,5 +115,3 @@ def flags_of(options: Options, names: Collection[str]) -> Iterator[str]:
 def nanotron_flags(options: Options) -> Iterator[str]:
     """The flags among the options that only a Nanotron target makes use of."""
     yield from flags_of(options, _NANOTRON_ONLY)
-    if (options.tp, options.pp) != (1, 1):
-        yield "--tp, --pp"
