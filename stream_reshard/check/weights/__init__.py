@@ -132,7 +132,7 @@ def _state_facts(source: Checkpoint, copy: Checkpoint, num_compared: int, option
 
 
 def _state_line(facts: dict[str, Any]) -> str:
-    step, kinds = f"state    of step {facts['step']:g}", " and ".join(facts["kinds"])
+    step, kinds = f"state    of step {facts['step']:g}", ", ".join(facts["kinds"])
     compared = f"{facts['num_compared']} numbers in {kinds}: all equal" if facts["num_compared"] else "not compared"
     checks = f", checksums of {facts['num_files']} files right" if facts["checksums"] else ""
     return f"{step}, {compared}{checks}"
