@@ -1,6 +1,7 @@
 """Both ends of a conversion: the source and the target that the options choose."""
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from stream_reshard.destination.refusals import destination_problems, occupation_problems
@@ -13,6 +14,7 @@ from stream_reshard.formats.nanotron.template import LikeTemplate
 from stream_reshard.formats.registry import open_any
 from stream_reshard.formats.unsupported import unsupported_problems
 from stream_reshard.machine import memory
+from stream_reshard.model.truncation import truncated
 from stream_reshard.options import Options
 
 
@@ -20,7 +22,8 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target[Any]
     """Open the source and choose the target. Raises Refused with all problems of source, flags and destination, and
     those already in `problems`."""
     limit = memory.parse_limit(options.allowed_memory, memory.resident())
-    source = open_any(options.source, limit, options.vocab_size, problems)
+    source = open_any(options.source, limit, options.vocab_size, problems,
+                      truncate=partial(truncated, layers=options.layers))
     if options.destination is not None:
         problems.extend(destination_problems(options.source, options.destination))
     target = problems.collect(_chosen, options, source, limit) if source else None

@@ -46,6 +46,9 @@ class Options(Folders, Resources):
     tp: int = option(1, "tensor-parallel ranks", metavar="T", least=1)
     pp: int = option(1, "pipeline stages, balanced as Nanotron balances them", metavar="P", least=1)
     dp: int = option(1, "data-parallel replicas, for config.yaml; changes no weight file", metavar="D", least=1)
+    layers: int | None = option(None, "take the first N decoder layers only, with embedding, final norm and head: a "
+                                "trial of the whole chain on a large model. DST is marked as truncated", metavar="N",
+                                least=1, shown="all")
     template: Path | None = option(None, "a Nanotron checkpoint, such as one saved from a random model: DST gets its "
                                    "files, names, versions, slices and dtypes; the plan lists the tensors in which "
                                    "they differ from this tool's own choice", metavar="DIR")
