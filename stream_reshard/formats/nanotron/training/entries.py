@@ -57,7 +57,7 @@ def names_in(file: TorchFile) -> list[str]:
     contents = _dict_of(file.contents, "it")
     for key in _KEYS:
         if key not in contents:
-            raise ValueError(f"it has no {key}")
+            raise ValueError(f"its values have no {key}")
     if unknown := contents.keys() - {*_KEYS, MASTERS}:
         raise ValueError(f"it holds {quoted(sorted(map(str, unknown))[0])}, which is not known here")
     names = _dict_of(contents["names"], "names")
