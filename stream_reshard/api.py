@@ -119,8 +119,8 @@ def _as_keywords(text: str) -> str:
 
 @_public
 def plan(source: Folder, destination: Folder | None = None, *, to: Format | None = None, tp: int = 1, pp: int = 1,
-         dp: int = 1, zero: int | None = None, schedule: Schedule = "saved", weights_only: bool = False,
-         template: Folder | None = None, dtype: Dtype = "keep", rope: Rope = "auto",
+         dp: int = 1, layers: int | None = None, zero: int | None = None, schedule: Schedule = "saved",
+         weights_only: bool = False, template: Folder | None = None, dtype: Dtype = "keep", rope: Rope = "auto",
          nanotron_config: NanotronConfig = "auto", checkpoint_version: Version = "1.5", vocab_multiple: int = 1,
          vocab_size: int | None = None, max_shard_size: Size = Options.max_shard_size, tokenizer: Folder | None = None,
          allow: Collection[str] = (), verify: bool = False, source_sha256: str | None = None, io: Io = "auto",

@@ -64,6 +64,12 @@ def note_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     return (f"note     {note}" for note in facts["notes"])
 
 
+def layers_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """The layers of a truncated model among facts, for a person; nothing for a whole model."""
+    if facts["whole_num_layers"] is not None:
+        yield f"layers   first {facts['num_layers']} of {facts['whole_num_layers']}: a trial, not the whole model"
+
+
 Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 

@@ -2,6 +2,7 @@
 get wrong when it resumes from it."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,10 @@ from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.nanotron import open_nanotron
 from stream_reshard.check.weights.start import TrainingFolder
 from stream_reshard.check.weights.states.metadata import sum_faults
-from stream_reshard.check.weights.states.state import TrainingState, has_state, open_state, shapes_of
+from stream_reshard.check.weights.states.state import TrainingState, has_state, open_state, shape_at, shapes_of
 from stream_reshard.check.weights.training import training_problems
 from stream_reshard.errors import Problems
 from stream_reshard.machine.memory import human
-from stream_reshard.model.box import Box
 from stream_reshard.storage.dtypes import ITEMSIZE
 
 SAVED, EXACT = "saved", "exact"
@@ -44,7 +44,7 @@ def _facts(checkpoint: Checkpoint, state: TrainingState) -> dict[str, Any]:
     numbers = [rate for rate in rates if isinstance(rate, (int, float))]
     return {"step": state.metas["last_train_step"], "optimizer_step": state.step,
             "samples": state.metas.get("consumed_train_samples"), "tokens": state.metas.get("consumed_tokens_total"),
-            "learning_rates": [min(numbers), max(numbers)] if numbers else None, "optimizer": state.optimizer,
+            "learning_rates": [min(numbers), max(numbers)] if numbers else None, "optimizer": state.config.optimizer,
             "zero_stage": int(state.is_zero), "dp": state.topology.dp, "has_masters": state.has_masters,
             "schedule": EXACT if state.is_exact else SAVED, "vocab_rows": checkpoint.config.vocab_size,
             "states": {kind: _kind_facts(checkpoint, state, kind) for kind in state.kinds},
@@ -56,8 +56,7 @@ def _kind_facts(checkpoint: Checkpoint, state: TrainingState, kind: str) -> dict
     dtypes: dict[str, int] = {}
     for name, shapes in shapes_of(checkpoint).items():
         dtype = state.dtype_of(kind, name)
-        num_elements = sum(Box.whole(shapes.get(tp, shapes.get(None, ()))).num_elements
-                           for tp in range(state.topology.tp))
+        num_elements = sum(math.prod(shape_at(shapes, tp)) for tp in range(state.topology.tp))
         dtypes[dtype] = dtypes.get(dtype, 0) + num_elements * len(state.stages_of[name]) * ITEMSIZE[dtype]
     return {"dtypes": dtypes, "nbytes": sum(dtypes.values())}
 

@@ -15,7 +15,7 @@ from stream_reshard.convert.ends import open_ends
 from stream_reshard.convert.notes import main_dtype, notes_of
 from stream_reshard.convert.room import budget_of, disk_problems, num_jobs_of
 from stream_reshard.destination.access import access_notes
-from stream_reshard.destination.companions import Companion, copied_from, find_companions
+from stream_reshard.destination.companions import Companion, copied_from, find_companions, without_card
 from stream_reshard.destination.journal import JOURNAL_NAME
 from stream_reshard.destination.lock import lock_problems
 from stream_reshard.destination.refusals import disk_free, num_kept_in, occupation_problems
@@ -28,6 +28,7 @@ from stream_reshard.formats.nanotron.training.target import NewTrainingState
 from stream_reshard.machine import memory
 from stream_reshard.machine.kernel import NETWORK_FILE_SYSTEMS, file_system_of
 from stream_reshard.machine.stop import Stop
+from stream_reshard.model.truncation import WHOLE
 from stream_reshard.options import Options, VerifyOptions
 from stream_reshard.plan.plan import Job, Plan, make_plan
 from stream_reshard.plan.states import make_state_plan
@@ -134,9 +135,11 @@ class Conversion(Reported):
         dtype = self.dtype if options.template and self.plan.casts else options.dtype
         config = self.source.config
         vocab_size = self.source.recorded_vocab_size if self.states else config.vocab_size
+        whole = config.whole_num_hidden_layers
         facts = {"vocab_size": vocab_size, "dtype": dtype, "allowed": sorted(accepted),
                  "ignored_tensors": dict(self.source.ignored or {}), "token_ids": config.token_ids,
                  "router_dtype": self.source.router_dtype if dtype == "keep" else None,
+                 **({WHOLE: whole} if whole else {}),
                  **({"origin": dict(self.source.origin)} if self.source.origin else {})}
         return Output(self.plan, destination, texts, self.target.marker, _digest(texts, destination), NAMING,
                       self.companions, self.identities, facts, self.states)
@@ -152,6 +155,8 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     options, problems = _with_fixed_paths(options), Problems()
     source, target = open_ends(options, problems)
     found = find_companions(options.source, options.tokenizer, problems)
+    if source.config.whole_num_hidden_layers is not None:
+        found = without_card(found)
     if options.source_sha256 is not None:
         names = {*source.identities, *(name for name, own in found.files.items() if own.path.parent == options.source)}
         sums = expected_sums(options.source, names, options.source_sha256)

@@ -1,6 +1,7 @@
 """Both ends of a conversion: the source and the target that the options choose."""
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from stream_reshard.destination.refusals import destination_problems, occupation_problems
@@ -16,6 +17,7 @@ from stream_reshard.formats.nanotron.training.source import has_state
 from stream_reshard.formats.registry import open_any
 from stream_reshard.formats.unsupported import unsupported_problems
 from stream_reshard.machine import memory
+from stream_reshard.model.truncation import truncated
 from stream_reshard.options import Options
 from stream_reshard.options.conversion import flags_of
 
@@ -25,8 +27,9 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target[Any]
     those already in `problems`."""
     limit = memory.parse_limit(options.allowed_memory, memory.resident())
     moves_state = options.to == "nanotron" and has_state(options.source) and not (
-        options.weights_only or options.template)
-    source = open_any(options.source, limit, options.vocab_size, problems, keeps_rows=moves_state)
+        options.weights_only or options.template or options.layers)
+    source = open_any(options.source, limit, options.vocab_size, problems,
+                      truncate=partial(truncated, layers=options.layers), keeps_rows=moves_state)
     if options.destination is not None:
         problems.extend(destination_problems(options.source, options.destination))
     target = problems.collect(_chosen, options, source, limit, moves_state) if source else None

@@ -9,7 +9,7 @@ from stream_reshard.convert.conversion import Conversion
 from stream_reshard.errors import shell_word, shown
 from stream_reshard.formats.base import NextStep
 from stream_reshard.machine.memory import big, counted, duration, human
-from stream_reshard.report import Reported, note_lines, wrapped
+from stream_reshard.report import Reported, layers_lines, note_lines, wrapped
 from stream_reshard.run.writing import Done
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 
@@ -29,6 +29,7 @@ def as_json(conversion: Conversion) -> dict[str, Any]:
         "target": {"path": str(options.destination) if options.destination else None, **target,
                    "num_files": conversion.num_files, "nbytes": conversion.nbytes, "dtype": conversion.dtype},
         "num_parameters": plan.target.model.num_elements,
+        "num_layers": config.num_hidden_layers, "whole_num_layers": config.whole_num_hidden_layers,
         "vocab": {"size": config.vocab_size, "padded": rows},
         "tied": config.tie_word_embeddings, "stages": stages,
         "casts": {f"{TORCH_DTYPES[a]} to {TORCH_DTYPES[b]}": n for (a, b), n in plan.casts.items()},
@@ -62,6 +63,7 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
            f"{human(source['nbytes'])} in {counted(source['num_shards'], conversion.plan.source.file_word)}")
     if origin := conversion.source.origin:
         yield f"         {origin['repo']} on the hub, commit {origin['commit']}"
+    yield from layers_lines(facts)
     yield f"target   {shown(target['path'] or '(not given)')}"
     yield from wrapped(f"{target['format']} {conversion.target}, {target['dtype']}")
     yield from conversion.target.lines(conversion.plan.target, facts)
@@ -127,6 +129,7 @@ class Result(Reported):
                f"({human(nbytes / max(self.seconds, 1e-9))}/s), durable")
         yield (f"memory   peak {human(self.peak_nbytes)}, {human(memory.projected)} projected, "
                f"{human(memory.allowed)} allowed")
+        yield from layers_lines(as_json(conversion))
         yield from (f"left     {shown(path)}: the old checkpoint could not be removed" for path in done.leftovers)
         if done.num_kept:
             yield f"resumed  {counted(done.num_kept, 'file')} kept from an earlier attempt, each with its digest"

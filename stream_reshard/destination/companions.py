@@ -98,6 +98,13 @@ def find_companions(source: Path, tokenizer: Path | None, problems: Problems) ->
     return Companions(own.files | given.files, own.notes + given.notes)
 
 
+def without_card(found: Companions) -> Companions:
+    """The companions without the model card, which is not that of a truncated model."""
+    cards = [name for name in found.files if name.lower() == "readme.md"]
+    files = {name: own for name, own in found.files.items() if name not in cards}
+    return Companions(files, [*found.notes, *(f"{quoted(name)} is not copied, as DST is truncated" for name in cards)])
+
+
 def _names_in(folder: Path) -> list[str]:
     """Names of the files in a folder that are names of companions, in order."""
     own = (name for name in _listed(folder)

@@ -23,6 +23,7 @@ import xxhash
 from stream_reshard import __version__
 from stream_reshard.errors import SourceError, quoted
 from stream_reshard.model.parameters import parse_token_id
+from stream_reshard.model.truncation import WHOLE
 from stream_reshard.storage.dtypes import ITEMSIZE
 from stream_reshard.storage.json_stream import JsonReader, TooLong
 from stream_reshard.storage.small_files import MAX_JSON_NBYTES, open_regular, read_error, too_long
@@ -288,6 +289,9 @@ def _checked(facts: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{quoted(facts)} are not the facts of a conversion")
     for value in dict(facts.get("token_ids", {})).values():
         parse_token_id(value)
+    whole = facts.get(WHOLE)
+    if whole is not None and not (type(whole) is int and whole > 0):
+        raise ValueError(f"{quoted(whole)} is not a number of layers")
     if facts.get("router_dtype") not in (None, *ITEMSIZE):
         raise ValueError(f"{quoted(facts['router_dtype'])} is not a dtype")
     return facts

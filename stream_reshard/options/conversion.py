@@ -49,6 +49,9 @@ class Options(Folders, Resources):
     pp: int = option(1, "pipeline stages, balanced as Nanotron balances them", metavar="P", least=1)
     dp: int = option(1, "data-parallel replicas, for config.yaml and for the state of a training "
                     "with ZeRO; changes no weight file", metavar="D", least=1)
+    layers: int | None = option(None, "take the first N decoder layers only, with embedding, final norm and head: a "
+                                "trial of the whole chain on a large model. DST is marked as truncated", metavar="N",
+                                least=1, shown="all")
     zero: int | None = option(None, "stage of ZeRO, 0 or 1, in which the state of a training is written", metavar="N",
                               least=0, shown="that of SRC")
     schedule: Schedule = option("saved", "learning-rate schedule of a training that goes on: saved, as Nanotron saves "

@@ -9,6 +9,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from stream_reshard.errors import SourceError, quoted
@@ -19,6 +20,9 @@ from stream_reshard.storage.torch_values import new_storage
 from stream_reshard.storage.torch_writer import NewTorchFile, plan_records
 from stream_reshard.storage.zip_file import ENTRY, Member, NoRoom, read_members
 
+ID_NAME = ".data/serialization_id"
+"""Record that depends on the names of the others."""
+
 _ENTRY_CRC, _DESCRIPTOR_CRC = 16, 4
 """Offsets of the CRC-32 in an entry of the directory (4.3.12) and in a data descriptor (4.3.9), in bytes."""
 
@@ -27,28 +31,41 @@ def damage_in(root: Path, path: str, buffer: memoryview, stop: Stop) -> str | No
     """The first fault of `root / path`, with its place; None for a file that is whole. Read through `buffer`. Raises
     SourceError for a file that is no zip of torch, ResourceError where it cannot be read."""
     with SourceFile(root, path) as file:
-        def read_at(offset: int, nbytes: int) -> bytes:
-            content = bytearray(nbytes)
-            file.read_into(memoryview(content), offset)
-            return bytes(content)
-
-        size = os.fstat(file.descriptor).st_size
-        try:
-            members = read_members(read_at, size, MAX_PICKLE_NBYTES)
-        except (ValueError, NoRoom) as error:
-            raise SourceError(f"{quoted(path)}: {error}") from error
+        members, read_at = _members(file, path), partial(_read_at, file)
         crcs: dict[str, int] = {}
         for name, member in members.items():
             crcs[name] = _crc_of(file, member, buffer, stop)
             if member.crc and crcs[name] != member.crc:
                 return (f"{quoted(path)}: its record {quoted(name)} is damaged: the CRC-32 of {member.nbytes} bytes at "
                         f"byte {member.begin} is {crcs[name]:08x}, and should be {member.crc:08x}")
-        for begin, wanted in _frame(members, crcs, size, read_at):
+        for begin, wanted in _frame(members, crcs, os.fstat(file.descriptor).st_size, read_at):
             if (found := read_at(begin, len(wanted))) != wanted:
                 at = next(index for index, pair in enumerate(zip(found, wanted)) if pair[0] != pair[1])
                 return (f"{quoted(path)}: between its records, byte {begin + at} is {found[at]:#04x}, where torch.save "
                         f"writes {wanted[at]:#04x}")
     return None
+
+
+def sums_in(root: Path, path: str) -> frozenset[tuple[str, int, int]]:
+    """(name below the folder, size, CRC-32) of the records of `root / path`, by its directory: what two files with the
+    same values have in common. Raises SourceError."""
+    with SourceFile(root, path) as file:
+        members = _members(file, path)
+    below = ((name.partition("/")[2], member) for name, member in members.items())
+    return frozenset((name, member.nbytes, member.crc) for name, member in below if name != ID_NAME)
+
+
+def _read_at(file: SourceFile, offset: int, nbytes: int) -> bytes:
+    content = bytearray(nbytes)
+    file.read_into(memoryview(content), offset)
+    return bytes(content)
+
+
+def _members(file: SourceFile, path: str) -> dict[str, Member]:
+    try:
+        return read_members(partial(_read_at, file), os.fstat(file.descriptor).st_size, MAX_PICKLE_NBYTES)
+    except (ValueError, NoRoom) as error:
+        raise SourceError(f"{quoted(path)}: {error}") from error
 
 
 def _crc_of(file: SourceFile, member: Member, buffer: memoryview, stop: Stop) -> int:

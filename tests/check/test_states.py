@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from damage import edit_json, edit_yaml, start_here
+from damage import edit_json, edit_yaml, every, forge, poke, start_here
 from golden_training import HERE, PAIRS
 from running import call, measured
 from torch_files import GOLDEN_TRAINING
+from trees import raw_of
 from training import edit, load, make_training, parameters_of, write_states
 
 from stream_reshard.check.weights.states.cut import boxes_between, part_of_rank
@@ -178,3 +179,19 @@ def test_states_are_compared_in_little_memory(tmp_path):
     edit(path, lambda values: values["state"][0]["exp_avg"].__setitem__(-1, 1))
     code, peak, err = measured("verify", *roots, "--max-memory", "64MiB", "--allow", "padding")
     assert code == 5 and peak < 64 * 2**20 and "exp_avg of" in err
+
+
+def test_the_masters_of_a_training_as_weights(tmp_path, torch, verify, differs):
+    """What a conversion from masters made is compared with them, by its manifest."""
+    source, copy = make_training(tmp_path / "a", config={"torch_dtype": "bfloat16"}), tmp_path / "b"
+    assert call(tmp_path / "a-source", copy, "--quiet", "--dtype", "float32", "--digests", "none") == 0
+    masters = load(next((source / "optimizer").glob("*.pt")))["gradient_accumulator"]
+    for path in every(copy, ".safetensors"):
+        _, begin, raw = raw_of(path)
+        name = ".".join([*path.parent.relative_to(copy / "model").parts, path.name.split("_")[1].partition(".")[0]])
+        path.write_bytes(raw[:begin] + masters[name].tobytes())
+    differs(source, copy, ["model.embed_tokens.weight [0, 0] is"])
+    forge(copy, lambda manifest: manifest["facts"].update(from_masters=True))
+    assert verify(source, copy)[0] == 0
+    poke(path, -1)
+    differs(source, copy, ["the source has", "optimizer/optimizer_pp-0"])

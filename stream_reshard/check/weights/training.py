@@ -19,7 +19,7 @@ from stream_reshard.model.topology import Topology
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.small_files import read_capped
 
-_COMPARED_APART = {"vocab_size", "unsaid_ids", *TOKEN_IDS}
+_COMPARED_APART = {"vocab_size", "unsaid_ids", "whole_num_hidden_layers", *TOKEN_IDS}
 """Fields of ModelConfig that are compared in another form: padded, or as far as Nanotron holds token ids."""
 
 

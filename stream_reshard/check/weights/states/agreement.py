@@ -7,10 +7,12 @@ from typing import Any
 
 from stream_reshard.check.weights.nanotron import MAX_LISTED
 from stream_reshard.check.weights.states.metadata import sum_faults
+from stream_reshard.check.weights.states.names import word
 from stream_reshard.check.weights.states.rank_file import PREFIX
 from stream_reshard.check.weights.states.state import TrainingState
-from stream_reshard.errors import DifferenceError, quoted
+from stream_reshard.errors import DifferenceError, Problems, quoted
 from stream_reshard.formats.nanotron.config import METADATA_NAME
+from stream_reshard.storage.torch_bytes import sums_in
 
 _OF_SCHEDULE = {"lr", "last_epoch"}
 """What a schedule that is written exactly has otherwise than one as Nanotron saves it."""
@@ -29,7 +31,8 @@ def state_differences(source: TrainingState, copy: TrainingState) -> Iterator[Di
         yield DifferenceError(f"the optimizer in {quoted(copy.root)} has done {copy.step} steps, in the source "
                               f"{source.step}")
     for differences in (_dtype_differences(source, copy), _group_differences(source, copy, ignored),
-                        _schedule_differences(source, copy, ignored), _meta_differences(source, copy)):
+                        _schedule_differences(source, copy, ignored),
+                        _meta_differences(source, copy), _random_differences(source, copy)):
         yield from islice(differences, MAX_LISTED)
         if num_more := sum(1 for _ in differences):
             yield DifferenceError(f"and {num_more} more of the settings of the training differ")
@@ -43,7 +46,7 @@ def _compared(place: str, copy: Mapping[str, Any], source: Mapping[str, Any], ig
             continue
         texts = [repr(side[key]) if key in side else "not there" for side in (copy, source)]
         if texts[0] != texts[1]:
-            yield DifferenceError(f"{place}: {key} is {quoted(texts[0])}, in the source {quoted(texts[1])}")
+            yield DifferenceError(f"{place}: {word(key)} is {quoted(texts[0])}, in the source {quoted(texts[1])}")
 
 
 def _dtype_differences(source: TrainingState, copy: TrainingState) -> Iterator[DifferenceError]:
@@ -90,6 +93,16 @@ def _meta_differences(source: TrainingState, copy: TrainingState) -> Iterator[Di
     if not is_same:
         ignored |= {"data_stages"}
     yield from _compared(METADATA_NAME, copy.metas, source.metas, ignored)
+
+
+def _random_differences(source: TrainingState, copy: TrainingState) -> Iterator[DifferenceError]:
+    """An error for each state of random generators that no rank of the source has; which rank has it is no matter."""
+    known = {Problems().collect(sums_in, source.root, path) for path in source.random_paths}
+    for path in copy.random_paths if known else ():
+        faults = Problems()
+        if faults.collect(sums_in, copy.root, path) not in known:
+            yield DifferenceError(str(faults[0]) if faults else f"{quoted(path)} holds a state of the random "
+                                  f"generators that no rank of the source has")
 
 
 def state_notes(source: TrainingState, copy: TrainingState) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from stream_reshard.errors import quoted
 from stream_reshard.formats.nanotron.names import is_of_training
 from stream_reshard.model.topology import Topology
 from stream_reshard.storage.small_files import files_below
@@ -16,6 +17,11 @@ OPTIMIZER_CONFIG = "optimizer/optimizer_config.json"
 
 SINGLE_SCHEDULE = "lr_scheduler/lr_scheduler.pt"
 """The one file of the schedule in format 1.2, which describes the first stage."""
+
+
+def word(key: object) -> str:
+    """A key from a file, for a message: in quotes where it is no plain word."""
+    return str(key) if str(key).isascii() and str(key).isidentifier() else quoted(key)
 
 
 def state_paths(root: Path) -> list[str]:

@@ -8,25 +8,37 @@ from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.scope import STATES
 from stream_reshard.check.weights.side import Side
 from stream_reshard.check.weights.states.agreement import state_differences, state_notes, sum_differences
+from stream_reshard.check.weights.states.moved import StateWeights
 from stream_reshard.check.weights.states.names import OPTIMIZER
+from stream_reshard.check.weights.states.rank_file import MASTERS
 from stream_reshard.check.weights.states.state import has_state, open_state
 from stream_reshard.errors import DifferenceError, Problems, quoted
 
 
 def with_states(source: Checkpoint, copy_side: Side, max_nbytes: int, problems: Problems) -> tuple[Checkpoint, Side]:
     """Both folders with their training states opened, if the copy has one; faults of the copy's go to `problems`. That
-    of the source is opened for a comparison only: weights alone can be verified where a part of it was deleted.
+    of the source is opened for a comparison only: weights alone can be verified where a part of it was deleted. The
+    weights of the source are its masters where the copy was made from these.
 
     Raises Refused with the faults of the source's.
     """
-    copy = copy_side.checkpoint
-    if copy is None or not copy.is_nanotron or not has_state(copy.root):
+    copy, are_masters = copy_side.checkpoint, _has_masters_as_weights(copy_side)
+    if copy is not None and copy.is_nanotron and has_state(copy.root):
+        copy = replace(copy, state=problems.collect(open_state, copy, max_nbytes, problems))
+    elif not are_masters:
         return source, copy_side
-    state = problems.collect(open_state, copy, max_nbytes, problems)
     faults = Problems()
-    source_state = faults.collect(open_state, source, max_nbytes, faults) if source.is_nanotron else None
+    state = faults.collect(open_state, source, max_nbytes, faults) if source.is_nanotron else None
     faults.raise_if_any()
-    return replace(source, state=source_state), replace(copy_side, checkpoint=replace(copy, state=state))
+    source, copy_side = replace(source, state=state), replace(copy_side, checkpoint=copy)
+    if are_masters and state is not None and state.has_masters and (copy is None or copy.state is None):
+        source = replace(source, weights=StateWeights(source.weights, state, MASTERS))
+    return source, copy_side
+
+
+def _has_masters_as_weights(copy_side: Side) -> bool:
+    """True if the weights of the copy are the masters of the source, by its manifest."""
+    return copy_side.manifest is not None and copy_side.manifest.facts.get("from_masters") is True
 
 
 def differences(source: Checkpoint, copy: Checkpoint, notes: list[str]) -> Iterator[DifferenceError]:

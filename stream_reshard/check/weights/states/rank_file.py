@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stream_reshard.check.weights.states.names import word
 from stream_reshard.errors import SourceError, quoted
 from stream_reshard.storage.source_file import SourceFile
 from stream_reshard.storage.torch_file import TorchFile, read_torch_file
@@ -104,6 +105,8 @@ def _form_faults(contents: Any) -> Iterator[str]:
         yield "its state, param_groups, names or gradient_accumulator are no dicts and lists as Nanotron saves"
     elif len({frozenset(one) for one in state.values()}) > 1:
         yield "its parameters have states of several kinds"
+    elif odd := [kind for one in state.values() for kind in one if word(kind) != kind or kind == MASTERS]:
+        yield f"it has a state of the kind {quoted(odd[0])}, which no optimizer of Nanotron keeps"
 
 
 def _place_faults(contents: Mapping[str, Any], stage: Sequence[str], held: Sequence[Held | None]) -> Iterator[str]:

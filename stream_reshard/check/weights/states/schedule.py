@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stream_reshard.check.weights.states.names import SINGLE_SCHEDULE, schedule_path
+from stream_reshard.check.weights.states.names import SINGLE_SCHEDULE, schedule_path, word
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.model.topology import Topology
 from stream_reshard.storage.torch_file import read_torch_file
@@ -50,7 +50,7 @@ def read_schedule(root: Path, paths: Mapping[str, int], stages: Sequence[Sequenc
         if fault is None and found:
             first, contents = found.get(stage) or next(iter(found.values()))
             own, other = (file.contents, contents) if stage in found else map(_numbers, (file.contents, contents))
-            fault = next((f"{key} is {quoted(own.get(key))}, and {quoted(other.get(key))} in {quoted(first)}"
+            fault = next((f"{word(key)} is {quoted(own.get(key))}, and {quoted(other.get(key))} in {quoted(first)}"
                           for key in {**own, **other} if repr(own.get(key)) != repr(other.get(key))), None)
         if fault is not None:
             problems.append(SourceError(f"{quoted(path)}: {fault}", kind="files of the schedule are wrong"))
@@ -69,7 +69,7 @@ def _fault(contents: Any, num_parameters: int) -> str | None:
         return "it is no state of a schedule: base_lrs or last_epoch is missing"
     for key, value in contents.items():
         if isinstance(value, list) and len(value) != num_parameters:
-            return f"{key} has {len(value)} entries, its stage has {num_parameters} parameters"
+            return f"{word(key)} has {len(value)} entries, its stage has {num_parameters} parameters"
     if not isinstance(contents["base_lrs"], list) or type(contents["last_epoch"]) is not int:
         return "base_lrs is no list, or last_epoch no whole number"
     return None

@@ -12,23 +12,14 @@ from stream_reshard.check.weights.states.cut import part_of_rank
 from stream_reshard.check.weights.states.metadata import read_metas
 from stream_reshard.check.weights.states.names import (
     OPTIMIZER, OPTIMIZER_CONFIG, RANDOM, SCHEDULE, SINGLE_SCHEDULE, optimizer_path, random_paths, state_paths)
+from stream_reshard.check.weights.states.optimizer_config import OptimizerConfig, read_config
 from stream_reshard.check.weights.states.order import stages_in_order
-from stream_reshard.check.weights.states.rank_file import MASTERS, PREFIX, Held, RankFile, read_rank_file
+from stream_reshard.check.weights.states.rank_file import MASTERS, Held, RankFile, read_rank_file
 from stream_reshard.check.weights.states.schedule import Schedule, read_schedule, schedule_paths
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.formats.nanotron.weight_files import parse_path
 from stream_reshard.model.box import Box
 from stream_reshard.model.topology import Topology
-from stream_reshard.storage.small_files import read_json
-
-ZERO = "ZeroDistributedOptimizer"
-"""Nanotron's class of an optimizer whose states are cut by ZeRO-1."""
-
-_SIZES = {"tp": "tp_size", "pp": "pp_size", "dp": "dp_size"}
-
-_KEYS = {"type", "parallelism", "configs"}
-
-_MAX_RANKS = 2**16
 
 _MAX_MISSING = 1000
 """Missing files that are told one by one."""
@@ -42,9 +33,7 @@ class TrainingState:
     """The state of a training beside the weights."""
 
     root: Path
-    topology: Topology
-    optimizer: str
-    """Nanotron's class of the optimizer."""
+    config: OptimizerConfig
     stages: tuple[tuple[str, ...], ...]
     """The parameters of each stage, in the optimizer's order."""
     files: Mapping[tuple[int, int, int], RankFile]
@@ -56,20 +45,30 @@ class TrainingState:
     """All files, those of random generators among them."""
 
     @property
+    def topology(self) -> Topology:
+        """Sizes of the parallel axes."""
+        return self.config.topology
+
+    @property
     def is_zero(self) -> bool:
         """True if ZeRO-1 cuts the states over data-parallel ranks."""
-        return self.optimizer == ZERO
+        return self.config.is_zero
 
     @property
     def num_parts(self) -> int:
         """Number of parts of each shard."""
-        return self.topology.dp if self.is_zero else 1
+        return self.config.num_parts
 
     @property
     def metas(self) -> Mapping[str, Any]:
         """Steps, samples and tokens of the training."""
         metas: Mapping[str, Any] = self.document["metas"]
         return metas
+
+    @property
+    def random_paths(self) -> list[str]:
+        """Paths of the states of random generators, if there are any."""
+        return [path for path in self.paths if path.startswith(f"{RANDOM}/")]
 
     @property
     def step(self) -> float | None:
@@ -149,15 +148,15 @@ class _Opening:
     def state(self, found: Sequence[str]) -> TrainingState | None:
         """The state in these files; faults that do not end the reading go to `problems`."""
         root, checkpoint = self.checkpoint.root, self.checkpoint
-        config = read_json(root, OPTIMIZER_CONFIG, self.max_nbytes)
-        topology, optimizer = self._topology(config), str(config.get("type"))
+        config = read_config(root, self.max_nbytes, checkpoint.topology)
+        topology = config.topology
         has_randoms = any(path.startswith(f"{RANDOM}/") for path in found)
-        if (optimizer == ZERO or has_randoms) and topology.world_size > len(found) + _MAX_MISSING:
+        if (config.is_zero or has_randoms) and topology.world_size > len(found) + _MAX_MISSING:
             raise SourceError(f"{OPTIMIZER_CONFIG} is of {topology}: there are {len(found)} files for "
                               f"{topology.world_size} ranks")
         stages = stages_in_order(checkpoint.model, checkpoint.config_class or "", topology.pp)
-        ranks = {(pp, dp, tp): optimizer_path(topology, optimizer == ZERO, pp, dp, tp) for pp in range(topology.pp)
-                 for dp in range(topology.dp if optimizer == ZERO else 1) for tp in range(topology.tp)}
+        ranks = {(pp, dp, tp): optimizer_path(topology, config.is_zero, pp, dp, tp) for pp in range(topology.pp)
+                 for dp in range(config.num_parts) for tp in range(topology.tp)}
         document, _ = read_metas(root, self.max_nbytes)
         if document.get("dp", topology.dp) != topology.dp:
             raise SourceError(f"checkpoint_metadata.json has dp {quoted(document['dp'])}, {OPTIMIZER_CONFIG} has "
@@ -169,34 +168,15 @@ class _Opening:
         shapes = shapes_of(checkpoint)
         if self.problems or any(name not in shapes for names in stages for name in names):
             return None  # Where weights are missing, that is told already.
-        files = self._rank_files(ranks, stages, shapes, topology.dp if optimizer == ZERO else 1)
+        files = self._rank_files(ranks, stages, shapes, config.num_parts)
         schedule = read_schedule(root, of_schedule, stages, self.max_nbytes, self.problems)
         if self.problems or schedule is None:
             return None
-        state = TrainingState(root, topology, optimizer, stages, files, schedule, document, sorted(expected))
+        state = TrainingState(root, config, stages, files, schedule, document, sorted(expected))
         self.problems.extend(_disagreements(state))
-        self.problems.extend(_config_faults(config, state, shapes))
+        first_stage = [(name, shape_at(shapes[name], 0)) for name in stages[0]]
+        self.problems.extend(config.faults(first_stage, state.has_masters))
         return state
-
-    def _topology(self, config: Mapping[str, Any]) -> Topology:
-        """The topology that optimizer_config.json states; its numbers are texts. Raises SourceError."""
-        if config.keys() != _KEYS or not isinstance(config["parallelism"], dict):
-            raise SourceError(f"{OPTIMIZER_CONFIG}: it has {quoted(sorted(config))}, where Nanotron writes "
-                              f"{', '.join(sorted(_KEYS))}")
-        sizes = config["parallelism"]
-        texts = {axis: sizes.get(key) for axis, key in _SIZES.items()}
-        if not all(isinstance(text, str) and text.isascii() and text.isdigit() and 0 < len(text) < 6
-                   and text == str(int(text)) and 0 < int(text) <= _MAX_RANKS for text in texts.values()):
-            raise SourceError(f"{OPTIMIZER_CONFIG}: parallelism is {quoted(sizes)}, not tp_size, pp_size and dp_size")
-        topology = Topology(**{axis: int(str(text)) for axis, text in texts.items()})
-        of_weights = self.checkpoint.topology
-        if of_weights is not None and (topology.tp, topology.pp) != (of_weights.tp, of_weights.pp):
-            raise SourceError(f"{OPTIMIZER_CONFIG} is of TP={topology.tp} PP={topology.pp}, the weights beside it are "
-                              f"of TP={of_weights.tp} PP={of_weights.pp}")
-        if sizes.get("expert_parallel_size") != "1" or len(sizes) > len(texts) + 1:
-            raise SourceError(f"{OPTIMIZER_CONFIG}: expert_parallel_size is "
-                              f"{quoted(sizes.get('expert_parallel_size'))}, not '1', or it has other sizes")
-        return topology
 
     def _rank_files(self, paths: Mapping[tuple[int, int, int], str], stages: Sequence[Sequence[str]], shapes: Shapes,
                     num_parts: int) -> dict[tuple[int, int, int], RankFile]:
@@ -228,9 +208,14 @@ def shapes_of(checkpoint: Checkpoint) -> Shapes:
     return shapes
 
 
+def shape_at(shapes: Mapping[int | None, tuple[int, ...]], tp: int) -> tuple[int, ...]:
+    """The shape of a parameter on a rank: that of its shard, or of the whole."""
+    return shapes[None] if None in shapes else shapes[tp]
+
+
 def _held(name: str, shapes: Mapping[int | None, tuple[int, ...]], tp: int, dp: int, num_parts: int) -> Held | None:
     """What a rank holds of a parameter; None for an empty part."""
-    shape = shapes[None] if None in shapes else shapes[tp]
+    shape = shape_at(shapes, tp)
     if num_parts == 1:
         return Held(name, shape)
     start, stop = part_of_rank(Box.whole(shape).num_elements, num_parts, dp)
@@ -266,27 +251,3 @@ def _disagreements(state: TrainingState) -> Iterator[SourceError]:
                 if before[0] != dtype:
                     yield SourceError(f"{quoted(file.path)}: {kind} of {quoted(name)} has the dtype {dtype}, "
                                       f"{before[0]} in {quoted(before[1])}")
-
-
-def _config_faults(config: Mapping[str, Any], state: TrainingState, shapes: Shapes) -> Iterator[SourceError]:
-    """Errors where optimizer_config.json does not describe the files. Nanotron's first process writes it, so it lists
-    the parameters of the first stage only."""
-    fitting = ZERO if state.is_zero else "OptimizerFromGradientAccumulator" if state.has_masters else "NamedOptimizer"
-    if state.optimizer != fitting:
-        yield SourceError(f"{OPTIMIZER_CONFIG}: type is {quoted(state.optimizer)}, the files are those of {fitting}")
-    wanted: dict[str, Any] = {}
-    if state.is_zero:
-        of_names = {name: shapes[name][None] if None in shapes[name] else shapes[name][0] for name in state.stages[0]}
-        wanted = {"param_name_to_dp_rank_offsets": {PREFIX + name: _offsets(shape, state.topology.dp)
-                                                    for name, shape in of_names.items()},
-                  "orig_param_shapes": {PREFIX + name: list(map(str, shape)) for name, shape in of_names.items()}}
-    found = config["configs"] if isinstance(config["configs"], dict) else {"configs": config["configs"]}
-    for key in sorted({*wanted, *found}):
-        if found.get(key) != wanted.get(key):
-            yield SourceError(f"{OPTIMIZER_CONFIG}: {key} does not describe the parameters of the first stage, as they "
-                              f"are cut for DP={state.topology.dp}")
-
-
-def _offsets(shape: tuple[int, ...], num_ranks: int) -> dict[str, list[str]]:
-    parts = (part_of_rank(Box.whole(shape).num_elements, num_ranks, rank) for rank in range(num_ranks))
-    return {str(rank): list(map(str, part)) for rank, part in enumerate(parts) if part[0] < part[1]}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stream_reshard.errors import SourceError, quoted
+from stream_reshard.errors import quoted
 from stream_reshard.formats.nanotron.training.layout import MASTERS
 from stream_reshard.storage.torch_file import TorchFile
 from stream_reshard.storage.torch_values import TensorReference
@@ -53,40 +53,40 @@ def kinds_of(entry: Entry) -> tuple[str, ...]:
 
 
 def names_in(file: TorchFile) -> list[str]:
-    """The names of the parameters whose states a file holds, in its order. Raises SourceError."""
-    contents = _dict_of(file, file.contents, "it")
+    """The names of the parameters whose states a file holds, in its order. Raises ValueError, in words."""
+    contents = _dict_of(file.contents, "it")
     for key in _KEYS:
         if key not in contents:
-            raise _fault(file, f"it has no {key}")
+            raise ValueError(f"its values have no {key}")
     if unknown := contents.keys() - {*_KEYS, MASTERS}:
-        raise _fault(file, f"it holds {quoted(sorted(map(str, unknown))[0])}, which is not known here")
-    names = _dict_of(file, contents["names"], "names")
+        raise ValueError(f"it holds {quoted(sorted(map(str, unknown))[0])}, which is not known here")
+    names = _dict_of(contents["names"], "names")
     if list(names) != list(range(len(names))) or not all(isinstance(name, str) for name in names.values()):
-        raise _fault(file, "its names are not numbered 0, 1, 2 ...")
+        raise ValueError("its names are not numbered 0, 1, 2 ...")
     if len(set(names.values())) != len(names):
-        raise _fault(file, "a parameter is named twice")
+        raise ValueError("a parameter is named twice")
     return list(names.values())
 
 
 def check_values(file: TorchFile, shapes: Mapping[str, Shape]) -> None:
-    """Compare a file with the parameters of its stage, in their order. Raises SourceError."""
+    """Compare a file with the parameters of its stage, in their order. Raises ValueError, in words."""
     names, held = names_in(file), [name for name, shape in shapes.items() if shape is not None]
     if not names and held:
-        raise _fault(file, "it holds no state: it was saved before the first step, and Nanotron's loader refuses it; "
+        raise ValueError("it holds no state: it was saved before the first step, and Nanotron's loader refuses it; "
                            "move the weights alone with --weights-only")
     if names != held:
         missing = [name for name in held if name not in names] or [name for name in names if name not in shapes]
-        raise _fault(file, f"it holds the states of {len(names)} parameters, its rank has {len(held)}" + (
+        raise ValueError(f"it holds the states of {len(names)} parameters, its rank has {len(held)}" + (
             f"; {quoted(missing[0])} is not in both" if missing else ", in another order"))
     contents = file.contents
-    if list(_dict_of(file, contents["state"], "state")) != list(range(len(names))):
-        raise _fault(file, f"it has {len(contents['state'])} states for {len(names)} names")
+    if list(_dict_of(contents["state"], "state")) != list(range(len(names))):
+        raise ValueError(f"it has {len(contents['state'])} states for {len(names)} names")
     _check_groups(file, contents["param_groups"], shapes)
     for number, name in enumerate(names):
         _check_states(file, name, dict(_tensors(file, number, name)), shapes[name] or ())
     masters = contents.get(MASTERS)
-    if masters is not None and list(_dict_of(file, masters, MASTERS)) != names:
-        raise _fault(file, f"its {MASTERS} is not of the parameters that it names")
+    if masters is not None and list(_dict_of(masters, MASTERS)) != names:
+        raise ValueError(f"its {MASTERS} is not of the parameters that it names")
 
 
 def entries_of(file: TorchFile, read: Callable[[int, int], bytes]) -> Iterator[Entry]:
@@ -120,49 +120,45 @@ def dtypes_in(file: TorchFile) -> dict[str, dict[str, str]]:
 
 
 def _tensors(file: TorchFile, number: int, name: str) -> Iterator[tuple[str, TensorReference]]:
-    """(kind, tensor) of one parameter, masters last. Raises SourceError."""
-    for key, value in _dict_of(file, file.contents["state"][number], f"the state of {quoted(name)}").items():
+    """(kind, tensor) of one parameter, masters last. Raises ValueError, in words."""
+    for key, value in _dict_of(file.contents["state"][number], f"the state of {quoted(name)}").items():
         if isinstance(value, TensorReference) and not is_scalar(value):
             if not isinstance(key, str) or not _KIND.fullmatch(key) or key == MASTERS:
-                raise _fault(file, f"the state of {quoted(name)} has the name {quoted(key)}")
+                raise ValueError(f"the state of {quoted(name)} has the name {quoted(key)}")
             yield key, value
     if MASTERS in file.contents:
-        master = _dict_of(file, file.contents[MASTERS], MASTERS).get(name)
+        master = _dict_of(file.contents[MASTERS], MASTERS).get(name)
         if not isinstance(master, TensorReference):
-            raise _fault(file, f"it has no master of {quoted(name)}")
+            raise ValueError(f"it has no master of {quoted(name)}")
         yield MASTERS, master
 
 
 def _check_states(file: TorchFile, name: str, tensors: Mapping[str, TensorReference], shape: tuple[int, ...]) -> None:
     if not tensors:
-        raise _fault(file, f"it has no state of {quoted(name)}")
+        raise ValueError(f"it has no state of {quoted(name)}")
     for kind, tensor in tensors.items():
         if tensor.shape != shape:
-            raise _fault(file, f"{kind} of {quoted(name)} has the shape {tensor.shape}, its rank has {shape}")
+            raise ValueError(f"{kind} of {quoted(name)} has the shape {tensor.shape}, its rank has {shape}")
         if not tensor.is_contiguous:
-            raise _fault(file, f"{kind} of {quoted(name)} has the strides {tensor.strides}, which Nanotron does not "
+            raise ValueError(f"{kind} of {quoted(name)} has the strides {tensor.strides}, which Nanotron does not "
                                f"save")
 
 
 def _check_groups(file: TorchFile, groups: Any, shapes: Mapping[str, Shape]) -> None:
-    """Raises SourceError unless there is one group per parameter, with the next id or none."""
+    """Raises ValueError, in words unless there is one group per parameter, with the next id or none."""
     if not isinstance(groups, list) or len(groups) != len(shapes):
-        raise _fault(file, f"it has {len(groups) if isinstance(groups, list) else 'no list of'} groups, Nanotron makes "
+        raise ValueError(f"it has {len(groups) if isinstance(groups, list) else 'no list of'} groups, Nanotron makes "
                            f"one for each of the {len(shapes)} parameters of a stage")
     number = 0
     for group, (name, shape) in zip(groups, shapes.items()):
-        params = _dict_of(file, group, "a group").get("params")
+        params = _dict_of(group, "a group").get("params")
         if params != ([] if shape is None else [number]):
-            raise _fault(file, f"the group of {quoted(name)} has the parameters {quoted(params)}, its place gives it "
+            raise ValueError(f"the group of {quoted(name)} has the parameters {quoted(params)}, its place gives it "
                                f"{[] if shape is None else [number]}")
         number += shape is not None
 
 
-def _dict_of(file: TorchFile, value: Any, what: str) -> dict[Any, Any]:
+def _dict_of(value: Any, what: str) -> dict[Any, Any]:
     if not isinstance(value, dict):
-        raise _fault(file, f"{what} is a {type(value).__name__}, not a dict")
+        raise ValueError(f"{what} is a {type(value).__name__}, not a dict")
     return value
-
-
-def _fault(file: TorchFile, text: str) -> SourceError:
-    return SourceError(f"{quoted(file.path)}: {text}", kind=NOT_NANOTRONS)

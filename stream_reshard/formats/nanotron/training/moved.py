@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 from stream_reshard.errors import Problems, UsageError, quoted
@@ -26,6 +25,7 @@ from stream_reshard.machine.memory import counted, human
 from stream_reshard.model.parameters import Model
 from stream_reshard.options import Options
 from stream_reshard.options.conversion import flags_of
+from stream_reshard.report import wrapped
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.identity import Identity
 from stream_reshard.storage.torch_file import MAX_PICKLE_NBYTES
@@ -142,9 +142,8 @@ class WithTraining(ToNanotron):
         own = facts["target"]["training_state"]
         yield (f"state    step {own['step']}, ZeRO {own['zero']}, schedule {own['schedule']}, "
                f"{human(own['nbytes'])} in {counted(own['num_files'], 'file')}")
-        yield from wrap(", ".join(f"{kind} {'/'.join(own['dtypes'][kind])} {human(nbytes)}"
-                                  for kind, nbytes in own["nbytes_by_kind"].items()), 80,
-                        initial_indent=" " * 9, subsequent_indent=" " * 9)
+        yield from wrapped(", ".join(f"{kind} {'/'.join(own['dtypes'][kind])} {human(nbytes)}"
+                                     for kind, nbytes in own["nbytes_by_kind"].items()))
 
     def held_nbytes(self, layout: NanotronLayout) -> int:
         """Values of the optimizer's files, and the CRC-32 of each state."""

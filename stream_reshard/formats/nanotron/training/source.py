@@ -13,7 +13,7 @@ from pathlib import Path
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted
 from stream_reshard.formats.nanotron.layout import NanotronLayout
 from stream_reshard.formats.nanotron.training.entries import (
-    Entry, Shape, begins_of, check_values, dtypes_in, entries_of, kinds_of, names_in)
+    NOT_NANOTRONS, Entry, Shape, begins_of, check_values, dtypes_in, entries_of, kinds_of, names_in)
 from stream_reshard.formats.nanotron.training.files import (
     OPTIMIZER_CONFIG_NAME, OPTIMIZER_FOLDER, SINGLE_SCHEDULER_NAME, StateRank, optimizer_path, random_path,
     scheduler_path, state_ranks)
@@ -133,21 +133,27 @@ class _Reader:
         return tuple(dict.fromkeys(name for names in self.names for name in names))
 
     def add(self, path: str, rank: StateRank) -> None:
-        """Read the file of a rank; that of the first rank of a stage comes first."""
+        """Read the file of a rank; that of the first rank of a stage comes first. Raises SourceError."""
         self.identities |= identities_of(self.root, [path])
         file = read_torch_file(self.root, path, self._max_nbytes)
+        try:
+            self._add(file, rank)
+        except ValueError as error:
+            raise SourceError(f"{quoted(path)}: {error}", kind=NOT_NANOTRONS) from error
+
+    def _add(self, file: TorchFile, rank: StateRank) -> None:
         if len(self.names) == rank.pp:
             self.names.append(self._stage_names(file, rank.pp))
             check_values(file, self._shapes(rank))
             self._add_entries(file)
         check_values(file, self._shapes(rank))
         if tuple(file.contents) != self.keys:
-            raise SourceError(f"{quoted(path)} has the keys {quoted(list(file.contents))}, other files of the "
-                              f"optimizer have {quoted(list(self.keys))}")
+            raise ValueError(f"it has the keys {quoted(list(file.contents))}, other files of the optimizer have "
+                             f"{quoted(list(self.keys))}")
         for name, dtypes in dtypes_in(file).items():
             if dtypes != self.entries[name].dtypes:
-                raise SourceError(f"{quoted(path)}: the states of {quoted(name)} are {quoted(dtypes)}, in other files "
-                                  f"{quoted(dict(self.entries[name].dtypes))}")
+                raise ValueError(f"the states of {quoted(name)} are {quoted(dtypes)}, in other files "
+                                 f"{quoted(dict(self.entries[name].dtypes))}")
         self._begins[rank] = array("Q", begins_of(file, self._shapes(rank), self._kinds))
         self._sizes[rank] = file.nbytes
 
@@ -160,8 +166,8 @@ class _Reader:
         if config.tie_word_embeddings and stage and stage == self.weights.all_stages["lm_head"]:
             expected.add(tied)
         if names and (odd := sorted(expected ^ set(names))):
-            raise SourceError(f"{quoted(file.path)}: {quoted(odd[0])} is " + (
-                "missing" if odd[0] in expected else "no parameter of its stage"))
+            raise ValueError(f"it has {'no' if odd[0] in expected else 'a'} state of {quoted(odd[0])}, which "
+                             f"{'stands' if odd[0] in expected else 'does not stand'} on its stage")
         return tuple(names) or tuple(sorted(expected))
 
     def _shapes(self, rank: StateRank) -> dict[str, Shape]:
@@ -180,8 +186,8 @@ class _Reader:
                 self.entries.setdefault(entry.name, entry)
                 self._kinds = self._kinds or kinds_of(entry)
                 if kinds_of(entry) != self._kinds:
-                    raise SourceError(f"{quoted(file.path)}: {quoted(entry.name)} has the states "
-                                      f"{', '.join(kinds_of(entry))}, others have {', '.join(self._kinds)}")
+                    raise ValueError(f"{quoted(entry.name)} has the states {', '.join(kinds_of(entry))}, others have "
+                                     f"{', '.join(self._kinds)}")
 
     def layout(self) -> StateLayout:
         """The layout of all files that were read."""
