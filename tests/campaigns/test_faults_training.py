@@ -74,7 +74,7 @@ def test_what_a_stopped_run_wrote_is_kept(tmp_path, capsys):
     case.clear()
     whole = moved(case, capsys)
     case.clear()
-    case.run(kill(len(case.operations) * 2 // 3, False))
+    case.run(kill(len(case.operations) // 3, False))
     assert 0 < moved(case, capsys) < whole
     assert case.tree() == case.wanted
 
@@ -90,7 +90,7 @@ def moved(case, capsys):
 def test_a_part_that_was_damaged_meanwhile_is_written_again(tmp_path):
     case = make(tmp_path)
     case.clear()
-    case.run(kill(len(case.operations) * 2 // 3, False))
+    case.run(kill(len(case.operations) // 3, False))
     partial = case.destination.with_name(case.destination.name + ".partial")
     for path in partial.glob("optimizer/*.pt"):
         content = bytearray(path.read_bytes())
