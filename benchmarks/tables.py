@@ -52,6 +52,7 @@ def told(case: Case, key: str) -> str:
 Column = tuple[str, Callable[[Case], str]]
 NAME: Column = ("", lambda case: f"**{case['name']}**" if case.get("is_ours") else case["name"])
 RATIO: Column = ("time, x of cp", lambda case: spread(case["ratios"]))
+SIZE: Column = ("source, GB", lambda case: f"{case['source_nbytes'] / GB:.2f}")
 SECONDS: Column = ("seconds", lambda case: f"{median(case['seconds']):.2f}")
 RSS: Column = ("peak RSS, MiB", lambda case: mib(case["peak_rss"]))
 ANON: Column = ("of it anonymous", lambda case: mib(case["peak_anon"]))
@@ -67,7 +68,9 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "clones": (*COMMON[:-1], *((f"{word}, MiB", lambda case, key=key: told(case, key)) for word, key in (
                   ("cloned", "nbytes_cloned"), ("copied", "nbytes_copied"), ("rearranged", "nbytes_strided"))),
                ("disk used, MiB", lambda case: mib(case["used_nbytes"]))),
-    "growth": (NAME, ("source, GB", lambda case: f"{case['source_nbytes'] / GB:.2f}"), *COMMON[1:]),
+    "growth": (NAME, SIZE, *COMMON[1:]),
+    "ways": (NAME, SIZE, ("time, x of cp or cat", RATIO[1]),
+             ("x of the limit", lambda case: spread(case["limit_ratios"])), *COMMON[2:]),
 }
 
 ABOUT = {
@@ -85,6 +88,10 @@ ABOUT = {
               "bytes, as the tool tells; disk used: what the file system holds more after the run.",
     "growth": "Time and memory against the size of the model and against TP. Cold source. Ratio to "
               "`cp -r SRC OUT && sync` of the same source.",
+    "ways": "Every way of stream_reshard with the default --max-memory. Cold source, durable output. Ratio to "
+            "`cp -r SRC OUT && sync` of the same source, of a comparison to `cat` of both; and to the limit: a bare "
+            "loop that moves the same bytes, file for file, with no plan and no digests. Sources: Hugging Face, or cut "
+            "for Nanotron TP=4 PP=2.",
 }
 
 

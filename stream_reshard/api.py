@@ -120,11 +120,12 @@ def _as_keywords(text: str) -> str:
 @_public
 def plan(source: Folder, destination: Folder | None = None, *, to: Format | None = None, tp: int = 1, pp: int = 1,
          dp: int = 1, layers: int | None = None, zero: int | None = None, schedule: Schedule = "saved",
-         weights_only: bool = False, template: Folder | None = None, dtype: Dtype = "keep", rope: Rope = "auto",
-         nanotron_config: NanotronConfig = "auto", checkpoint_version: Version = "1.5", vocab_multiple: int = 1,
-         vocab_size: int | None = None, max_shard_size: Size = Options.max_shard_size, tokenizer: Folder | None = None,
-         allow: Collection[str] = (), verify: bool = False, source_sha256: str | None = None, io: Io = "auto",
-         digests: Digests = "auto", overwrite: bool = False, restart: bool = False, break_lock: bool = False,
+         from_masters: bool = False, weights_only: bool = False, template: Folder | None = None,
+         dtype: Dtype = "keep", rope: Rope = "auto", nanotron_config: NanotronConfig = "auto",
+         checkpoint_version: Version = "1.5", vocab_multiple: int = 1, vocab_size: int | None = None,
+         max_shard_size: Size = Options.max_shard_size, tokenizer: Folder | None = None, allow: Collection[str] = (),
+         verify: bool = False, source_sha256: str | None = None, io: Io = "auto", digests: Digests = "auto",
+         overwrite: bool = False, restart: bool = False, break_lock: bool = False,
          max_memory: Size = Options.max_memory, workers: int | None = None, stop: Stop | None = None) -> Conversion:
     """Plan of a conversion; reads headers and configs only, and writes nothing.
 

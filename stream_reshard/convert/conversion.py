@@ -139,7 +139,7 @@ class Conversion(Reported):
         facts = {"vocab_size": vocab_size, "dtype": dtype, "allowed": sorted(accepted),
                  "ignored_tensors": dict(self.source.ignored or {}), "token_ids": config.token_ids,
                  "router_dtype": self.source.router_dtype if dtype == "keep" else None,
-                 **({WHOLE: whole} if whole else {}),
+                 **({WHOLE: whole} if whole else {}), **({"from_masters": True} if options.from_masters else {}),
                  **({"origin": dict(self.source.origin)} if self.source.origin else {})}
         return Output(self.plan, destination, texts, self.target.marker, _digest(texts, destination), NAMING,
                       self.companions, self.identities, facts, self.states)

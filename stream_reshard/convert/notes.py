@@ -45,7 +45,8 @@ def notes_of(options: Options, source: Source, target: Target[Any], plan: Plan,
     if (source.root / _ADAPTER).is_file():
         yield f"{_ADAPTER}: the adapter beside the weights is not merged into them; they are converted without it"
     if has_state(source.root) and target.state(plan.target) is None:
-        yield "the state of the training (optimizer, masters, schedule) is left behind: weights alone are written"
+        yield (f"the state of the training is left behind: {'masters' if options.from_masters else 'weights'} alone "
+               f"are written")
     yield from too_many_ids(companions, source.config.vocab_size)
     if plan.target.format == "Nanotron":
         yield from rounded(plan)

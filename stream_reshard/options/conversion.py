@@ -57,6 +57,8 @@ class Options(Folders, Resources):
     schedule: Schedule = option("saved", "learning-rate schedule of a training that goes on: saved, as Nanotron saves "
                                 "it, which skips a step and bends the curve when it resumes; exact, so that Nanotron "
                                 "as it is today goes on as if nothing had happened")
+    from_masters: bool = option(False, "with --to hf: the weights are the float32 masters in the optimizer of SRC, "
+                                "which know more than the weights beside them; --dtype rounds them")
     weights_only: bool = option(False, "leave the optimizer, its masters and the schedule of a Nanotron SRC behind")
     template: Path | None = option(None, "a Nanotron checkpoint, such as one saved from a random model: DST gets its "
                                    "files, names, versions, slices and dtypes; the plan lists the tensors in which "

@@ -48,8 +48,8 @@ class SharedFile(NewTensorFile):
         try:
             return super()._created()
         except FileExistsError:
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-            return os.open(self.path, flags, dir_fd=self.folder.descriptor)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.open(self.path, flags, self.mode, dir_fd=self.folder.descriptor)
 
     def _reserve(self) -> None:
         if os.fstat(self._descriptor).st_size != self.nbytes:

@@ -11,7 +11,7 @@ from torch_files import GOLDEN_TRAINING
 from trees import raw_of
 from training import edit, load, make_training, parameters_of, write_states
 
-from stream_reshard.check.weights.states.cut import boxes_between, part_of_rank
+from stream_reshard.check.weights.states.cut import boxes_between, stretch_of
 from stream_reshard.cli.demo import CONFIG, write_random_source
 
 CUT = {"tp": 2, "pp": 2, "dp": 3, "zero": 1}
@@ -63,7 +63,7 @@ def test_the_one_schedule_of_format_1_2(tmp_path, verify, differs):
 @pytest.mark.parametrize("num_elements, num_ranks", [(32, 3), (1, 1), (7, 7), (5, 9), (32, 40), (1000, 7), (2**40, 511)])
 def test_parts_are_those_of_nanotrons_rule(num_elements, num_ranks):
     """Section of its code: the longest part, and as many of the last ones shorter by one as are needed."""
-    parts = [part_of_rank(num_elements, num_ranks, rank) for rank in range(num_ranks)]
+    parts = [stretch_of(num_elements, num_ranks, rank) for rank in range(num_ranks)]
     longest = (num_elements - 1) // num_ranks + 1
     num_short = longest * num_ranks - num_elements
     assert [stop - start for start, stop in parts] == [longest] * (num_ranks - num_short) + [longest - 1] * num_short

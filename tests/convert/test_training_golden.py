@@ -4,8 +4,10 @@ import re
 from itertools import pairwise
 
 import pytest
+import torch
 from golden_training import HERE, PAIRS, TREES, family_of
 from running import call
+from safetensors.torch import load_file
 from test_golden import read_tree
 from torch_files import GOLDEN_TRAINING, without_id
 
@@ -107,3 +109,26 @@ def test_the_plan_names_the_states(capsys):
 
 def test_trees_of_every_family_are_here():
     assert {family_of(tree) for tree in TREES} >= {"moe", "tied", "trained_untied", "untied"} and len(NEXT) > 8
+
+
+@pytest.mark.parametrize("source", [tree for tree in TREES if "nofp32" not in tree.name], ids=lambda tree: tree.name)
+def test_weights_from_masters_round_to_those_beside_them(tmp_path, source):
+    """In float32 no less than what the training knows, and in bfloat16 what model/ holds."""
+    flags = ["--quiet", "--to", "hf", "--vocab-size", 129 if source.name.startswith("tied") else 128]
+    assert call(source, tmp_path / "weights", *flags) == 0
+    assert call(source, tmp_path / "masters", *flags, "--from-masters", "--verify") == 0
+    assert call(source, tmp_path / "rounded", *flags, "--from-masters", "--dtype", "bfloat16", "--verify") == 0
+    weights, masters, rounded = (load_file(tmp_path / name / "model.safetensors")
+                                 for name in ("weights", "masters", "rounded"))
+    assert weights.keys() == masters.keys() == rounded.keys()
+    for key, weight in weights.items():
+        assert masters[key].dtype == torch.float32 and torch.equal(masters[key].to(weight.dtype), weight), key
+        assert torch.equal(rounded[key], weight.to(torch.bfloat16)), key
+    assert any(not torch.equal(masters[key], weight.float()) for key, weight in weights.items())
+
+
+def test_masters_that_are_not_there_are_refused(tmp_path, capsys):
+    source = GOLDEN_TRAINING / "untied_tp1_pp1_dp2_zero1_nofp32"
+    assert call(source, tmp_path / "out", "--quiet", "--to", "hf", "--from-masters", "--vocab-size", 128) == 3
+    assert "keeps no fp32 masters" in capsys.readouterr().err
+    assert call(source, tmp_path / "out", "--quiet", "--to", "nanotron", "--from-masters") == 2

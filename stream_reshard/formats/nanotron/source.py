@@ -60,10 +60,11 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
         return None
     config = replace(whole, model=taken or whole.model)
     in_manifest = facts.get("vocab_size")
-    if vocab_size is None and (keeps_rows or not is_exact):
-        size: int | None = config.model.vocab_size
-    else:
-        size = problems.collect(_true_vocab_size, root, config, vocab_size, in_manifest)
+    if None not in (in_manifest, vocab_size) and in_manifest != vocab_size:
+        problems.append(UsageError(f"--vocab-size {vocab_size}: the manifest of {quoted(root)} has {in_manifest}"))
+    if vocab_size is None:
+        vocab_size = in_manifest if is_exact and not keeps_rows else config.model.vocab_size
+    size = problems.collect(_checked_vocab_size, config, vocab_size)
     layout = problems.collect(layout_of_files, root, config, size, files) if files and size else None
     known_ids = with_known_ids(config.model, config.family, facts.get("token_ids"))
     model_config = replace(known_ids or config.model, vocab_size=size or config.model.vocab_size)
@@ -93,11 +94,9 @@ def origin_in(facts: Mapping[str, Any]) -> Mapping[str, str] | None:
     return origin if _COMMIT.fullmatch(str(origin.get("commit"))) else None
 
 
-def _true_vocab_size(root: Path, config: NanotronModelConfig, given: int | None, in_manifest: int | None) -> int:
+def _checked_vocab_size(config: NanotronModelConfig, vocab_size: int | None) -> int:
     """Rows of the embedding without padding, which Nanotron does not keep. Raises UsageError where they are unknown."""
-    rows, vocab_size = config.model.vocab_size, in_manifest if given is None else given
-    if None not in (given, in_manifest) and given != in_manifest:
-        raise UsageError(f"--vocab-size {given}: the manifest of {quoted(root)} has {in_manifest}")
+    rows = config.model.vocab_size
     if vocab_size is None:
         raise UsageError(f"--vocab-size is needed: the embedding has {rows} rows, Nanotron pads it and keeps no count "
                          f"of the true ones; give --vocab-size {rows} if none is padding")

@@ -2,7 +2,7 @@
 
 - names:     names of the files, at a topology
 - order:     the parameters of each stage, in the order by which Nanotron matches states
-- cut:       the parts of a parameter that ZeRO-1 gives the ranks
+- cut:       the stretch of a parameter that ZeRO-1 gives each rank
 - optimizer_config: the topology, and how ZeRO-1 cuts a state
 - rank_file: one optimizer file, checked against the parameters that its rank holds
 - schedule:  the files of the learning rate's schedule

@@ -1,5 +1,5 @@
-"""The parts of a parameter that ZeRO-1 gives the data-parallel ranks: the shard is flattened in C order, and cut into
-stretches of which the last are shorter by one (nanotron/optim/zero.py)."""
+"""The stretches of a parameter that ZeRO-1 gives the data-parallel ranks: the shard is flattened in C order, and
+the last ones are shorter by one (nanotron/optim/zero.py)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from stream_reshard.model.box import Box
 
 
-def part_of_rank(num_elements: int, num_ranks: int, rank: int) -> tuple[int, int]:
+def stretch_of(num_elements: int, num_ranks: int, rank: int) -> tuple[int, int]:
     """(start, stop) of the elements of a flattened shard that a rank keeps."""
     longest = (num_elements - 1) // num_ranks + 1
     num_long = num_ranks - (longest * num_ranks - num_elements)

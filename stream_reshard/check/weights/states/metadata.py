@@ -15,8 +15,11 @@ def read_metas(root: Path, max_nbytes: int) -> tuple[Mapping[str, Any], Mapping[
     """(the whole document, its metas). Raises SourceError."""
     document = read_json(root, METADATA_NAME, max_nbytes)
     metas = document.get("metas")
-    if not isinstance(metas, dict) or type(metas.get("last_train_step")) is not int:
+    if not isinstance(metas, dict) or metas.get("last_train_step") is None:
         raise SourceError(f"{METADATA_NAME}: metas is {quoted(metas)}, without a last_train_step")
+    for key in ("last_train_step", "consumed_train_samples", "consumed_tokens_total"):
+        if not isinstance(metas.get(key), (int, type(None))):
+            raise SourceError(f"{METADATA_NAME}: {key} is {quoted(metas[key])}, not a whole number")
     return document, metas
 
 

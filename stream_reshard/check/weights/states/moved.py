@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from stream_reshard.check.weights.checkpoint import Piece, Weight, Weights, matrix_of
-from stream_reshard.check.weights.states.cut import boxes_between, part_of_rank
+from stream_reshard.check.weights.states.cut import boxes_between, stretch_of
 from stream_reshard.check.weights.states.rank_file import MASTERS
 from stream_reshard.check.weights.states.state import TrainingState
 from stream_reshard.formats.nanotron.weight_files import parse_path
@@ -14,7 +14,7 @@ from stream_reshard.storage.header import StoredTensor
 
 
 @dataclass(frozen=True)
-class Replica:
+class Repeat:
     """The choice among equal copies of a state."""
 
     tp: int = 0
@@ -27,31 +27,31 @@ class StateWeights(Weights):
     """One kind of state of the parameters of a checkpoint. The pieces of the weights say which rows of a parameter are
     where in the shards; here the shards lie in the optimizer's files, whole or cut by ZeRO-1."""
 
-    def __init__(self, weights: Weights, state: TrainingState, kind: str, replica: Replica = Replica(),
+    def __init__(self, weights: Weights, state: TrainingState, kind: str, repeat: Repeat = Repeat(),
                  is_rounded: bool = False):
         """`weights`: those of the same checkpoint. With `is_rounded` the state is read as its weight's dtype."""
         self._weights, self._state, self._kind = weights, state, kind
-        self._replica, self._is_rounded = replica, is_rounded
+        self._repeat, self._is_rounded = repeat, is_rounded
 
     def __getitem__(self, name: str) -> Weight:
         weight = self._weights[name]
-        pieces = tuple(part for piece in weight.pieces for part in self._parts(weight.parameter.nanotron, piece))
+        pieces = tuple(cut for piece in weight.pieces for cut in self._cut(weight.parameter.nanotron, piece))
         rounded_to = weight.dtype if self._is_rounded else ""
         return replace(weight, pieces=pieces, state=self._kind, rounded_to=rounded_to)
 
-    def _parts(self, name: str, piece: Piece) -> Iterator[Piece]:
+    def _cut(self, name: str, piece: Piece) -> Iterator[Piece]:
         """A piece of the weights as pieces of the state."""
         rank, state = parse_path(piece.tensor.file)[1], self._state
-        stage = state.stages_of[name][self._replica.stage]
+        stage = state.stages_of[name][self._repeat.stage]
         num_elements, width = Box.whole(piece.tensor.shape).num_elements, _width(piece.tensor.shape)
-        for part in range(state.num_parts):
-            start, stop = part_of_rank(num_elements, state.num_parts, part)
+        for dp in range(state.num_stretches):
+            start, stop = stretch_of(num_elements, state.num_stretches, dp)
             if start >= stop:
                 continue
-            file = state.files[stage, part, rank.tp if rank else self._replica.tp]
+            file = state.files[stage, dp, rank.tp if rank else self._repeat.tp]
             number = state.ids[file.names][name]
             dtype = file.dtypes[self._kind][number]
-            # A flat part is read as the stretch of the whole shard that it is: the shard would begin before it.
+            # A stretch is read as a place in the whole shard, which would begin before it.
             tensor = StoredTensor(file.path, self._kind, dtype, piece.tensor.shape, 0)
             tensor = replace(tensor, begin=file.begins[self._kind][number] - start * tensor.itemsize)
             for box in boxes_between(start, stop, width):

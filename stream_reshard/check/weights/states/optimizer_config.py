@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stream_reshard.check.weights.states.cut import part_of_rank
+from stream_reshard.check.weights.states.cut import stretch_of
 from stream_reshard.check.weights.states.names import OPTIMIZER_CONFIG, word
 from stream_reshard.check.weights.states.rank_file import PREFIX
 from stream_reshard.errors import SourceError, quoted
@@ -38,8 +38,8 @@ class OptimizerConfig:
         return self.optimizer == _ZERO
 
     @property
-    def num_parts(self) -> int:
-        """Number of parts of each shard."""
+    def num_stretches(self) -> int:
+        """Number of stretches of each shard."""
         return self.topology.dp if self.is_zero else 1
 
     def faults(self, first_stage: Sequence[tuple[str, tuple[int, ...]]], has_masters: bool) -> Iterator[SourceError]:
@@ -87,5 +87,5 @@ def _is_size(text: Any) -> bool:
 
 
 def _offsets(shape: tuple[int, ...], num_ranks: int) -> dict[str, list[str]]:
-    parts = (part_of_rank(math.prod(shape), num_ranks, rank) for rank in range(num_ranks))
-    return {str(rank): list(map(str, part)) for rank, part in enumerate(parts) if part[0] < part[1]}
+    stretches = (stretch_of(math.prod(shape), num_ranks, rank) for rank in range(num_ranks))
+    return {str(rank): [str(start), str(stop)] for rank, (start, stop) in enumerate(stretches) if start < stop}

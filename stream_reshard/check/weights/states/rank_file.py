@@ -38,7 +38,7 @@ class Held(NamedTuple):
     name: str
     """Below `model.`."""
     shape: tuple[int, ...]
-    """Of the moments: that of the shard, or of the flat part."""
+    """Of the moments: that of the shard, or of the flat stretch."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class RankFile:
 
 def read_rank_file(root: Path, path: str, stage: Sequence[str], held: Sequence[Held | None], max_nbytes: int,
                    common: dict[Any, Any]) -> RankFile:
-    """Read a file of a rank that holds, of each parameter of `stage`, what `held` says; None for an empty part.
+    """Read a file of a rank that holds, of each parameter of `stage`, what `held` says; None for an empty stretch.
     `common` makes equal values of many files one object. Raises SourceError with the first fault."""
     file = read_torch_file(root, path, max_nbytes)
     for fault in _form_faults(file.contents):

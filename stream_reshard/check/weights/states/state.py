@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint
-from stream_reshard.check.weights.states.cut import part_of_rank
+from stream_reshard.check.weights.states.cut import stretch_of
 from stream_reshard.check.weights.states.metadata import read_metas
 from stream_reshard.check.weights.states.names import (
     OPTIMIZER, OPTIMIZER_CONFIG, RANDOM, SCHEDULE, SINGLE_SCHEDULE, optimizer_path, random_paths, state_paths)
@@ -55,9 +55,9 @@ class TrainingState:
         return self.config.is_zero
 
     @property
-    def num_parts(self) -> int:
-        """Number of parts of each shard."""
-        return self.config.num_parts
+    def num_stretches(self) -> int:
+        """Number of stretches of each shard."""
+        return self.config.num_stretches
 
     @property
     def metas(self) -> Mapping[str, Any]:
@@ -100,7 +100,7 @@ class TrainingState:
         return {file.names: {name: number for number, name in enumerate(file.names)} for file in self.files.values()}
 
     def dtype_of(self, kind: str, name: str) -> str:
-        """The dtype of a state of a Nanotron parameter; its first element is in the first part."""
+        """The dtype of a state of a Nanotron parameter; its first element is in the first stretch."""
         file = self.files[self.stages_of[name][0], 0, 0]
         return file.dtypes[kind][self.ids[file.names][name]]
 
@@ -156,7 +156,7 @@ class _Opening:
                               f"{topology.world_size} ranks")
         stages = stages_in_order(checkpoint.model, checkpoint.config_class or "", topology.pp)
         ranks = {(pp, dp, tp): optimizer_path(topology, config.is_zero, pp, dp, tp) for pp in range(topology.pp)
-                 for dp in range(config.num_parts) for tp in range(topology.tp)}
+                 for dp in range(config.num_stretches) for tp in range(topology.tp)}
         document, _ = read_metas(root, self.max_nbytes)
         if document.get("dp", topology.dp) != topology.dp:
             raise SourceError(f"checkpoint_metadata.json has dp {quoted(document['dp'])}, {OPTIMIZER_CONFIG} has "
@@ -168,7 +168,7 @@ class _Opening:
         shapes = shapes_of(checkpoint)
         if self.problems or any(name not in shapes for names in stages for name in names):
             return None  # Where weights are missing, that is told already.
-        files = self._rank_files(ranks, stages, shapes, config.num_parts)
+        files = self._rank_files(ranks, stages, shapes, config.num_stretches)
         schedule = read_schedule(root, of_schedule, stages, self.max_nbytes, self.problems)
         if self.problems or schedule is None:
             return None
@@ -179,11 +179,11 @@ class _Opening:
         return state
 
     def _rank_files(self, paths: Mapping[tuple[int, int, int], str], stages: Sequence[Sequence[str]], shapes: Shapes,
-                    num_parts: int) -> dict[tuple[int, int, int], RankFile]:
+                    num_stretches: int) -> dict[tuple[int, int, int], RankFile]:
         files: dict[tuple[int, int, int], RankFile] = {}
         common: dict[Any, Any] = {}
         for (pp, dp, tp), path in paths.items():
-            held = [_held(name, shapes[name], tp, dp, num_parts) for name in stages[pp]]
+            held = [_held(name, shapes[name], tp, dp, num_stretches) for name in stages[pp]]
             file = self.problems.collect(read_rank_file, self.checkpoint.root, path, stages[pp], held, self.max_nbytes,
                                          common)
             if file is not None:
@@ -213,12 +213,12 @@ def shape_at(shapes: Mapping[int | None, tuple[int, ...]], tp: int) -> tuple[int
     return shapes[None] if None in shapes else shapes[tp]
 
 
-def _held(name: str, shapes: Mapping[int | None, tuple[int, ...]], tp: int, dp: int, num_parts: int) -> Held | None:
-    """What a rank holds of a parameter; None for an empty part."""
+def _held(name: str, shapes: Mapping[int | None, tuple[int, ...]], tp: int, dp: int, num_stretches: int) -> Held | None:
+    """What a rank holds of a parameter; None for an empty stretch."""
     shape = shape_at(shapes, tp)
-    if num_parts == 1:
+    if num_stretches == 1:
         return Held(name, shape)
-    start, stop = part_of_rank(Box.whole(shape).num_elements, num_parts, dp)
+    start, stop = stretch_of(Box.whole(shape).num_elements, num_stretches, dp)
     return Held(name, (stop - start,)) if start < stop else None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stream_reshard.check.weights.checkpoint import Checkpoint, Weights
 from stream_reshard.check.weights.compare import Compared, Rule, compare
-from stream_reshard.check.weights.states.moved import Replica, StateWeights, masters_rounded
+from stream_reshard.check.weights.states.moved import Repeat, StateWeights, masters_rounded
 from stream_reshard.check.weights.states.state import TrainingState
 from stream_reshard.errors import DifferenceError, SourceError
 from stream_reshard.machine.stop import Stop
@@ -41,15 +41,15 @@ def state_tasks(source: Checkpoint, copy: Checkpoint, rule: Rule, stop: Stop) ->
 
 
 def _inside_tasks(name: str, copy: Checkpoint, state: TrainingState, rule: Rule, stop: Stop) -> Iterator[Task]:
-    """Tasks that compare a parameter's state with its weights, and its replicas with each other."""
+    """Tasks that compare a parameter's state with its weights, and its repeats with each other."""
     weights = copy.weights
     if state.has_masters:  # Read as they are stored they take twice the memory of the weights, and once more rounded.
         yield partial(_compare, name, _with(copy, masters_rounded(weights, state)), copy, replace(
             rule, block_nbytes=rule.block_nbytes // 4, other="its master rounds to"), stop)
-    for replica in _replicas(weights[name].parameter, state):
+    for repeat in _repeats(weights[name].parameter, state):
         for kind in state.kinds:
             yield partial(_compare, name, _with(copy, StateWeights(weights, state, kind)),
-                          _with(copy, StateWeights(weights, state, kind, replica)),
+                          _with(copy, StateWeights(weights, state, kind, repeat)),
                           replace(rule, other="another rank has"), stop)
 
 
@@ -60,11 +60,11 @@ def _compare(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule, stop: 
     return replace(compared, num_elements=0, num_states=compared.num_elements if is_counted else 0)
 
 
-def _replicas(parameter: Parameter, state: TrainingState) -> Iterator[Replica]:
+def _repeats(parameter: Parameter, state: TrainingState) -> Iterator[Repeat]:
     """The copies of a parameter beyond the first: on other ranks, and on another stage."""
     stages = range(len(state.stages_of[parameter.nanotron]))
     ranks = range(state.topology.tp if parameter.split is None else 1)
-    return (Replica(tp, stage) for stage in stages for tp in ranks if (tp, stage) != (0, 0))
+    return (Repeat(tp, stage) for stage in stages for tp in ranks if (tp, stage) != (0, 0))
 
 
 def _with(checkpoint: Checkpoint, weights: Weights) -> Checkpoint:

@@ -192,21 +192,21 @@ class StateLayout(Layout):
                 yield holder, self._tensor(holder, position, kind), rank.parts[i]
 
     def slices_of(self, number: int) -> tuple[Slice, ...]:
-        return tuple(self._slices(number, False))
+        return tuple(part for _, part in self._held_slices(number, False))
 
     def copies_of(self, number: int) -> tuple[Slice, ...]:
-        return tuple(self._slices(number, True))
+        return tuple(part for _, part in self._held_slices(number, True))
 
-    def _slices(self, number: int, copies: bool) -> Iterator[Slice]:
+    def _held_slices(self, number: int, copies: bool) -> Iterator[tuple[Holder, Slice]]:
         name = self.model.parameter(number).name
         for holder, tensor, part in self._parts_of(number, copies):
             if not part.region.num_elements:
                 continue
             if holder.stop - holder.start == math.prod(tensor.shape):
-                yield Slice(name, part.region, tensor, part.place, part.order)
+                yield holder, Slice(name, part.region, tensor, part.place, part.order)
                 continue
             for region, place in regions_in(part, tensor.shape, holder.start, holder.stop):
-                yield Slice(name, region, tensor, place, part.order)
+                yield holder, Slice(name, region, tensor, place, part.order)
 
     def fills_of(self, number: int) -> tuple[Fill, ...]:
         return tuple(Fill(tensor, place) for copies in (False, True)
@@ -222,14 +222,21 @@ class StateLayout(Layout):
         return kind, self.group(self.weights.position_of(weight)).storage_class
 
     def locations_of(self, number: int) -> tuple[tuple[int, int], ...]:
-        kind, weight = self._split(number)
-        position = self.weights.position_of(weight)
-        return tuple((self._file_index(holder.rank), self.begins(holder.rank, holder.place.number, kind))
-                     for holder in self.holders_of(position) if not holder.is_copy)
+        """The tensor of a stretch begins where its shard would, perhaps before the file."""
+        return tuple((self._file_index(holder.rank), part.tensor.begin)
+                     for holder, part in self._held_slices(number, False))
 
     def _file_index(self, rank: StateRank) -> int:
         num_dp = self.topology.dp if self.zero else 1
         return (rank.pp * self.topology.tp + rank.tp) * num_dp + (rank.dp or 0)
+
+    @property
+    def masters(self) -> StateLayout:
+        """The fp32 masters in the place of the weights, as parameters of the model itself."""
+        last = len(self.kinds) - 1
+        return replace(self, model=self.weights.model, kinds=(MASTERS,),
+                       dtypes={position: (names[last],) for position, names in self.dtypes.items()},
+                       begins=lambda rank, number, kind: self.begins(rank, number, last), _known={})
 
     def files_of(self, group: Group) -> tuple[FilePart, ...]:
         """The part of each file that the group's states take."""
