@@ -101,9 +101,10 @@ def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor
 
 def _layout(root: Path, config: NanotronModelConfig, manifest: Manifest | None,
             files: Mapping[str, WeightFile]) -> NanotronLayout:
-    """The layout that the headers describe; without a manifest its vocabulary includes the padding. Raises Refused."""
-    vocab_size = manifest.facts["vocab_size"] if manifest else config.model.vocab_size
-    return layout_of_files(root, config, min(vocab_size, config.model.vocab_size), agreeing(root, files))
+    """The layout that the headers describe. Its vocabulary includes the padding where no manifest knows better, as when
+    a training has moved. Raises Refused."""
+    known, padded = manifest.facts["vocab_size"] if manifest else None, config.model.vocab_size
+    return layout_of_files(root, config, min(known or padded, padded), agreeing(root, files))
 
 
 def _nanotron_facts(config: NanotronModelConfig | None, manifest: Manifest | None,
