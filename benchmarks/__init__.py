@@ -7,7 +7,8 @@
     rounds     cases in interleaved rounds, ratios within each round
     peers/     what others do with the same weights, one script each
     sources    synthetic sources, sized to the machine; synthetic: how they are made
-    sections   what is run
-    fits       straight lines through the runs
+    bench      what all sections work with
+    sections   what is run; ways: every way of this tool
+    fits       a straight line through the runs
     tables     results as Markdown; pictures: as PNG; readme: documents about them
 """

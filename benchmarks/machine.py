@@ -74,16 +74,16 @@ def file_system(folder: Path) -> str:
     return max(holding, key=lambda pair: pair[0])[1] if holding else "unknown"
 
 
-def settle(source: Path, is_warm: bool, warm_up: Sequence[str] = ()) -> None:
+def settle(folders: Sequence[Path], is_warm: bool, warm_up: Sequence[str] = ()) -> None:
     """Bring the machine into a known state; what is measured starts at once afterwards.
 
     Dirty pages are written, caches dropped; `warm_up` is a command that brings the program to be measured back into the
-    cache; for a warm run the source is read. A virtual machine gives freed memory back to its host within seconds and
+    cache; for a warm run the folders are read. A virtual machine gives freed memory back to its host within seconds and
     pays for each page when it takes it again: most of what is free is touched and freed here, so that the run finds its
     pages there, whichever it gets.
     """
     os.sync()
-    files = [path for path in source.iterdir() if path.is_file()]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     if _can_drop():
         Path("/proc/sys/vm/drop_caches").write_text("3")
     else:

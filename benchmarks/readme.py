@@ -20,10 +20,11 @@ MARK = "<!-- measured: written by python -m benchmarks --readme -->\n"
 _PICTURES = {
     "peers": (("_memory", "Memory over time of this tool and of others, against the limit"),
               ("", "Time against peak memory of this tool and of others")),
-    "growth": (("", "Time and memory against the size of the model and against TP"),)}
+    "growth": (("", "Time and memory against the size of the model and against TP"),),
+    "ways": (("", "Every way against cp and against the limit"),)}
 
-_SHOWN = ("peers", "peers_full", "speed", "speed_full", "groups", "options", "clones", "clones_full", "growth",
-          "growth_full")
+_SHOWN = ("peers", "peers_full", "ways", "ways_full", "speed", "speed_full", "groups", "options", "clones",
+          "clones_full", "growth", "growth_full")
 """Results that have a section on the page, where they exist; the tables of growth are left to its picture."""
 
 

@@ -29,12 +29,17 @@ class Case:
     name: str
     """Unique in its section."""
     command: tuple[str, ...]
-    source: Path
+    reads: tuple[Path, ...]
+    """Folders."""
     output: Path
     """What it makes. The folder that holds it is emptied before and after every run."""
     source_nbytes: int
     reference: str = ""
     """The case that its time is divided by."""
+    limit: str = ""
+    """Another case that its time is divided by: the limit itself."""
+    written: float = 1.0
+    """Size of its output, as a multiple of what it reads."""
     is_warm: bool = False
     """Whether the source is in the page cache when it starts."""
     needs_sync: bool = False
@@ -86,7 +91,7 @@ def run_rounds(cases: Sequence[Case], plan: Plan) -> list[dict[str, Any]]:
                 if outcome.status == "ok":
                     _run(outcome, number, plan)
     by_name = {outcome.case.name: outcome for outcome in outcomes}
-    return [as_json(outcome, by_name.get(outcome.case.reference)) for outcome in outcomes]
+    return [as_json(outcome, by_name) for outcome in outcomes]
 
 
 def _rehearse(outcomes: Sequence[Outcome], times: int) -> None:
@@ -96,7 +101,7 @@ def _rehearse(outcomes: Sequence[Outcome], times: int) -> None:
         if outcome.case.name in references and outcome.status == "ok":
             for _ in range(times):
                 _clear(outcome.case.output.parent)
-                machine.settle(outcome.case.source, outcome.case.is_warm)
+                machine.settle(outcome.case.reads, outcome.case.is_warm)
                 measure(outcome.case.command, cwd=ROOT, env=machine.ENVIRONMENT, sync=outcome.case.needs_sync)
 
 
@@ -115,7 +120,7 @@ def _run(outcome: Outcome, number: int, plan: Plan) -> None:
     case = outcome.case
     _clear(case.output.parent)
     if plan.settles:
-        machine.settle(case.source, case.is_warm, case.warm_up)
+        machine.settle(case.reads, case.is_warm, case.warm_up)
     before = used_nbytes(case.output.parent) if case.counts_space else 0
     command = case.group.wrap(case.command) if case.group else case.command
     run = measure(command, cwd=ROOT, env=machine.ENVIRONMENT, sync=case.needs_sync)
@@ -144,8 +149,9 @@ def problem_of(run: Measurement, case: Case) -> str:
         ended = f"signal {-run.exit_code}" if run.exit_code < 0 else f"exit code {run.exit_code}: {lines[-1][:200]}"
         return f"did not finish ({ended})"
     nbytes = sum(path.stat().st_size for path in case.output.rglob("*") if path.is_file())
-    if nbytes < case.source_nbytes * 0.99:
-        return f"wrote {nbytes} of {case.source_nbytes} bytes"
+    wanted = int(case.source_nbytes * case.written)
+    if nbytes < wanted * 0.99:
+        return f"wrote {nbytes} of {wanted} bytes"
     return "ok"
 
 
@@ -157,19 +163,21 @@ def _told(stdout: str) -> dict[str, Any]:
     return {key: value for key, value in document.items() if type(value) in (int, float)}
 
 
-def ratios_of(runs: Mapping[int, Measurement], reference: Mapping[int, Measurement]) -> list[float]:
+def ratios_of(runs: Mapping[int, Measurement], reference: Outcome | None) -> list[float]:
     """Time over the reference's of the same round, for each round that has both."""
-    return [round(runs[n].seconds / reference[n].seconds, 4) for n in sorted(runs.keys() & reference.keys())]
+    others = reference.runs if reference else {}
+    return [round(runs[n].seconds / others[n].seconds, 4) for n in sorted(runs.keys() & others.keys())]
 
 
-def as_json(outcome: Outcome, reference: Outcome | None) -> dict[str, Any]:
+def as_json(outcome: Outcome, by_name: Mapping[str, Outcome]) -> dict[str, Any]:
     """The result of a case; seconds and bytes, one number per round."""
     case, runs = outcome.case, [outcome.runs[n] for n in sorted(outcome.runs)]
     last = runs[-1].series if runs else ()
     return {
         "name": case.name, "status": outcome.status, "state": "warm" if case.is_warm else "cold",
         "source_nbytes": case.source_nbytes, "needs_sync": case.needs_sync, **case.facts,
-        "reference": case.reference, "ratios": ratios_of(outcome.runs, reference.runs) if reference else [],
+        "reference": case.reference, "ratios": ratios_of(outcome.runs, by_name.get(case.reference)),
+        "limit": case.limit, "limit_ratios": ratios_of(outcome.runs, by_name.get(case.limit)),
         "seconds": [round(run.seconds, 4) for run in runs], "sync_seconds": [round(r.sync_seconds, 4) for r in runs],
         "peak_rss": [run.peak_rss for run in runs], "peak_anon": [run.peak_anon for run in runs],
         "bytes": [asdict(run.bytes) for run in runs], "used_nbytes": outcome.used, "told": outcome.told,

@@ -5,22 +5,20 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.fits import SWEPT, of_growth
+from benchmarks.bench import MIB, Bench
+from benchmarks.fits import SWEPT
 from benchmarks.groups import memory_group
 from benchmarks.images import MAKERS, mounted
-from benchmarks.rounds import ROOT, Case, Plan, run_rounds
-from benchmarks.sources import Source, Sources
-
-MIB = 2**20
-_OURS = (sys.executable, "-m", "stream_reshard")
-_WARM_UP = (*_OURS, "demo", "--quiet")
+from benchmarks.rounds import ROOT, Case
+from benchmarks.sources import Source
+from benchmarks.ways import ways
 
 OPTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("default", ()),
@@ -56,44 +54,6 @@ PEERS = (
 )
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What the sections have to work with."""
-
-    scratch: Path
-    sources: Sources
-    shape: str
-    plan: Plan
-    is_full: bool = False
-
-    @property
-    def output(self) -> Path:
-        """Where cases write, one after the other."""
-        return self.scratch / "out" / "run"
-
-    def copy(self, source: Source, output: Path | None = None, **how: Any) -> Case:
-        """`cp -r SRC OUT && sync`: the floor."""
-        output = output or self.output
-        case = Case("cp -r && sync", ("cp", "-r", str(source.path), str(output)), source.path, output, source.nbytes,
-                    reference="cp -r && sync", needs_sync=True, warm_up=("cp", "--version"))
-        return replace(case, **how)
-
-    def ours(self, name: str, source: Source, tp: int = 4, pp: int = 2, limit: int = 256 * MIB,
-             extra: Sequence[str] = (), output: Path | None = None, **how: Any) -> Case:
-        """This tool; its output is durable when it ends."""
-        output = output or self.output
-        command = (*_OURS, str(source.path), str(output), "--tp", str(tp), "--pp", str(pp), "--max-memory", str(limit),
-                   "--json", *extra)
-        facts = {"is_ours": True, "tp": tp, "pp": pp, "limit_nbytes": limit, "flags": list(extra)}
-        case = Case(name, command, source.path, output, source.nbytes, reference="cp -r && sync", warm_up=_WARM_UP,
-                    facts=facts)
-        return replace(case, **how)
-
-    def run(self, cases: Iterable[Case]) -> list[dict[str, Any]]:
-        """Their results."""
-        return run_rounds(list(cases), self.plan)
-
-
 def peers(bench: Bench) -> dict[str, Any]:
     """This tool and others, TP=4 PP=2, cold source, all durable."""
     source = bench.sources.get(bench.shape)
@@ -106,7 +66,8 @@ def peers(bench: Bench) -> dict[str, Any]:
 def _peer(bench: Bench, source: Source, peer: Peer, stack: ExitStack) -> Case:
     script = (sys.executable, "-m", f"benchmarks.peers.{peer.script}")
     skipped = _obstacle(source, peer)
-    case = Case(peer.name, (*script, str(source.path), str(bench.output)), source.path, bench.output, source.nbytes,
+    case = Case(peer.name, (*script, str(source.path), str(bench.output)), (source.path,), bench.output,
+                source.nbytes,
                 reference="cp -r && sync", needs_sync=True, warm_up=(*script, "--help"),
                 skipped=skipped)
     if skipped or peer.script != "consolidate":
@@ -114,7 +75,7 @@ def _peer(bench: Bench, source: Source, peer: Peer, stack: ExitStack) -> Case:
     sharded = bench.scratch / "sharded"
     stack.callback(shutil.rmtree, sharded)
     subprocess.run([*script, str(source.path), str(sharded), "--prepare"], cwd=ROOT, check=True)
-    return replace(case, source=sharded, command=(*script, str(sharded), str(bench.output)))
+    return replace(case, reads=(sharded,), command=(*script, str(sharded), str(bench.output)))
 
 
 def _obstacle(source: Source, peer: Peer) -> str:
@@ -140,14 +101,14 @@ def speed(bench: Bench) -> dict[str, Any]:
 def groups(bench: Bench) -> dict[str, Any]:
     """Inside control groups that count the page cache, against this tool's own run outside of any."""
     source = bench.sources.get(bench.shape)
-    outside = "no control group"
+    outside, copied_outside = "stream_reshard, no group", "cp -r && sync, no group"
     with ExitStack() as stack:
         cases = [bench.ours(outside, source, reference=outside)]
         for limit in (64, 256):
             ours = bench.ours(f"stream_reshard in {limit} MiB", source, limit=limit * MIB, reference=outside)
-            copy = bench.copy(source, name=f"cp -r && sync in {limit} MiB", reference="cp -r && sync")
+            copy = bench.copy(source, name=f"cp -r && sync in {limit} MiB", reference=copied_outside)
             cases += [_grouped(case, limit * MIB, stack) for case in (ours, copy)]
-        return {"cases": bench.run([*cases, bench.copy(source)])}
+        return {"cases": bench.run([*cases, bench.copy(source, name=copied_outside, reference=copied_outside)])}
 
 
 def _grouped(case: Case, nbytes: int, stack: ExitStack) -> Case:
@@ -201,12 +162,12 @@ def growth(bench: Bench) -> dict[str, Any]:
         for tp in tps:
             ours = bench.ours(f"{shape}: TP={tp} PP=2", source, tp, 2, reference=copy.name)
             cases.append(replace(ours, facts={**ours.facts, "shape": shape}))
-    results = bench.run(cases)
-    return {"cases": results, "fits": of_growth(results)}
+    return {"cases": bench.run(cases)}
 
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "peers": peers, "speed": speed, "groups": groups, "options": options, "clones": clones, "growth": growth}
+    "peers": peers, "speed": speed, "groups": groups, "options": options, "clones": clones, "growth": growth,
+    "ways": ways}
 
 
 def document_of(name: str, bench: Bench) -> dict[str, Any]:

@@ -19,11 +19,16 @@ NBYTES = {"llama-0.3b": 536 * 10**6, "llama-1.3b": 2691 * 10**6, "llama-2.7b": 5
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of Hugging Face shards."""
+    """A folder of tensor files."""
 
     path: Path
     nbytes: int
     """Of its tensor files."""
+
+
+def source_at(path: Path) -> Source:
+    """The source in a folder."""
+    return Source(path.resolve(), sum(file.stat().st_size for file in path.rglob("*.safetensors")))
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Sources:
             with locked(self.lock, fcntl.LOCK_SH):
                 self.made.append(path)
                 write_source(path, SHAPES[shape])
-        return Source(path.resolve(), sum(shard.stat().st_size for shard in path.glob("*.safetensors")))
+        return source_at(path)
 
     def fitting(self, shapes: Sequence[str]) -> list[str]:
         """Those that are there or fit on the disk, all of them together and one output."""

@@ -16,7 +16,7 @@ from stream_reshard.formats.hugging_face.config import CONFIG_NAME, read_config
 from stream_reshard.formats.hugging_face.config import INDEX_NAME
 from stream_reshard.model.architectures import FAMILIES, build_model
 from stream_reshard.model.parameters import Parameter
-from stream_reshard.storage.dtypes import ITEMSIZE
+from stream_reshard.storage.dtypes import ITEMSIZE, SAFETENSORS_DTYPES
 from stream_reshard.storage.header import pack_header
 
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
@@ -29,24 +29,38 @@ def _llama(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int, vocab:
                      "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab}
 
 
+def _moe(hidden: int, layers: int) -> dict:
+    """A Qwen2-MoE with the experts of Qwen1.5-MoE-A2.7B, in its proportions."""
+    return _llama(hidden, hidden * 11 // 4, layers, 16, 16, 32000) | {
+        "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_experts": 60,
+        "num_experts_per_tok": 4, "moe_intermediate_size": hidden * 11 // 16,
+        "shared_expert_intermediate_size": hidden * 11 // 4, "norm_topk_prob": False, "decoder_sparse_step": 1,
+        "mlp_only_layers": [], "router_aux_loss_coef": 0.001, "use_sliding_window": False}
+
+
 SHAPES = {
     "llama-0.3b": _llama(1024, 2752, 16, 16, 16, 32000),
     "llama-1.3b": _llama(2048, 5504, 24, 16, 16, 32000),
     "llama-2.7b": _llama(2560, 6912, 32, 32, 32, 32000),
     "llama-7b": _llama(4096, 11008, 32, 32, 32, 32000),
     "one-embedding-4gb": _llama(4096, 256, 1, 32, 32, 512000),
+    "qwen2-moe-0.3b": _moe(512, 9),
+    "qwen2-moe-1.3b": _moe(1024, 9),
+    "qwen2-moe-2.7b": _moe(1024, 18),
+    "qwen2-moe-7b": _moe(2048, 12),
 }
+SHAPES |= {f"{name}-float32": config | {"torch_dtype": "float32"} for name, config in SHAPES.items()}
 
 
 def write_source(root: Path, config: dict, max_shard_nbytes: int = 5 * 10**9) -> None:
     """Shards of at most `max_shard_nbytes` where a tensor does not exceed it, the index, and config.json."""
     root.mkdir(parents=True)
     (root / CONFIG_NAME).write_text(json.dumps(config, indent=2))
-    parsed = read_config(root)
+    parsed, dtype = read_config(root), SAFETENSORS_DTYPES[config["torch_dtype"]]
     shards: list[list[Parameter]] = [[]]
     size = 0
     for parameter in build_model(FAMILIES[parsed.family.hugging_face_class], parsed.model).stored():
-        nbytes = parameter.num_elements * ITEMSIZE["BF16"]
+        nbytes = parameter.num_elements * ITEMSIZE[dtype]
         if size + nbytes > max_shard_nbytes and shards[-1]:
             shards.append([])
             size = 0
@@ -54,17 +68,17 @@ def write_source(root: Path, config: dict, max_shard_nbytes: int = 5 * 10**9) ->
         size += nbytes
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, parameters in zip(names, shards):
-        _write_shard(root / name, parameters)
+        _write_shard(root / name, parameters, dtype)
     weight_map = {p.hugging_face: name for name, parameters in zip(names, shards) for p in parameters}
     (root / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def _write_shard(path: Path, parameters: list[Parameter]) -> None:
+def _write_shard(path: Path, parameters: list[Parameter], dtype: str) -> None:
     noise = os.urandom(2**20) * 17
     with open(path, "wb") as stream:
-        stream.write(pack_header([(p.hugging_face, "BF16", p.matrix_shape) for p in parameters], {"format": "pt"}))
+        stream.write(pack_header([(p.hugging_face, dtype, p.matrix_shape) for p in parameters], {"format": "pt"}))
         for parameter in parameters:
-            left, begin = parameter.num_elements * ITEMSIZE["BF16"], 0
+            left, begin = parameter.num_elements * ITEMSIZE[dtype], 0
             while left:
                 piece = noise[begin:begin + min(left, 16 * 2**20)]
                 stream.write(piece)

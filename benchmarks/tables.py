@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
+from benchmarks.fits import of_growth
+
 MIB = 2**20
 GB = 10**9
 Case = dict[str, Any]
@@ -49,7 +51,8 @@ def told(case: Case, key: str) -> str:
 
 Column = tuple[str, Callable[[Case], str]]
 NAME: Column = ("", lambda case: f"**{case['name']}**" if case.get("is_ours") else case["name"])
-RATIO: Column = ("time, ratio", lambda case: spread(case["ratios"]))
+RATIO: Column = ("time, x of cp", lambda case: spread(case["ratios"]))
+SIZE: Column = ("source, GB", lambda case: f"{case['source_nbytes'] / GB:.2f}")
 SECONDS: Column = ("seconds", lambda case: f"{median(case['seconds']):.2f}")
 RSS: Column = ("peak RSS, MiB", lambda case: mib(case["peak_rss"]))
 ANON: Column = ("of it anonymous", lambda case: mib(case["peak_anon"]))
@@ -60,12 +63,14 @@ COMMON = (NAME, RATIO, SECONDS, RSS, ANON, DISK)
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "peers": COMMON,
     "speed": (*COMMON, CALLS),
-    "groups": (NAME, ("finished", lambda case: "yes"), *COMMON[1:]),
+    "groups": (NAME, ("finished", lambda case: "yes"), ("time, x of no group", RATIO[1]), *COMMON[2:]),
     "options": COMMON,
-    "clones": (*COMMON[:-1], *((f"{word}, MiB", lambda case, word=word: told(case, f"nbytes_{word}"))
-                               for word in ("cloned", "copied", "strided")),
+    "clones": (*COMMON[:-1], *((f"{word}, MiB", lambda case, key=key: told(case, key)) for word, key in (
+                  ("cloned", "nbytes_cloned"), ("copied", "nbytes_copied"), ("rearranged", "nbytes_strided"))),
                ("disk used, MiB", lambda case: mib(case["used_nbytes"]))),
-    "growth": (NAME, ("source, GB", lambda case: f"{case['source_nbytes'] / GB:.2f}"), *COMMON[1:]),
+    "growth": (NAME, SIZE, *COMMON[1:]),
+    "ways": (NAME, SIZE, ("time, x of cp or cat", RATIO[1]),
+             ("x of the limit", lambda case: spread(case["limit_ratios"])), *COMMON[2:]),
 }
 
 ABOUT = {
@@ -73,14 +78,20 @@ ABOUT = {
              "durable output. Ratio to `cp -r SRC OUT && sync`.",
     "speed": "stream_reshard and cp. Ratio to `cp -r SRC OUT && sync` in the same state of the cache.",
     "groups": "TP=4 PP=2 inside a memory control group that counts the page cache, --max-memory equal to its limit. "
-              "Cold source. stream_reshard: ratio to its own run outside, with --max-memory 256MiB; cp: to cp outside.",
+              "Cold source. stream_reshard: ratio to its own run in no group, with --max-memory 256MiB; cp: to cp in "
+              "none.",
     "options": "Variants of stream_reshard at TP=4 PP=2, --max-memory 256MiB. Cold source. Ratio to "
-               "`cp -r SRC OUT && sync`.",
+               "`cp -r SRC OUT && sync`. On fewer than 16 cores `default` and `--workers 1` are the same run: they "
+               "show the noise, and a variant within their range is no faster or slower.",
     "clones": "File systems that share blocks, each in a file on a loop device. Cold source. Ratio to "
-              "`cp --reflink=never -r SRC OUT && sync` on the same file system. Cloned, copied, strided: target bytes, "
-              "as the tool tells; disk used: what the file system holds more after the run.",
+              "`cp --reflink=never -r SRC OUT && sync` on the same file system. Cloned, copied, rearranged: target "
+              "bytes, as the tool tells; disk used: what the file system holds more after the run.",
     "growth": "Time and memory against the size of the model and against TP. Cold source. Ratio to "
               "`cp -r SRC OUT && sync` of the same source.",
+    "ways": "Every way of stream_reshard with the default --max-memory. Cold source, durable output. Ratio to "
+            "`cp -r SRC OUT && sync` of the same source, of a comparison to `cat` of both; and to the limit: a bare "
+            "loop that moves the same bytes, file for file, with no plan and no digests. Sources: Hugging Face, or cut "
+            "for Nanotron TP=4 PP=2.",
 }
 
 
@@ -116,9 +127,9 @@ def notes_of(document: Document) -> Iterator[str]:
 
 
 def fits_of(document: Document) -> Iterator[str]:
-    """The lines through the runs, in words."""
-    for name, fit in document.get("fits", {}).items():
-        yield (f"Fit, {name}: seconds = {fit['intercept']:.3f} + {fit['slope']:.3f} * {fit['unit']} "
+    """The line through the runs, in words."""
+    if document["section"] == "growth" and (fit := of_growth(document["cases"])):
+        yield (f"Fit, stream_reshard at TP=4 PP=2: seconds = {fit['intercept']:.3f} + {fit['slope']:.3f} * GB "
                f"(R² = {fit['r2']:.4f}, {fit['num_points']} runs).")
 
 

@@ -49,6 +49,11 @@ WINGS = ("cli", "api", "convert", "check", "run", "plan", "formats", "destinatio
 """A wing imports only what stands behind it."""
 
 
+def __dir__() -> list[str]:
+    """The public names alone: what a notebook offers."""
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """A public name, imported when it is asked for: the package's own modules must not import all of it first."""
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""The interface for programs, notebooks and the command line: plan, run, verify, inspect, diff::
+"""The interface for programs, notebooks and the command line: plan, estimate, run, verify, inspect, diff::
 
     from stream_reshard import api
     conversion = api.plan("llama-7b", "llama-7b-tp4", tp=4, pp=2, max_memory="256MiB")
@@ -38,7 +38,7 @@ from stream_reshard.machine import memory
 from stream_reshard.machine.kernel import io_counters
 from stream_reshard.machine.stop import Stop
 from stream_reshard.options import ForwardOptions, Options, VerifyOptions
-from stream_reshard.options.conversion import Digests, Format, Io, NanotronConfig, Rope, Version
+from stream_reshard.options.conversion import Digests, Format, Io, NanotronConfig, Rope, Schedule, Version
 from stream_reshard.options.declaring import did_you_mean, options_of
 from stream_reshard.options.resources import Dtype
 from stream_reshard.plan.plan import Job
@@ -48,8 +48,14 @@ if TYPE_CHECKING:
     from stream_reshard.check.forward import ForwardPlan
     from stream_reshard.check.forward.report import ForwardResult
 
-__all__ = ["Conversion", "Report", "Result", "Stop", "diff", "inspect", "plan", "plan_forward", "run", "run_forward",
-           "verify"]
+__all__ = ["Conversion", "Report", "Result", "Stop", "diff", "estimate", "inspect", "plan", "plan_forward", "run",
+           "run_forward", "verify"]
+
+
+def __dir__() -> list[str]:
+    """The public names alone: what a notebook offers."""
+    return __all__
+
 
 _SWITCH_SECONDS = 0.0005
 """Longest time, while bytes are moved, that a thread keeps the others from running Python."""
@@ -113,11 +119,13 @@ def _as_keywords(text: str) -> str:
 
 @_public
 def plan(source: Folder, destination: Folder | None = None, *, to: Format | None = None, tp: int = 1, pp: int = 1,
-         dp: int = 1, template: Folder | None = None, dtype: Dtype = "keep", rope: Rope = "auto",
-         nanotron_config: NanotronConfig = "auto", checkpoint_version: Version = "1.5", vocab_multiple: int = 1,
-         vocab_size: int | None = None, max_shard_size: Size = Options.max_shard_size, tokenizer: Folder | None = None,
-         allow: Collection[str] = (), verify: bool = False, source_sha256: str | None = None, io: Io = "auto",
-         digests: Digests = "auto", overwrite: bool = False, restart: bool = False, break_lock: bool = False,
+         dp: int = 1, layers: int | None = None, zero: int | None = None, schedule: Schedule = "saved",
+         from_masters: bool = False, weights_only: bool = False, template: Folder | None = None,
+         dtype: Dtype = "keep", rope: Rope = "auto", nanotron_config: NanotronConfig = "auto",
+         checkpoint_version: Version = "1.5", vocab_multiple: int = 1, vocab_size: int | None = None,
+         max_shard_size: Size = Options.max_shard_size, tokenizer: Folder | None = None, allow: Collection[str] = (),
+         verify: bool = False, source_sha256: str | None = None, io: Io = "auto", digests: Digests = "auto",
+         overwrite: bool = False, restart: bool = False, break_lock: bool = False,
          max_memory: Size = Options.max_memory, workers: int | None = None, stop: Stop | None = None) -> Conversion:
     """Plan of a conversion; reads headers and configs only, and writes nothing.
 
@@ -132,6 +140,15 @@ def plan(source: Folder, destination: Folder | None = None, *, to: Format | None
     more += litter_notes(like) if like else ()
     conversion = plan_conversion(replace(options, source=root, template=like), stop)
     return replace(conversion, notes=(*notes, *more, *conversion.notes))
+
+
+@_public
+def estimate(conversion: Conversion) -> Conversion:
+    """The plan with an estimate of its time. For about a second SRC is read, and copied into a file without a name
+    beside DST, which is gone afterwards. Raises SourceError or ResourceError where SRC cannot be read."""
+    from stream_reshard.convert.estimate import with_estimate
+    with _switching_soon():
+        return with_estimate(conversion)
 
 
 @_public
@@ -152,7 +169,7 @@ def run(conversion: Conversion, progress: Progress | bool = False, stop: Stop | 
     def advance(job: Job) -> None:
         nonlocal num_done
         num_done += job.nbytes
-        show(num_done, conversion.plan.nbytes)
+        show(num_done, conversion.nbytes)
 
     with _switching_soon(), shown(progress, "B") as show, shown(check_progress, "part") as show_check:
         done = run_conversion(conversion, advance, stop, show_check)

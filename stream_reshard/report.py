@@ -4,6 +4,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from textwrap import wrap
 from typing import Any
 
 
@@ -48,9 +49,25 @@ class Report(Reported):
         return self._lines
 
 
+_INDENT = " " * 9
+"""Place of the texts of a screen, behind their words."""
+
+
+def wrapped(text: str, first: str = _INDENT) -> list[str]:
+    """A text in lines of 80 columns; words are never cut."""
+    return wrap(text, 80, initial_indent=first, subsequent_indent=_INDENT, break_long_words=False,
+                break_on_hyphens=False)
+
+
 def note_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """The notes among facts, for a person."""
     return (f"note     {note}" for note in facts["notes"])
+
+
+def layers_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """The layers of a truncated model among facts, for a person; nothing for a whole model."""
+    if facts["whole_num_layers"] is not None:
+        yield f"layers   first {facts['num_layers']} of {facts['whole_num_layers']}: a trial, not the whole model"
 
 
 Progress = Callable[[int, int], None]

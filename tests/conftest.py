@@ -39,16 +39,34 @@ def pytest_terminal_summary(terminalreporter):
                 terminalreporter.write_line(f"campaign: {line}")
 
 
+MEMORY_DISK = Path("/dev/shm")
+
+
+def has_room_in_memory(nbytes):
+    """A disk in memory is there, and has so many bytes free."""
+    status = os.statvfs(MEMORY_DISK) if os.access(MEMORY_DISK, os.W_OK) else None
+    return status is not None and status.f_bavail * status.f_frsize >= nbytes
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """The quick tests work in memory where there is room: a disk would take as long to sync their thousands of small
+    files as the tests take. The heavy tests, whose models are large, work on the disk."""
+    is_quick = config.option.markexpr == "not heavy" and config.option.basetemp is None
+    if is_quick and has_room_in_memory(2**32):
+        folder = TemporaryDirectory(dir=MEMORY_DISK, prefix="stream_reshard_tests_")
+        config.add_cleanup(folder.cleanup)
+        config.option.basetemp = Path(folder.name) / "pytest"
+
+
 @contextmanager
 def folder_in_memory(otherwise):
     """What a killed process has written is there whatever holds the files: a disk would only take its time to sync
     them. Power cuts, clones and full disks have disks of their own."""
-    memory_disk = Path("/dev/shm")
-    status = os.statvfs(memory_disk) if os.access(memory_disk, os.W_OK) else None
-    if status is None or status.f_bavail * status.f_frsize < 2**30:
+    if not has_room_in_memory(2**30):
         yield otherwise
         return
-    with TemporaryDirectory(dir=memory_disk, prefix="stream_reshard_test_") as folder:
+    with TemporaryDirectory(dir=MEMORY_DISK, prefix="stream_reshard_test_") as folder:
         yield Path(folder)
 
 

@@ -25,6 +25,11 @@ def test_plan_run_verify(tmp_path):
     assert api.diff(str(tmp_path / "nt"), str(tmp_path / "nt")).facts["same"]
 
 
+def test_a_notebook_is_offered_the_public_names():
+    import stream_reshard
+    assert dir(api) == sorted(api.__all__) and dir(stream_reshard) == sorted(stream_reshard.__all__)
+
+
 def test_the_way_back_and_a_template(tmp_path):
     source = make_source(tmp_path / "hf")
     api.run(api.plan(source, tmp_path / "nt", tp=2))

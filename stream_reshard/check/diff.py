@@ -60,7 +60,8 @@ def _opened(one: Path, other: Path) -> Iterator[Source]:
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
     """The settings of a config, by name; of its token ids those that every format can hold."""
-    settings = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "unsaid_ids"}
+    settings = {field.name: getattr(config, field.name) for field in fields(config)
+                if field.name not in ("unsaid_ids", "whole_num_hidden_layers")}
     return settings | ids_written(config)
 
 

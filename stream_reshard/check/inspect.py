@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from stream_reshard.formats.nanotron.weight_files import WeightFile
 from stream_reshard.formats.registry import is_nanotron
 from stream_reshard.machine.stop import Stop
 from stream_reshard.model.parameters import ModelConfig
+from stream_reshard.model.truncation import recorded
 from stream_reshard.storage.header import MAX_HEADER_NBYTES, StoredTensor
 from stream_reshard.storage.small_files import check_readable
 from stream_reshard.storage.source_file import SourceFile
@@ -67,7 +69,8 @@ def _inspect_hugging_face(root: Path) -> tuple[dict[str, Any], Iterator[StoredTe
 
 def _model_facts(config: ModelConfig, layout: Layout | None) -> dict[str, Any]:
     return {"family": config.family, "num_parameters": layout.model.num_elements if layout else None,
-            "num_layers": config.num_hidden_layers, "heads": config.num_attention_heads,
+            "num_layers": config.num_hidden_layers, "whole_num_layers": config.whole_num_hidden_layers,
+            "heads": config.num_attention_heads,
             "kv_heads": config.num_key_value_heads, "tied": config.tie_word_embeddings,
             "rope_theta": config.rope_theta, "no_rope_layer": config.no_rope_layer}
 
@@ -82,6 +85,8 @@ def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor
         config = None
         problems.append(SourceError(f"{MODEL_CONFIG_NAME} is missing: without it Nanotron sees no checkpoint here"))
     manifest = problems.collect(read_manifest, root)
+    if config and manifest:
+        config = replace(config, model=recorded(config.model, manifest.facts))
     files = scan(root, _MAX_NBYTES, problems)
     layout = problems.collect(_layout, root, config, manifest, files) if config else None
     if config is None:
@@ -96,10 +101,10 @@ def _inspect_nanotron(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor
 
 def _layout(root: Path, config: NanotronModelConfig, manifest: Manifest | None,
             files: Mapping[str, WeightFile]) -> NanotronLayout:
-    """The layout that the headers describe; where no manifest states the vocabulary, it includes the padding. Raises
-    Refused."""
-    vocab_size = (manifest.facts["vocab_size"] if manifest else None) or config.model.vocab_size
-    return layout_of_files(root, config, min(vocab_size, config.model.vocab_size), agreeing(root, files))
+    """The layout that the headers describe. Its vocabulary includes the padding where no manifest knows better, as when
+    a training has moved. Raises Refused."""
+    known, padded = manifest.facts["vocab_size"] if manifest else None, config.model.vocab_size
+    return layout_of_files(root, config, min(known or padded, padded), agreeing(root, files))
 
 
 def _nanotron_facts(config: NanotronModelConfig | None, manifest: Manifest | None,

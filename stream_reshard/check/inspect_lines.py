@@ -6,6 +6,7 @@ from typing import Any
 
 from stream_reshard.check.inspect_states import state_lines
 from stream_reshard.machine.memory import big, counted, human
+from stream_reshard.model.truncation import layers_text
 from stream_reshard.report import note_lines
 
 
@@ -38,7 +39,7 @@ def lines(facts: Mapping[str, Any]) -> Iterator[str]:
 def _model_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     number = facts["num_parameters"]
     yield (f"model      {facts['family']}, {'' if number is None else big(number) + ' parameters, '}"
-           f"{counted(facts['num_layers'], 'layer')}, {counted(facts['heads'], 'head')}, "
+           f"{layers_text(facts['num_layers'], facts['whole_num_layers'])}, {counted(facts['heads'], 'head')}, "
            f"{counted(facts['kv_heads'], 'KV head')}")
     rows, padded = facts["vocab_size"], facts.get("vocab_size_padded")
     known = "rows without padding are not known" if rows is None else f"{rows} rows"

@@ -13,7 +13,10 @@ Importing this imports no more than the parser needs: a build makes the completi
 """
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+
+from stream_reshard.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,5 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def script() -> None:
     """The installed command `stream-reshard`."""
-    from stream_reshard.cli.entry import script as run
+    try:
+        from stream_reshard.cli.entry import script as run
+    except ModuleNotFoundError as error:
+        sys.exit(_tell_missing(error))
     run()
+
+
+def _tell_missing(error: ModuleNotFoundError) -> int:
+    """One line about a dependency that is absent, as in a clone that was not installed; returns the exit code."""
+    if error.name is None or error.name.startswith("stream_reshard"):
+        raise error
+    wrong = UsageError(f"{sys.executable} has no module {error.name}, a dependency of stream_reshard; use the Python "
+                       f"in which it is installed, or install it: {sys.executable} -m pip install .")
+    print(f"error: {wrong}", file=sys.stderr)
+    return wrong.exit_code

@@ -66,7 +66,8 @@ def _resume_command(arguments: argparse.Namespace) -> str:
 
 def plan_command(arguments: argparse.Namespace, stop: Stop) -> Outcome:
     """`plan SRC [DST]`: everything up to and without the writing."""
-    return Outcome(_planned(arguments, stop))
+    conversion = _planned(arguments, stop)
+    return Outcome(api.estimate(conversion) if arguments.time else conversion)
 
 
 def verify_command(arguments: argparse.Namespace, stop: Stop) -> Outcome:

@@ -117,8 +117,8 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog=PROGRAM, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                   usage=f"{PROGRAM} [COMMAND] SRC DST [FLAGS]", epilog=f"{_EXAMPLES}\n\n{_EXIT_CODES}",
                   description="Cut Hugging Face checkpoints for Nanotron's tensor, pipeline and data\nparallelism, and "
-                  f"back, in bounded memory.\n\ncommands (convert is the default; {PROGRAM} COMMAND --help shows "
-                  f"its flags):\n{listed}")
+                  f"back, in bounded memory.\n\ncommands (default convert; {PROGRAM} COMMAND --help shows its flags):"
+                  f"\n{listed}")
     top.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     below = top.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
     for name in COMMANDS:
@@ -150,6 +150,9 @@ def _fill(made: argparse.ArgumentParser, command: str) -> argparse.ArgumentParse
         if own.group not in groups:
             groups[own.group] = made.add_argument_group(own.group)
         _add(groups[own.group], own)
+    if command == "plan":
+        made.add_argument("--time", action="store_true", help="also estimate the time of the run: for about a second, "
+                          "read SRC and write a file without a name beside DST")
     if command == "verify":
         made.add_argument("--forward", action="store_true", help="also run both over the same tokens, layer by layer "
                           "in float32, and compare the outcome; needs the extra [torch]")

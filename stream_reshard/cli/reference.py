@@ -35,8 +35,9 @@ def _section(command: str) -> Iterator[str]:
     yield from ("", f"## `{' '.join(filter(None, ['[convert]' if command == 'convert' else command, *words]))}`", "")
     yield str(parser.description)
     if command in _SAME:
-        yield "Its options are those of a conversion."
-        return
+        yield "Its options are those of a conversion, and:"
+        known = {action.dest for action in parser_of(_SAME[command])._actions}
+        folders, actions = [], [action for action in actions if action.dest not in known]
     yield from ("", "| argument | meaning |", "|---|---|")
     yield from (f"| `{action.metavar}` | {_meaning(action)} |" for action in folders)
     yield from (f"| `{_usage(action)}` | {_meaning(action)} |" for action in actions)

@@ -76,9 +76,10 @@ class Progress:
             look: dict[str, Any] = {"unit": self._unit}
             if self._unit == "B":
                 look = {"unit": "iB", "unit_scale": True, "unit_divisor": 1024}
-            if not os.get_terminal_size(sys.stderr.fileno()).columns:
-                look["ncols"] = 80
-            self._bar = tqdm(total=total, file=sys.stderr, desc=self._title, **look)
+            columns, lines = os.get_terminal_size(sys.stderr.fileno())
+            if not columns or not lines:  # As under script(1) and `docker exec -t`: a bar would be nothing there.
+                look |= {"ncols": columns or 80, "nrows": lines or 24}
+            self._bar = tqdm(total=total, file=sys.stderr, desc=self._title, disable=False, **look)
         self._bar.total = total
         if self._bar.update(done - self._bar.n):  # Only a bar that was drawn just now: memory is dear to count.
             self._bar.set_postfix_str(f"memory {human(resident())}", refresh=False)

@@ -3,46 +3,46 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stream_reshard.check.source_digests import expected_sums, sum_problems
 from stream_reshard.convert.ends import open_ends
 from stream_reshard.convert.notes import main_dtype, notes_of
+from stream_reshard.convert.room import budget_of, disk_problems, num_jobs_of
 from stream_reshard.destination.access import access_notes
-from stream_reshard.destination.companions import Companion, find_companions
+from stream_reshard.destination.companions import Companion, copied_from, find_companions, without_card
 from stream_reshard.destination.journal import JOURNAL_NAME
 from stream_reshard.destination.lock import lock_problems
-from stream_reshard.destination.refusals import disk_free, existing_parent, num_kept_in, occupation_problems
+from stream_reshard.destination.refusals import disk_free, num_kept_in, occupation_problems
 from stream_reshard.destination.staging import lock_of
-from stream_reshard.errors import DestinationError, Problems, ResourceError, StreamReshardError, UsageError, quoted
+from stream_reshard.errors import DestinationError, Problems, UsageError, quoted
 from stream_reshard.formats.base import Source, Target
 from stream_reshard.formats.nanotron.documents import yaml_string
 from stream_reshard.formats.nanotron.names import NAMING
+from stream_reshard.formats.nanotron.training.target import NewTrainingState
 from stream_reshard.machine import memory
-from stream_reshard.machine.kernel import NETWORK_FILE_SYSTEMS, file_system_of, free_descriptors
+from stream_reshard.machine.kernel import NETWORK_FILE_SYSTEMS, file_system_of
 from stream_reshard.machine.stop import Stop
+from stream_reshard.model.truncation import WHOLE
 from stream_reshard.options import Options, VerifyOptions
-from stream_reshard.plan.alignment import cloneable_nbytes
 from stream_reshard.plan.plan import Job, Plan, make_plan
+from stream_reshard.plan.states import make_state_plan
 from stream_reshard.report import Progress, Reported
-from stream_reshard.run.lanes import MAX_UNUSED, NUM_BUFFERS
-from stream_reshard.run.output import Done, Output, RunOptions, run
-from stream_reshard.storage.cloning import can_clone_all
+from stream_reshard.run.output import Output
+from stream_reshard.run.states import States
+from stream_reshard.run.writing import Done, RunOptions, run
 from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES, import_torch
 from stream_reshard.storage.identity import Identity
 from stream_reshard.storage.small_files import real_path
 from stream_reshard.storage.target_file import Transport
 
-NUM_WAITING = 8
-"""Number of jobs that wait for the disk while others move bytes."""
-
-_NUM_OPEN = 8
-"""Number of files open beside those of jobs: lock, journal, listed folders, modules during their import."""
+if TYPE_CHECKING:
+    from stream_reshard.convert.estimate import Estimate
 
 _SMALL_FILES_NBYTES = 2**20
 """Bytes on disk for documents, manifest and folders beside the weights."""
@@ -59,12 +59,16 @@ class Conversion(Reported):
     memory: memory.MemoryPlan
     notes: tuple[str, ...]
     """Remarks for the user, accepted settings included."""
+    states: States | None = None
+    """The training state that goes along; None for weights alone."""
     num_threads: int = 0
     """Jobs under way at once: some of them move bytes, others wait for the disk."""
     num_kept: int = 0
     """Files in the staging folder that the run can keep, from an earlier attempt."""
     companions: dict[str, Companion] = field(default_factory=dict)
     """Companions to copy, by name."""
+    estimate: Estimate | None = None
+    """The time of the run, where it was asked for and its disks could be tried."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -81,12 +85,27 @@ class Conversion(Reported):
     @property
     def identities(self) -> Mapping[str, Identity]:
         """Identities of the source files, by path, from before they were read."""
-        return self.source.identities
+        return {**self.source.identities, **self.target.identities()}
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plans of weights and of states."""
+        return (self.plan, self.states.plan) if self.states else (self.plan,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensor files."""
+        return sum(plan.nbytes for plan in self.plans)
+
+    @property
+    def num_files(self) -> int:
+        """Number of tensor files."""
+        return sum(plan.target.num_files for plan in self.plans)
 
     @property
     def disk_nbytes(self) -> int:
         """Bytes that the destination takes on disk."""
-        return self.plan.nbytes + sum(own.nbytes for own in self.companions.values()) + _SMALL_FILES_NBYTES
+        return self.nbytes + sum(own.nbytes for own in self.companions.values()) + _SMALL_FILES_NBYTES
 
     @property
     def disk_free(self) -> int | None:
@@ -115,12 +134,15 @@ class Conversion(Reported):
         accepted = {*options.allow, *self.target.accepted_differences(self.plan.target)}
         dtype = self.dtype if options.template and self.plan.casts else options.dtype
         config = self.source.config
-        facts = {"vocab_size": config.vocab_size, "dtype": dtype, "allowed": sorted(accepted),
+        vocab_size = self.source.recorded_vocab_size if self.states else config.vocab_size
+        whole = config.whole_num_hidden_layers
+        facts = {"vocab_size": vocab_size, "dtype": dtype, "allowed": sorted(accepted),
                  "ignored_tensors": dict(self.source.ignored or {}), "token_ids": config.token_ids,
                  "router_dtype": self.source.router_dtype if dtype == "keep" else None,
+                 **({WHOLE: whole} if whole else {}), **({"from_masters": True} if options.from_masters else {}),
                  **({"origin": dict(self.source.origin)} if self.source.origin else {})}
         return Output(self.plan, destination, texts, self.target.marker, _digest(texts, destination), NAMING,
-                      self.companions, self.identities, facts)
+                      self.companions, self.identities, facts, self.states)
 
     @property
     def is_done(self) -> bool:
@@ -133,6 +155,8 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     options, problems = _with_fixed_paths(options), Problems()
     source, target = open_ends(options, problems)
     found = find_companions(options.source, options.tokenizer, problems)
+    if source.config.whole_num_hidden_layers is not None:
+        found = without_card(found)
     if options.source_sha256 is not None:
         names = {*source.identities, *(name for name, own in found.files.items() if own.path.parent == options.source)}
         sums = expected_sums(options.source, names, options.source_sha256)
@@ -140,16 +164,18 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     dtypes = source.layout.dtype_at if options.dtype == "keep" else partial(_always, SAFETENSORS_DTYPES[options.dtype])
     wanted = target.layout(options.destination or Path(), source.layout.model, dtypes)
     plan = make_plan(source.layout, wanted)
-    casts = bool(plan.casts)
-    if casts:
+    states = _states(target.state(wanted))
+    found.files.update({name: copied_from(path) for name, path in target.copied().items()})
+    plans = (plan, states.plan) if states else (plan,)
+    if plan.casts:
         problems.collect(import_torch, "casting weights", ", or --dtype keep")
-    budget, budget_notes = _budget(options, plan, casts, target.held_nbytes(plan.target))
+    budget, budget_notes = budget_of(options, plans, target.held_nbytes(plan.target))
     notes = (*notes_of(options, source, target, plan, found.files), *found.notes, *budget_notes,
              *access_notes((source.layout.root / path for path in source.layout.paths),
                            options.destination if options.overwrite else None))
-    conversion = Conversion(options, source, target, plan, budget, notes, companions=found.files)
+    conversion = Conversion(options, source, target, plan, budget, notes, states, companions=found.files)
     if options.destination is not None:
-        num_threads = problems.collect(_num_threads, options, plan) or 0
+        num_threads = problems.collect(num_jobs_of, options, plans) or 0
         _check_destination(conversion, problems)
         num_kept = problems.collect(_num_kept, conversion) or 0
         conversion = replace(conversion, num_threads=num_threads, num_kept=num_kept)
@@ -158,18 +184,9 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     return conversion
 
 
-def _num_threads(options: Options, plan: Plan) -> int:
-    """Number of jobs that can run at once within the limit on open files. Raises ResourceError if that is less than the
-    number of workers."""
-    largest = max(last - first for first, last in pairwise([*plan.starts, len(plan.order)]))
-    per_job = largest * plan.target.most_files + 1  # One more for a folder that is synced.
-    per_worker = plan.source.most_files + MAX_UNUSED
-    room = free_descriptors() - _NUM_OPEN - options.num_workers * per_worker
-    if room < options.num_workers * per_job:
-        needed = _NUM_OPEN + options.num_workers * (per_job + per_worker)
-        raise ResourceError(f"the run would open up to {needed} files at once with {options.num_workers} workers, the "
-                            f"system allows {free_descriptors()} more; raise the limit (ulimit -n), or lower --workers")
-    return min(room // per_job, options.num_workers + NUM_WAITING)
+def _states(new: NewTrainingState | None) -> States | None:
+    """The plan of a training state."""
+    return States(make_state_plan(new.source.layout, new.layout, new.digest), new) if new else None
 
 
 def _with_fixed_paths(options: Options) -> Options:
@@ -203,7 +220,7 @@ def _check_destination(conversion: Conversion, problems: Problems) -> None:
             f"{', '.join(names)} names; change the path there, or add --overwrite to make the folder again"))
     elif manifest is None:
         problems.extend(occupation_problems(output.destination, options.overwrite, NAMING))
-        problems.extend(_disk_problems(conversion, output.destination))
+        problems.extend(disk_problems(conversion.plans, conversion.disk_nbytes, output.destination))
 
 
 def _num_kept(conversion: Conversion) -> int:
@@ -213,8 +230,9 @@ def _num_kept(conversion: Conversion) -> int:
 
 def _digest(documents: Mapping[str, bytes], destination: Path) -> str:
     """A digest of documents that does not depend on the path of the destination."""
-    begin = yaml_string(str(destination))[:-1].encode()
-    texts = sorted((name, text.replace(begin, b'"')) for name, text in documents.items())
+    begin, plain = yaml_string(str(destination))[:-1].encode(), re.escape(os.fsencode(destination))
+    bare = re.compile(rb"(?<= )" + plain + rb"(?=(-training)?\n)")
+    texts = sorted((name, bare.sub(b"", text.replace(begin, b'"'))) for name, text in documents.items())
     return hashlib.sha256(repr(texts).encode()).hexdigest()
 
 
@@ -244,32 +262,3 @@ def _check(conversion: Conversion, stop: Stop, progress: Progress, folder: Path)
 
 def _always(dtype: str, number: int) -> str:
     return dtype
-
-
-def _budget(options: Options, plan: Plan, casts: bool, held: int) -> tuple[memory.MemoryPlan, list[str]]:
-    """(memory of the run, remarks on it). A run keeps a record per file, and `held` bytes of documents. Without a
-    destination only the plan must fit in memory, not the run's per-file records."""
-    memory_of = partial(memory.plan_memory, options.allowed_memory, memory.held(), options.num_workers, casts,
-                        NUM_BUFFERS + options.verify * memory.VERIFY_BUFFERS)
-    if options.verify:  # `verify` opens the source again, and keeps a second record of each file.
-        held += memory.VERIFY_NBYTES
-    num_files = plan.target.num_files + options.verify * (plan.target.num_files + plan.source.num_files)
-    whole, bare = memory_of(num_files=num_files, held=held), memory_of(num_files=0)
-    if options.destination is not None or whole.projected <= whole.allowed or bare.projected > bare.allowed:
-        return whole, []
-    return bare, [f"a run of this plan needs --max-memory {memory.human(whole.projected)} for the records of "
-                  f"{plan.target.num_files} files"]
-
-
-def _disk_problems(conversion: Conversion, destination: Path) -> Iterator[StreamReshardError]:
-    free, num_free = disk_free(destination)
-    needed, plan = conversion.disk_nbytes, conversion.plan
-    if needed > free and can_clone_all(plan.source.root, plan.source.paths, existing_parent(destination)):
-        needed -= cloneable_nbytes(plan.source, plan.target)
-    if needed > free:
-        yield ResourceError(f"the destination needs {memory.human(needed)}, its disk has {memory.human(free)} free; "
-                            f"free some space, or choose another disk")
-    num_files = plan.target.num_files
-    if num_free is not None and num_files > num_free:
-        yield ResourceError(f"the destination needs {num_files} files, its disk has room for {num_free}; remove files, "
-                            f"or choose another disk")

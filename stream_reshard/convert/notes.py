@@ -10,6 +10,7 @@ from typing import Any
 from stream_reshard.destination.companions import CONFIG_NAME, Companion
 from stream_reshard.errors import quoted
 from stream_reshard.formats.base import Source, Target
+from stream_reshard.formats.nanotron.training.source import has_state
 from stream_reshard.options import Options
 from stream_reshard.plan.plan import Plan
 from stream_reshard.storage.dtypes import TORCH_DTYPES
@@ -43,6 +44,9 @@ def notes_of(options: Options, source: Source, target: Target[Any], plan: Plan,
     yield from source.notes
     if (source.root / _ADAPTER).is_file():
         yield f"{_ADAPTER}: the adapter beside the weights is not merged into them; they are converted without it"
+    if has_state(source.root) and target.state(plan.target) is None:
+        yield (f"the state of the training is left behind: {'masters' if options.from_masters else 'weights'} alone "
+               f"are written")
     yield from too_many_ids(companions, source.config.vocab_size)
     if plan.target.format == "Nanotron":
         yield from rounded(plan)

@@ -3,21 +3,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from textwrap import wrap
 from typing import Any
 
 from stream_reshard.convert.conversion import Conversion
 from stream_reshard.errors import shell_word, shown
 from stream_reshard.formats.base import NextStep
-from stream_reshard.machine.memory import big, counted, human
-from stream_reshard.report import Reported, note_lines
-from stream_reshard.run.output import Done
+from stream_reshard.machine.memory import big, counted, duration, human
+from stream_reshard.report import Reported, layers_lines, note_lines, wrapped
+from stream_reshard.run.writing import Done
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 
 _MAX_LISTED = 16
 """Companions that are named."""
-
-_INDENT = " " * 9
 
 
 def as_json(conversion: Conversion) -> dict[str, Any]:
@@ -30,18 +27,31 @@ def as_json(conversion: Conversion) -> dict[str, Any]:
                    "num_shards": plan.source.num_files, "nbytes": plan.source.nbytes,
                    **(conversion.source.origin or {})},
         "target": {"path": str(options.destination) if options.destination else None, **target,
-                   "num_files": plan.target.num_files, "nbytes": plan.nbytes, "dtype": conversion.dtype},
+                   "num_files": conversion.num_files, "nbytes": conversion.nbytes, "dtype": conversion.dtype},
         "num_parameters": plan.target.model.num_elements,
+        "num_layers": config.num_hidden_layers, "whole_num_layers": config.whole_num_hidden_layers,
         "vocab": {"size": config.vocab_size, "padded": rows},
         "tied": config.tie_word_embeddings, "stages": stages,
         "casts": {f"{TORCH_DTYPES[a]} to {TORCH_DTYPES[b]}": n for (a, b), n in plan.casts.items()},
-        "num_jobs": len(plan.jobs), "largest_job_nbytes": plan.largest_job_nbytes,
+        "num_jobs": sum(len(part.jobs) for part in conversion.plans),
+        "largest_job_nbytes": max(part.largest_job_nbytes for part in conversion.plans),
         "memory": {"allowed": conversion.memory.allowed, "reserved": conversion.memory.reserved,
                    "projected": conversion.memory.projected, "num_workers": conversion.memory.num_workers,
                    "block_nbytes": conversion.memory.block_nbytes},
         "copied": list(conversion.companions), "disk_nbytes": conversion.disk_nbytes,
         "num_files_kept": conversion.num_kept,
-        "disk_free_nbytes": conversion.disk_free, "notes": list(conversion.notes), "plan_sha256": plan.digest}
+        "disk_free_nbytes": conversion.disk_free, "time": _time_as_json(conversion),
+        "notes": list(conversion.notes), "plan_sha256": plan.digest}
+
+
+def _time_as_json(conversion: Conversion) -> dict[str, Any] | None:
+    """The estimate of the time, as JSON."""
+    if conversion.estimate is None:
+        return None
+    trial = conversion.estimate.trial
+    return {"seconds_estimated": round(conversion.estimate.seconds, 3),
+            "read_nbytes_per_second": round(trial.reading.per_second),
+            "copied_nbytes_per_second": round(trial.copying.per_second), "nbytes_tried": trial.nbytes}
 
 
 def plan_lines(conversion: Conversion) -> Iterator[str]:
@@ -53,8 +63,9 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
            f"{human(source['nbytes'])} in {counted(source['num_shards'], conversion.plan.source.file_word)}")
     if origin := conversion.source.origin:
         yield f"         {origin['repo']} on the hub, commit {origin['commit']}"
+    yield from layers_lines(facts)
     yield f"target   {shown(target['path'] or '(not given)')}"
-    yield from _wrapped(f"{target['format']} {conversion.target}, {target['dtype']}")
+    yield from wrapped(f"{target['format']} {conversion.target}, {target['dtype']}")
     yield from conversion.target.lines(conversion.plan.target, facts)
     vocab = facts["vocab"]
     padding = f"padded to {vocab['padded']} with zeros" if vocab["padded"] != vocab["size"] else "no padding"
@@ -68,16 +79,13 @@ def plan_lines(conversion: Conversion) -> Iterator[str]:
            f"{human(memory['allowed'])} allowed, {human(memory['reserved'])} held now")
     free = f", {human(facts['disk_free_nbytes'])} free" if facts["disk_free_nbytes"] is not None else ""
     yield f"disk     {human(facts['disk_nbytes'])} in {counted(target['num_files'], 'file')}{free}"
+    if time := facts["time"]:
+        yield (f"time     {duration(time['seconds_estimated'])} (reads {human(time['read_nbytes_per_second'])}/s, "
+               f"copies {human(time['copied_nbytes_per_second'])}/s, measured on {human(time['nbytes_tried'])})")
     if copied := facts["copied"]:
         more = f" and {len(copied) - _MAX_LISTED} more" if len(copied) > _MAX_LISTED else ""
-        yield from _wrapped(f"{', '.join(map(shown, copied[:_MAX_LISTED]))}{more}", "along    ")
+        yield from wrapped(f"{', '.join(map(shown, copied[:_MAX_LISTED]))}{more}", "along    ")
     yield from note_lines(facts)
-
-
-def _wrapped(text: str, first: str = _INDENT) -> list[str]:
-    """A text in lines of 80 columns; words are never cut."""
-    return wrap(text, 80, initial_indent=first, subsequent_indent=_INDENT, break_long_words=False,
-                break_on_hyphens=False)
 
 
 @dataclass(frozen=True, repr=False)
@@ -115,17 +123,18 @@ class Result(Reported):
 
     def _summary(self) -> Iterator[str]:
         conversion, done, moved = self.conversion, self.done, self.done.moved
-        memory, plan = conversion.memory, conversion.plan
+        memory, nbytes = conversion.memory, conversion.nbytes
         yield f"done     {shown(conversion.options.destination)}"
-        yield (f"         {counted(plan.target.num_files, 'file')}, {human(plan.nbytes)} in {self.seconds:.1f} s "
-               f"({human(plan.nbytes / max(self.seconds, 1e-9))}/s), durable")
+        yield (f"         {counted(conversion.num_files, 'file')}, {human(nbytes)} in {self.seconds:.1f} s "
+               f"({human(nbytes / max(self.seconds, 1e-9))}/s), durable")
         yield (f"memory   peak {human(self.peak_nbytes)}, {human(memory.projected)} projected, "
                f"{human(memory.allowed)} allowed")
+        yield from layers_lines(as_json(conversion))
         yield from (f"left     {shown(path)}: the old checkpoint could not be removed" for path in done.leftovers)
         if done.num_kept:
             yield f"resumed  {counted(done.num_kept, 'file')} kept from an earlier attempt, each with its digest"
         yield f"moved    {human(moved.cloned)} cloned, {human(moved.copied)} copied, {human(moved.strided)} rearranged"
-        num_without = plan.target.num_files - done.num_kept - done.num_digests
+        num_without = conversion.plan.target.num_files - done.num_kept - done.num_digests
         if num_without > 0:
             yield (f"digests  {counted(num_without, 'file')} without one" + (
                 ", sharing blocks with SRC (--digests all reads them)" if moved.cloned else ""))
@@ -133,7 +142,7 @@ class Result(Reported):
             yield (f"overflow {moved.num_overflowed} weights were too large for {conversion.options.dtype} and are "
                    f"infinite now; choose another --dtype")
         if conversion.options.verify:
-            yield "verified every weight, header and file against the source, before the commit: all equal"
+            yield "verified every weight, header and file, before the commit: all equal"
 
     def _done_lines(self) -> Iterator[str]:
         options = self.conversion.options

@@ -46,6 +46,14 @@ _MAX_PARSED_NBYTES = 2**20
 """Bytes at the beginning of a config or of code that are searched for names of other files."""
 
 
+def copied_from(path: Path) -> Companion:
+    """A file of the source that goes along. Raises SourceError."""
+    try:
+        return Companion(path, identity_of(os.stat(path)))
+    except OSError as error:
+        raise read_error(quoted(path), error) from error
+
+
 @dataclass(frozen=True)
 class Companion:
     """A file that goes along."""
@@ -88,6 +96,13 @@ def find_companions(source: Path, tokenizer: Path | None, problems: Problems) ->
             if name not in names and not (has_tokenizer and _TOKENIZER.fullmatch(name))]
     own = _Folder(source, problems).companions(kept)
     return Companions(own.files | given.files, own.notes + given.notes)
+
+
+def without_card(found: Companions) -> Companions:
+    """The companions without the model card, which is not that of a truncated model."""
+    cards = [name for name in found.files if name.lower() == "readme.md"]
+    files = {name: own for name, own in found.files.items() if name not in cards}
+    return Companions(files, [*found.notes, *(f"{quoted(name)} is not copied, as DST is truncated" for name in cards)])
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from array import array
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice, starmap
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ SYNC_SECONDS = 5.0
 
 MAX_FIRST_LINE_NBYTES = 2**24
 """Most bytes of the line that identifies the run, with the identities of its source files."""
+
+_JOB, _CRCS = "job", "crc32"
+"""Keys of the record of a job that wrote parts of files."""
 
 _FAILED = {"failed": True}
 """Last record of a journal after `--verify` found a difference."""
@@ -49,12 +53,22 @@ class Record:
     """Upper limit on the number of files in the folder."""
 
 
+@dataclass
+class Written:
+    """What a run has written, by its journal."""
+
+    files: dict[str, FileDone] = field(default_factory=dict)
+    """Whole files, by path."""
+    crcs: dict[int, array[int]] = field(default_factory=dict)
+    """The CRC-32 of each tensor that a job wrote into files it shares with others, by the job's index."""
+
+
 class Journal:
     """The journal of a run. It is always a new file, so that an earlier run that is still alive cannot add to it."""
 
-    def __init__(self, folder: Folder, record: Record, done: Mapping[str, FileDone]):
-        """`done`: files of earlier attempts, by path; jobs check them before they use them."""
-        self.folder, self.record, self.done = folder, record, dict(done)
+    def __init__(self, folder: Folder, record: Record, written: Written):
+        """`written`: by earlier attempts; jobs check it before they use it."""
+        self.folder, self.record, self.done, self.crcs = folder, record, written.files, written.crcs
         self.path = folder.path / JOURNAL_NAME
         self._descriptor = -1
         self.begin()
@@ -70,7 +84,7 @@ class Journal:
                 self._end = 0
                 self._append(self.record.run, {"files": sorted(self.record.names), "format": FORMAT,
                                                "version": __version__})
-                records = map(asdict, self.done.values())
+                records = chain(map(asdict, self.done.values()), starmap(_parts, self.crcs.items()))
                 while batch := list(islice(records, _BATCH)):
                     self._append(*batch)
                 self._sync()
@@ -95,8 +109,16 @@ class Journal:
     def add(self, file: FileDone) -> None:
         """Add a file that is durable under its final name. Raises DestinationError or ResourceError."""
         self.done[file.path] = file
+        self._add(asdict(file))
+
+    def add_crcs(self, index: int, crcs: Sequence[int]) -> None:
+        """Add the parts of files that a job has made durable. Raises DestinationError or ResourceError."""
+        self.crcs[index] = array("I", crcs)
+        self._add(_parts(index, self.crcs[index]))
+
+    def _add(self, record: Mapping[str, Any]) -> None:
         try:
-            self._append(asdict(file))
+            self._append(record)
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 self._sync()
         except OSError as error:
@@ -119,6 +141,11 @@ class Journal:
         self.folder.unlink(JOURNAL_NAME)
 
 
+def _parts(index: int, crcs: array[int]) -> dict[str, Any]:
+    """The record of a job that wrote parts of files."""
+    return {_JOB: index, _CRCS: crcs.tolist()}
+
+
 def is_journal(path: Path) -> bool:
     """True if a file begins with the record of a run, or with the torn beginning of one."""
     try:
@@ -135,12 +162,12 @@ def is_journal(path: Path) -> bool:
     return value == _FAILED or (isinstance(value, dict) and "plan_sha256" in value)
 
 
-def read_done(staging: Path, record: Record) -> dict[str, FileDone]:
-    """The files that an earlier attempt at this run has written, by path. Raises DestinationError if the journal is of
+def read_done(staging: Path, record: Record) -> Written:
+    """What an earlier attempt at this run has written. Raises DestinationError if the journal is of
     another run, whose files must not mix with those of this one, or of a run that failed its comparison."""
-    path, done, is_first = staging / JOURNAL_NAME, {}, True
+    path, done, is_first = staging / JOURNAL_NAME, Written(), True
     if not os.path.lexists(path):
-        return {}
+        return done
     if path.stat().st_size > 2 * MAX_FIRST_LINE_NBYTES + (record.max_files + 8) * MAX_FILE_NBYTES:
         raise DestinationError(f"{quoted(path)} is longer than any journal of this run; --restart removes it")
     for value in _records(path):
@@ -152,8 +179,11 @@ def read_done(staging: Path, record: Record) -> dict[str, FileDone]:
         is_first = False
         if "format" in value:
             _check_format(staging, value["format"])
-        with suppress(ValueError, TypeError, KeyError):  # An invalid record: its file is written again.
-            done[value["path"]] = FileDone.parsed(value)
+        with suppress(ValueError, TypeError, KeyError, OverflowError):  # An invalid record: it is written again.
+            if _JOB in value:
+                done.crcs[int(value[_JOB])] = array("I", value[_CRCS])
+            else:
+                done.files[value["path"]] = FileDone.parsed(value)
     return done
 
 

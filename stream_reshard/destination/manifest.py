@@ -23,6 +23,7 @@ import xxhash
 from stream_reshard import __version__
 from stream_reshard.errors import SourceError, quoted
 from stream_reshard.model.parameters import parse_token_id
+from stream_reshard.model.truncation import WHOLE
 from stream_reshard.storage.dtypes import ITEMSIZE
 from stream_reshard.storage.json_stream import JsonReader, TooLong
 from stream_reshard.storage.small_files import MAX_JSON_NBYTES, open_regular, read_error, too_long
@@ -282,11 +283,15 @@ def _object(value: Any) -> dict[str, Any]:
 def _checked(facts: dict[str, Any]) -> dict[str, Any]:
     """The facts, if their values have the right types; raises ValueError otherwise."""
     vocab_size, allowed = facts.get("vocab_size"), facts.get("allowed")
-    if not (type(vocab_size) is int and 0 < vocab_size < 2**48 and isinstance(facts.get("dtype"), str)
+    has_size = vocab_size is None or (type(vocab_size) is int and 0 < vocab_size < 2**48)
+    if not (has_size and isinstance(facts.get("dtype"), str)
             and isinstance(allowed, list) and all(isinstance(name, str) for name in allowed)):
         raise ValueError(f"{quoted(facts)} are not the facts of a conversion")
     for value in dict(facts.get("token_ids", {})).values():
         parse_token_id(value)
+    whole = facts.get(WHOLE)
+    if whole is not None and not (type(whole) is int and whole > 0):
+        raise ValueError(f"{quoted(whole)} is not a number of layers")
     if facts.get("router_dtype") not in (None, *ITEMSIZE):
         raise ValueError(f"{quoted(facts['router_dtype'])} is not a dtype")
     return facts

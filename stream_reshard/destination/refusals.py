@@ -64,7 +64,7 @@ def num_kept_in(destination: Path, record: Record) -> int:
     record = replace(record, run=as_json(record.run))
     try:
         manifest = manifest_of(staging, record.run, record.max_files)
-        return len(manifest.files if manifest else read_done(staging, record))
+        return len(manifest.files if manifest else read_done(staging, record).files)
     except OSError as error:
         raise target_error(staging, error) from error
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from stream_reshard.destination.contents import Entry, entries_below, faults
-from stream_reshard.destination.journal import JOURNAL_NAME, Journal, Record, is_journal, read_done
+from stream_reshard.destination.journal import JOURNAL_NAME, Journal, Record, Written, is_journal, read_done
 from stream_reshard.destination.lock import Lock
 from stream_reshard.destination.manifest import (
     MANIFEST_NAME, MAX_FILE_NBYTES, FileDone, Manifest, read_manifest, same_run)
@@ -106,7 +106,7 @@ class Staging:
             self._refuse_others(access)
             manifest = manifest_of(self.path, self.record.run, record.max_files)
             self._refuse_foreign(manifest)
-            done = {} if restart else read_done(self.path, self.record)
+            written = Written() if restart else read_done(self.path, self.record)
             self._refuse_strangers(restart)
             if restart:
                 # Renamed first: after a stop halfway the name still shows that the folder may be removed.
@@ -115,7 +115,8 @@ class Staging:
                 make_folder(self.path, access.folders)
                 manifest = None
             self.folder = Folder(self.path, access)
-            self.journal = Journal(self.folder, self.record, done | dict(manifest.files if manifest else {}))
+            written.files |= manifest.files if manifest else {}
+            self.journal = Journal(self.folder, self.record, written)
             # Without its marker the folder is no checkpoint while files are written again.
             self.folder.unlink(record.marker)
             for entry in entries_below(self.path):

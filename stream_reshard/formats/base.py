@@ -45,6 +45,8 @@ class Described:
     """Repository and commit on the hub that the folder is a snapshot of, where its cache shows them."""
     ids_are_known: bool = True
     """False where the token ids come from Nanotron's config, which has room for only one id per purpose."""
+    recorded_vocab_size: int | None = None
+    """Rows of the embedding without padding by the manifest; None where it does not say."""
     ignored: Mapping[str, str] | None = None
     """Stored tensors that hold no parameter, with the reason."""
 
@@ -99,6 +101,18 @@ class Target(ABC, Generic[OwnLayout]):
     def documents(self, source: Source, layout: OwnLayout, dtype: str, destination: Path,
                   companions: Iterable[str]) -> dict[str, bytes]:
         """The documents, by name. `companions`: names of the companions that the destination gets."""
+
+    def state(self, layout: OwnLayout) -> Any:
+        """The training state that goes along; None where weights go alone."""
+        return None
+
+    def identities(self) -> Mapping[str, Identity]:
+        """Identities of further files of the source, by path, each taken before the file was read."""
+        return {}
+
+    def copied(self) -> Mapping[str, Path]:
+        """Files of the source that are copied as they are, by their new names."""
+        return {}
 
     def held_nbytes(self, layout: OwnLayout) -> int:
         """Bytes of memory that large documents take; 0 where all documents are small."""

@@ -10,6 +10,7 @@ from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 
+from stream_reshard.destination.staging import staging_of
 from stream_reshard.errors import Cause, SourceError, StreamReshardError, quoted, shell_word
 from stream_reshard.formats.hugging_face.config import (
     CONFIG_NAME, INDEX_NAME, PICKLED_INDEX_NAME, PICKLED_NAME, SINGLE_NAME)
@@ -123,6 +124,9 @@ def _no_folder(root: Path) -> SourceError:
             return _foreign(parent, [root.name]) or SourceError(text)
         return Cause(f"{quoted(root)} is not a folder but a file; give the folder that holds the checkpoint, such as "
                      f"{quoted(parent)}")
+    if root.name and os.path.isdir(staging := staging_of(root)):
+        return Cause(f"{quoted(root)} does not exist; {quoted(staging)} is what a stopped run to it has written: give "
+                     f"the command of that run again")
     if match := _HUB_ID.fullmatch(text):
         return Cause(f"{quoted(root)} is not a folder; if it is a model on the Hugging Face Hub, download it first: "
                      f"hf download {match[1]} --local-dir {shell_word(match[1].split('/')[1])}")

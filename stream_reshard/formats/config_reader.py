@@ -7,9 +7,10 @@ from typing import Any
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.model.architectures import Family
 from stream_reshard.model.parameters import TOKEN_IDS, Experts, ModelConfig, TokenId, parse_token_id
+from stream_reshard.model.truncation import WHOLE, recorded
 
 MAX_LAYERS = 10**5
-"""Limit on a list with an entry per layer; no model has so many layers."""
+"""Limit on the number of layers; no model has so many."""
 
 MAX_EXPERTS = 4096
 """Limit on the experts of a layer; no model has so many."""
@@ -92,7 +93,7 @@ class ConfigReader:
             family=family.name,
             hidden_size=self.number("hidden_size", int),
             intermediate_size=self.number("intermediate_size", int),
-            num_hidden_layers=self.number("num_hidden_layers", int),
+            num_hidden_layers=self._num_layers(),
             num_attention_heads=heads,
             num_key_value_heads=self.number("num_key_value_heads", int, heads),
             vocab_size=self.number("vocab_size", int),
@@ -107,10 +108,17 @@ class ConfigReader:
             pad_token_id=self.token_id("pad_token_id"),
             unsaid_ids=frozenset(TOKEN_IDS) - self.raw.keys(),
             no_rope_layer=self._no_rope_layer(family), experts=self._experts(family))
+        config = recorded(config, {WHOLE: self.number(WHOLE, int)} if self.raw.get(WHOLE) is not None else {})
         if not self.problems:
             self._check_heads(config)
             self._check_rope_layers(config)
         return config
+
+    def _num_layers(self) -> int:
+        number = int(self.number("num_hidden_layers", int))
+        if number > MAX_LAYERS:
+            self.complain(f"num_hidden_layers is {number}, more than {MAX_LAYERS}")
+        return min(number, MAX_LAYERS)
 
     def _initializer_range(self) -> float:
         """The width of random weights. A checkpoint has none, so this float, unlike others, may be 0."""

@@ -111,6 +111,10 @@ class Layout(ABC):
     def slices_of(self, number: int) -> tuple[Slice, ...]:
         """Slices that hold each element of a parameter exactly once; () for a parameter that is not stored."""
 
+    def copies_of(self, number: int) -> tuple[Slice, ...]:
+        """Slices of files to be written that repeat elements of `slices_of`."""
+        return ()
+
     def fills_of(self, number: int) -> tuple[Fill, ...]:
         """The padding in the tensors of a parameter."""
         return ()
@@ -187,6 +191,18 @@ class Layout(ABC):
     def slices(self) -> Mapping[str, tuple[Slice, ...]]:
         """The slices of each stored parameter, by name."""
         return _SlicesByName(self)
+
+
+class SharedFiles(ABC):
+    """Files of which each job writes its tensors, and nobody what stands between them, until all tensors are there."""
+
+    @abstractmethod
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """(path, size in bytes) of every file."""
+
+    @abstractmethod
+    def rest_of(self, path: str, crcs: Mapping[int, int]) -> Iterator[tuple[int, bytes]]:
+        """(offset, bytes) of all in a file that is no tensor. `crcs`: the CRC-32 of each tensor, by its offset."""
 
 
 class _SlicesByName(Mapping[str, tuple[Slice, ...]]):

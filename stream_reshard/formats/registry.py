@@ -10,18 +10,20 @@ from stream_reshard.formats.hugging_face.config import CONFIG_NAME
 from stream_reshard.formats.hugging_face.source import open_hugging_face
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
 from stream_reshard.formats.nanotron.source import open_nanotron
+from stream_reshard.model.truncation import Truncate, untruncated
 from stream_reshard.storage.small_files import check_readable, dangling, misplaced, read_capped
 
 
 def open_any(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
-             is_exact: bool = True) -> Described | None:
-    """Open a checkpoint of either format; see `open_nanotron`. Raises SourceError for a folder that may not be read."""
+             is_exact: bool = True, truncate: Truncate = untruncated, keeps_rows: bool = False) -> Described | None:
+    """Open a checkpoint of either format, or the layers of it that `truncate` takes; see `open_nanotron`. Raises
+    SourceError for a folder that may not be read."""
     check_readable(root)
     if is_nanotron(root):
-        return open_nanotron(root, max_nbytes, vocab_size, problems, is_exact)
+        return open_nanotron(root, max_nbytes, vocab_size, problems, is_exact, truncate, keeps_rows)
     if vocab_size is not None and os.path.isfile(root / CONFIG_NAME):
         problems.append(UsageError("--vocab-size is for a Nanotron source only; config.json gives vocab_size"))
-    return open_hugging_face(root, max_nbytes, problems)
+    return open_hugging_face(root, max_nbytes, problems, truncate)
 
 
 def is_nanotron(root: Path) -> bool:

@@ -82,6 +82,16 @@ def human(nbytes: float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
+def duration(seconds: float) -> str:
+    """A time for people, such as "about 12 s"."""
+    if seconds < 1:
+        return "less than 1 s"
+    for unit, length, most in (("s", 1, 120), ("min", 60, 7200)):
+        if seconds < most:
+            return f"about {seconds / length:.0f} {unit}"
+    return f"about {seconds / 3600:.1f} h"
+
+
 def _check_address_space() -> None:
     """Raises MemoryError where the address space is too small for numpy, which safetensors imports: the BLAS of numpy
     would end the process without a Python error."""

@@ -61,6 +61,13 @@ class Box:
         """A box that runs from `start` to `stop` in one dim, and like this one in all others."""
         return Box(self.start[:dim] + (start,) + self.start[dim + 1:], self.stop[:dim] + (stop,) + self.stop[dim + 1:])
 
+    def flat_in(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """(offset, count) of this box in a flattened C-contiguous array of `shape`, in which it is one stretch."""
+        offset = 0
+        for first, extent in zip(self.start, shape):
+            offset = offset * extent + first
+        return offset, self.num_elements
+
     def blocks(self, max_elements: int, order: Sequence[int] | None = None) -> Iterator[Box]:
         """Cut this box into boxes of at most `max_elements`, each contiguous in an array of this box's shape.
 
@@ -83,11 +90,39 @@ class Box:
             yield from band.blocks(max_elements, inner) if per_index > max_elements else (band,)
 
 
+def boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    """The boxes, in order, that hold elements `start` to `stop` of a flattened C-contiguous array of `shape`: whole
+    indices of the outermost dim in the middle, and parts of one index before and behind. Each is one stretch."""
+    if start >= stop:
+        return []
+    if len(shape) <= 1:
+        return [Box((start,) * len(shape), (stop,) * len(shape))] if shape else [Box((), ())]
+    inner = math.prod(shape[1:])
+    (first, head), (last, tail) = divmod(start, inner), divmod(stop, inner)
+    if first == last:
+        return _at(first, boxes_of_range(shape[1:], head, tail))
+    before = _at(first, boxes_of_range(shape[1:], head, inner)) if head else []
+    behind = _at(last, boxes_of_range(shape[1:], 0, tail))
+    middle = first + bool(head)
+    whole = [Box((middle, *[0] * (len(shape) - 1)), (last, *shape[1:]))] if middle < last else []
+    return [*before, *whole, *behind]
+
+
+def _at(index: int, boxes: Iterable[Box]) -> list[Box]:
+    """The same boxes at one index of a further, outermost dim."""
+    return [Box((index, *box.start), (index + 1, *box.stop)) for box in boxes]
+
+
 def tiling_fault(boxes: Sequence[Box], whole: Box) -> str | None:
     """Reason why `boxes` do not cover every element of `whole` exactly once; None where they do.
 
     Disjoint boxes inside `whole` whose volumes add up to its volume leave no element out.
     """
+    return packing_fault(boxes, whole, whole.num_elements)
+
+
+def packing_fault(boxes: Sequence[Box], whole: Box, num_elements: int) -> str | None:
+    """Reason why `boxes` are not disjoint boxes inside `whole` with `num_elements` in all; None where they are."""
     for box in boxes:
         if not whole.contains(box):
             return f"{box.start}..{box.stop} reaches out of {whole.start}..{whole.stop}"
@@ -99,7 +134,7 @@ def tiling_fault(boxes: Sequence[Box], whole: Box) -> str | None:
             if first.overlap(second):
                 return f"{first.start}..{first.stop} and {second.start}..{second.stop} overlap"
     covered = sum(box.num_elements for box in full)
-    return None if covered == whole.num_elements else f"{covered} of {whole.num_elements} elements are covered"
+    return None if covered == num_elements else f"{covered} of {num_elements} elements are covered"
 
 
 def has_duplicates(numbers: Iterable[int]) -> bool:

@@ -127,6 +127,8 @@ class ModelConfig:
     """n: layers n, 2n, 3n ... (counted from 1) have no rotary embedding. None: all layers have it."""
     experts: Experts | None = None
     """The mixture of experts; None where every layer has a plain MLP."""
+    whole_num_hidden_layers: int | None = None
+    """Number of layers of the whole model, where these are its first ones only; None where they are all."""
 
     @property
     def token_ids(self) -> dict[str, TokenId]:

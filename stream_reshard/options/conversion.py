@@ -1,7 +1,7 @@
 """Options of a conversion."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,12 +17,14 @@ NanotronConfig = Literal["auto", "LlamaConfig", "Qwen2Config"]
 Version = Literal["1.5", "1.4", "1.2"]
 Io = Literal["auto", "mmap", "pread"]
 Digests = Literal["auto", "all", "none"]
+Schedule = Literal["saved", "exact"]
 
 ALLOWABLE = {
     "rope_scaling": "convert although Nanotron rotates q and k with unscaled frequencies",
     "rope_theta": "convert for release 0.4 although it has no base but 10000",
     "partial_rotary_factor": "convert although Nanotron rotates whole heads",
     "sliding_window": "convert although Nanotron attends to all earlier tokens",
+    "global_batch": "move a training although a step will take another number of samples, or some again",
     "hidden_act": "give Nanotron the name of an activation other than silu",
 }
 """The names for --allow in a conversion, with their meanings."""
@@ -45,7 +47,19 @@ class Options(Folders, Resources):
                                shown="nanotron")
     tp: int = option(1, "tensor-parallel ranks", metavar="T", least=1)
     pp: int = option(1, "pipeline stages, balanced as Nanotron balances them", metavar="P", least=1)
-    dp: int = option(1, "data-parallel replicas, for config.yaml; changes no weight file", metavar="D", least=1)
+    dp: int = option(1, "data-parallel replicas, for config.yaml and for the state of a training "
+                    "with ZeRO; changes no weight file", metavar="D", least=1)
+    layers: int | None = option(None, "take the first N decoder layers only, with embedding, final norm and head: a "
+                                "trial of the whole chain on a large model. DST is marked as truncated", metavar="N",
+                                least=1, shown="all")
+    zero: int | None = option(None, "stage of ZeRO, 0 or 1, in which the state of a training is written", metavar="N",
+                              least=0, shown="that of SRC")
+    schedule: Schedule = option("saved", "learning-rate schedule of a training that goes on: saved, as Nanotron saves "
+                                "it, which skips a step and bends the curve when it resumes; exact, so that Nanotron "
+                                "as it is today goes on as if nothing had happened")
+    from_masters: bool = option(False, "with --to hf: the weights are the float32 masters in the optimizer of SRC, "
+                                "which know more than the weights beside them; --dtype rounds them")
+    weights_only: bool = option(False, "leave the optimizer, its masters and the schedule of a Nanotron SRC behind")
     template: Path | None = option(None, "a Nanotron checkpoint, such as one saved from a random model: DST gets its "
                                    "files, names, versions, slices and dtypes; the plan lists the tensors in which "
                                    "they differ from this tool's own choice", metavar="DIR")
@@ -92,14 +106,17 @@ class Options(Folders, Resources):
         return Topology(self.tp, self.pp, self.dp)
 
 
-_NANOTRON_ONLY = ("rope", "vocab_multiple", "nanotron_config", "checkpoint_version")
-"""Options of which only a Nanotron target makes use, beside `tp` and `pp`."""
+_NANOTRON_ONLY = ("tp", "pp", "rope", "vocab_multiple", "nanotron_config", "checkpoint_version", "zero", "schedule")
+"""Options of which only a Nanotron target makes use."""
+
+
+def flags_of(options: Options, names: Collection[str]) -> Iterator[str]:
+    """The flags of these options, where they have another value than by default."""
+    for own in options_of(Options):
+        if own.name in names and getattr(options, own.name) != own.default:
+            yield own.flag
 
 
 def nanotron_flags(options: Options) -> Iterator[str]:
     """The flags among the options that only a Nanotron target makes use of."""
-    for own in options_of(Options):
-        if own.name in _NANOTRON_ONLY and getattr(options, own.name) != own.default:
-            yield own.flag
-    if (options.tp, options.pp) != (1, 1):
-        yield "--tp, --pp"
+    yield from flags_of(options, _NANOTRON_ONLY)

@@ -132,9 +132,16 @@ def _raise_all(problems: Problems) -> None:
         raise UsageError("\n".join(map(str, problems)))
 
 
+_FOUND: dict[type[Declared], tuple[Option, ...]] = {}
+"""Options of the classes that were asked for: to resolve the types of a class takes a fifth of the plan of a small
+model, and a run asks six times."""
+
+
 def options_of(cls: type[Declared]) -> tuple[Option, ...]:
     """The options of a class: its own, then those of its base classes."""
-    return tuple(sorted(_options_of(cls), key=lambda own: own.name not in cls.__annotations__))
+    if cls not in _FOUND:
+        _FOUND[cls] = tuple(sorted(_options_of(cls), key=lambda own: own.name not in cls.__annotations__))
+    return _FOUND[cls]
 
 
 def _options_of(cls: type[Declared]) -> Iterator[Option]:

@@ -23,6 +23,8 @@ class Job:
     that each source byte is read once. Idempotent, and independent of other jobs."""
 
     files: tuple[TensorFile, ...]
+    index: int
+    """Position among the jobs of its plan."""
     parameters: tuple[str, ...]
     """Names of the parameters in these files, in the order of the source's bytes; in that of the target's where the job
     has a single file."""
@@ -86,7 +88,7 @@ class _Jobs(Sequence[Job]):
         layout = plan.target if len(files) == 1 else plan.source
         numbers = sorted((number for group in groups for number in group.numbers),
                          key=lambda number: min(layout.locations_of(number)))
-        return Job(files, tuple(plan.target.model.parameter(number).name for number in numbers))
+        return Job(files, index, tuple(plan.target.model.parameter(number).name for number in numbers))
 
 
 def make_plan(source: Layout, target: Layout) -> Plan:

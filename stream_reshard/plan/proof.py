@@ -74,7 +74,7 @@ class Survey:
         self._nbytes.append(sum(begins) + storage_class.data_nbytes)
         lowest, begin = min(locations)
         last = max(begin for file, begin in locations if file == lowest)
-        self._spans.append((lowest << 48 | begin, lowest << 48 | last))
+        self._spans.append(((lowest << 48) + begin, (lowest << 48) + last))
         paths = self.target.paths_of(group)
         self._paths.extend(map(hash, paths))
         self._hash.update(f"{storage_class.index} {locations} {begins} {chr(10).join(paths)}\n".encode())

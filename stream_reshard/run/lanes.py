@@ -167,6 +167,10 @@ class Lanes:
         finally:
             self._free.put(lane)
 
+    def buffer(self) -> memoryview:
+        """A buffer, for a time when no job is under way."""
+        return self._all[0].scratch
+
     def close(self) -> None:
         """Wait for the jobs under way, let all threads go, and close the source files."""
         self._readers.shutdown()

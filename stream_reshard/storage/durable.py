@@ -35,6 +35,7 @@ _sync_file_range = getattr(_libc, "sync_file_range", None)
 _renameat2 = getattr(_libc, "renameat2", None)
 _fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)
 _SYNC_FILE_RANGE_WRITE = 2
+_SYNC_FILE_RANGE_WRITE_AND_WAIT = 7
 
 _DIGESTED_NBYTES = 2**18
 """Bytes read back at a time for a digest: so many stay in the cache of the processor."""
@@ -218,6 +219,12 @@ def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
     that follows reports them."""
     if _sync_file_range is not None:
         _sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
+
+
+def await_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Wait until a stretch of a file is written to the disk (sync_file_range). Errors are ignored, as above."""
+    if _sync_file_range is not None:
+        _sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE_AND_WAIT)
 
 
 def drop_from_cache(descriptor: int, offset: int = 0, nbytes: int = 0) -> None:

@@ -51,11 +51,14 @@ class NewTensorFile(NewFile):
     def __enter__(self) -> NewTensorFile:
         super().__enter__()
         try:
-            self.write(0, [header_of(self.file)])
+            self._write_begin()
         except BaseException:
             self.abandon()
             raise
         return self
+
+    def _write_begin(self) -> None:
+        self.write(0, [header_of(self.file)])
 
     def _reserve(self) -> None:
         """Set the final size; blocks that will be cloned must not be allocated first."""

@@ -5,7 +5,7 @@ import random
 import shutil
 import signal
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
 
@@ -19,7 +19,7 @@ from stream_reshard.convert.conversion import Options, plan_conversion
 from stream_reshard.destination.staging import staging_of
 from stream_reshard.errors import ResourceError, SourceError
 from stream_reshard.run import engines
-from stream_reshard.run.output import RunOptions, run
+from stream_reshard.run.writing import RunOptions, run
 from stream_reshard.storage import source_file as tensor_file
 
 SHARD = "model-00002-of-00002.safetensors"
@@ -242,7 +242,8 @@ def test_workers_do_not_outlive_a_run_that_is_killed(tmp_path, pause):
 
 
 def test_jobs_that_run_twice_at_once(tmp_path):
-    """An engine may give a job to two workers: each has a temp file of its own, and the last rename wins."""
+    """An engine may give a job to two workers: each has a temp file of its own, and the last rename wins. The job has
+    ended when both have: until then the folder holds a file that is not finished, which the last look refuses."""
     planned = conversion(tmp_path)
     run(planned.output, RunOptions(planned.memory.block_nbytes))
     wanted = tree_of(tmp_path / "nt")
@@ -250,9 +251,9 @@ def test_jobs_that_run_twice_at_once(tmp_path):
 
     class Twice(ProcessPoolExecutor):
         def submit(self, *args):
-            super().submit(*args)
-            return super().submit(*args)
+            first, second = super().submit(*args), super().submit(*args)
+            return waiting.submit(lambda: (first.result(), second.result())[1])
 
-    with Twice(2, mp_context=get_context("fork")) as executor:
+    with ThreadPoolExecutor() as waiting, Twice(2, mp_context=get_context("fork")) as executor:
         run(planned.output, RunOptions(planned.memory.block_nbytes, executor))
     assert tree_of(tmp_path / "nt") == wanted

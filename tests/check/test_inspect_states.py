@@ -4,6 +4,7 @@ import json
 import pytest
 from damage import edit_json, edit_yaml, every
 from golden_training import HERE, TREES
+from running import call
 from training import LENGTH, SAMPLES, STEP, edit, load, make_training
 
 from stream_reshard.cli import main
@@ -51,6 +52,15 @@ def in_files(root, kind):
 def test_weights_alone_have_no_training(tmp_path, told):
     make_training(tmp_path / "a")
     assert "training" not in told(tmp_path / "a-source")[0]
+
+
+def test_a_training_that_moved(tmp_path, told):
+    """Its manifest does not know how many rows of the vocabulary are padding, because Nanotron does not."""
+    moved = tmp_path / "moved"
+    assert call(make_training(tmp_path / "a"), moved, "--to", "nanotron", "--tp", 2, "--schedule", "exact", "--quiet") == 0
+    facts, lines = told(moved)
+    assert facts["faults"] == [] and facts["vocab_size"] is None and facts["training"]["schedule"] == "exact"
+    assert "rows without padding are not known: 12 with padding" in lines
 
 
 def test_a_schedule_that_goes_on_exactly(tmp_path, told):

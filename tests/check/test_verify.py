@@ -35,7 +35,8 @@ def test_one_model_is_equal_in_whatever_form(made, verify, source, copy, flags):
         assert np.array_equal(*(oracle.values(key, here.bits.itemsize) for oracle in (here, there))), key
 
 
-@pytest.mark.parametrize("nbytes", [256, 32], ids=["rows", "parts of rows"])
+@pytest.mark.parametrize("nbytes", [pytest.param(256, id="rows"),
+                                    pytest.param(32, id="parts of rows", marks=pytest.mark.heavy)])
 @pairs
 def test_one_changed_weight_is_named_with_its_place_and_values(made, copied, verify, differs, monkeypatch, source, copy,
                                                                flags, nbytes):

@@ -6,7 +6,7 @@ from trees import MANIFEST, NORM
 
 from stream_reshard.check import weights as package
 from stream_reshard.errors import ResourceError
-from stream_reshard.run import output as execute
+from stream_reshard.run import writing as execute
 
 DAMAGES = [
     ("a weight", lambda c: poke(every(c, "o_proj")[0], -1), "o_proj"),

@@ -10,10 +10,6 @@ from running import call
 from sources import make_source
 from trees import GOLDEN, MANIFEST
 
-from stream_reshard.check.weights.training import has_yaml
-
-pytestmark = pytest.mark.skipif(not has_yaml(), reason="without PyYAML config.yaml is not read")
-
 EDITED = ("--edited", "config.yaml")
 
 

@@ -1,17 +1,35 @@
 """The command among its neighbours: signals that are ignored or come early, and what it leaves as it found it."""
 import os
 import signal
+import subprocess
 import sys
 import time
 
 import pytest
+from running import ROOT
 from sources import make_source
 
 from stream_reshard.cli import entry, main
+from stream_reshard.cli.flags import COMMANDS, parser, parser_of
 from stream_reshard.destination import staging
 from stream_reshard.errors import Interrupted, Problems, SourceError
 from stream_reshard.machine.stop import Stop
 from stream_reshard.storage import header
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_80_columns(monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = (parser_of(command) if command else parser()).format_help()
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
+def test_a_dependency_that_is_absent_is_one_line():
+    """As in a clone that runs with a Python in which nothing is installed."""
+    code = "import sys; sys.modules['xxhash'] = None; from stream_reshard.cli import script; script()"
+    run = subprocess.run([sys.executable, "-c", code, "env"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert run.stderr.startswith("error: ") and "has no module xxhash" in run.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])

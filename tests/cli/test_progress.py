@@ -1,6 +1,12 @@
 """Progress in a log: lines when stderr is no terminal, none where a user does not want them."""
+import fcntl
 import os
+import pty
 import re
+import struct
+import sys
+import termios
+from contextlib import suppress
 
 import pytest
 from shells import shelled
@@ -41,22 +47,35 @@ def test_a_long_run_is_not_a_long_log(monkeypatch, capsys):
     assert 30 <= len(lines) <= 45 and "100%" in lines[-1] and "s left" in lines[5], len(lines)
 
 
+def seen_on(terminal):
+    """What was written to a terminal, once nobody has its other end open; closes it."""
+    seen = b""
+    with suppress(OSError):
+        while piece := os.read(terminal, 4096):
+            seen += piece
+    os.close(terminal)
+    return seen
+
+
+@pytest.mark.parametrize("lines, columns", [(24, 80), (24, 0), (0, 80), (0, 0)])
+def test_a_bar_is_drawn_on_a_terminal_that_does_not_tell_its_size(monkeypatch, lines, columns):
+    """As it is under script(1) and `docker exec -t`."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with Progress("converting", "B", False) as show:
+            show(2**20, 2**20)
+    drawn = seen_on(ours).decode()
+    assert "converting: 100%" in drawn and max(map(len, drawn.split("\r"))) <= 81
+
+
 def test_errors_are_red_on_a_terminal_alone(tmp_path):
-    import pty
     for env, word in (({}, b"\x1b[1;31merror:\x1b[0m"), ({"NO_COLOR": "1"}, b"error: ")):
         pid, terminal = pty.fork()
         if not pid:
-            import sys
             os.environ.update(env)
             os.execv(sys.executable, [sys.executable, "-m", "stream_reshard", "plan", str(tmp_path / "none")])
-        seen = b""
-        while True:
-            try:
-                piece = os.read(terminal, 4096)
-            except OSError:
-                break
-            if not piece:
-                break
-            seen += piece
+        seen = seen_on(terminal)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3 and seen.startswith(word), seen
-        os.close(terminal)

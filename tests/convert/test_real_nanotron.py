@@ -28,6 +28,8 @@ class Case:
     vocab_size: int = 320
     class_name: str = "LlamaConfig"
     checkpoint_version: str = "1.5"
+    layers: int | None = None
+    """How many layers are taken of the model; None for all."""
     as_saved: bool = True
     """Whether Nanotron itself would save the same files."""
 
@@ -39,6 +41,7 @@ RELEASE = {
     "pad token": Case("save_padded_llama", OLD, checkpoint_version="1.2"),
     "across": Case("save_tied_llama", OLD, ("--tp", 4, "--vocab-multiple", 3), vocab_size=323,
                    checkpoint_version="1.2"),
+    "first layers": Case("save_llama", OLD, checkpoint_version="1.2", layers=3),
 }
 MAIN = {
     "llama": Case("save_llama"),
@@ -57,14 +60,16 @@ def judge(cases, folder, repo=None):
     from real import models
     steps = []
     for name, case in cases.items():
-        hf = getattr(models, case.save)(folder / name / "hf")
+        source = hf = getattr(models, case.save)(folder / name / "hf")
+        to, layers, converted = (), (), folder / name / "converted"
+        if case.layers:
+            hf, layers = models.save_first_layers(hf, folder / name / "layers", case.layers), ("--layers", case.layers)
         logits = folder / name / "logits.safetensors"
         models.save_logits(hf, logits)
-        source, to, converted = hf, (), folder / name / "converted"
         if case.through:
-            convert(hf, first := folder / name / "first", *case.through)
+            convert(source, first := folder / name / "first", *case.through)
             source, to = first, ("--to", "nanotron")
-        convert(source, converted, *TOPOLOGY, *to, *case.flags)
+        convert(source, converted, *TOPOLOGY, *to, *layers, *case.flags)
         steps += [("save", hf, folder / name / "saved", *TOPOLOGY, "--model-config", case.class_name),
                   ("load", hf, converted, *TOPOLOGY),
                   ("load", hf, converted, "--pp", 4),

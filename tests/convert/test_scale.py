@@ -55,7 +55,7 @@ def write_sparse_shards(root, config):
     return places
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=["405B", pytest.param("1T", marks=pytest.mark.heavy)])
 def sparse(request, tmp_path_factory):
     """(folder, config, places) of one of the models."""
     root = tmp_path_factory.mktemp("sparse") / "hf"

@@ -94,7 +94,7 @@ def test_a_template_of_another_dtype_casts(tmp_path, capsys):
     ({"config": {"rope_theta": 500.0}}, [], 3, "rope_theta is '500.0', in the source '10000.0'"),
     ({"config": {"vocab_size": 9}}, [], 3, "its embedding has 9 rows, the source needs 11"),
     ({"family": "qwen2"}, [], 3, "holds a qwen2 model, the source is llama"),
-    ({}, ["--tp", "2"], 2, "--tp, --pp with --template"),
+    ({}, ["--tp", "2"], 2, "error: --tp with --template"),
     ({}, ["--rope", "neox"], 2, "--rope with --template")])
 def test_a_template_that_does_not_fit_is_refused(tmp_path, capsys, how, flags, code, message):
     template, source = random_model(tmp_path, **how), make_source(tmp_path / "hf")

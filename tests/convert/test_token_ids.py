@@ -2,6 +2,7 @@
 import json
 
 import pytest
+import yaml
 from conversions import convert
 from running import call
 from sources import edit_config, make_source
@@ -37,7 +38,6 @@ def ids_of(folder, name="config.json"):
 
 @pytest.mark.parametrize("family, config, written, notes", [pytest.param(*row[1:], id=row[0]) for row in SAID])
 def test_ids_there_across_and_back(tmp_path, family, config, written, notes):
-    yaml = pytest.importorskip("yaml")
     source = make_source(tmp_path / "hf", family=family, tied=family == "smollm3", config=config)
     conversion = api.plan(source, tmp_path / "nt", tp=2)
     about_ids = [note for note in conversion.notes if "_token_id" in note]

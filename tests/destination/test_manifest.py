@@ -50,3 +50,11 @@ def test_a_value_longer_than_the_memory_has_room_for(tmp_path):
     (tmp_path / MANIFEST_NAME).write_bytes((tmp_path / MANIFEST_NAME).read_bytes()[:-1])
     with pytest.raises(SourceError, match="damaged or edited"):
         open_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("whole", [0, -4, 4.0, True, "4", [4]])
+def test_the_layers_of_the_whole_model_are_a_number(tmp_path, whole):
+    write(tmp_path, FILES, facts=FACTS | {"whole_num_hidden_layers": whole})
+    for read in (open_manifest, read_manifest):
+        with pytest.raises(SourceError, match="is not a number of layers"):
+            read(tmp_path)

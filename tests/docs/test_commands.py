@@ -1,11 +1,16 @@
 """Every command in every document runs as it is written, one after the other, in a folder of its own."""
 import re
+import shutil
 
 import pytest
 from documents import DOCUMENTS, ROOT, STAND_INS, blocks, prepare, run
+from training import make_training
 
 ELSEWHERE = ("<!-- test command -->", "<!-- demo command -->")
 """Marks above blocks that other tests run, or .ci/run; so does test_readme.py its example of Python."""
+
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 12}
+"""A model for four tensor-parallel ranks; its vocabulary needs no padding there."""
 
 LANGUAGES = {"bash", "text", "python", "yaml", ""}
 
@@ -17,6 +22,9 @@ def test_commands_run_as_they_stand_there(path, tmp_path):
     if path.name == "CONTRIBUTING.md":  # Its reader stands in a clone.
         (tmp_path / "tests").symlink_to(ROOT / "tests")
         (tmp_path / "docs").mkdir()
+    if path.stem == "training-runs":  # Its reader has a training, and the folder in which it saves.
+        shutil.rmtree(make_training(tmp_path / "run" / "4", tp=2, pp=2, dp=2, config=HEADS).with_name("4-source"))
+        (tmp_path / "run" / "latest.txt").write_text("4")
     script = []
     for before, language, code in blocks(path.read_text(), ("bash", "python")):
         if before in ELSEWHERE or (path.name == "README.md" and language == "python"):
@@ -53,7 +61,7 @@ def test_stand_ins_refuse_other_spellings(tmp_path):
     assert {path.name for path in STAND_INS.iterdir() if path.is_file()} >= {"hf", "git", "torchrun", "pip", "srun"}
     for line in ("hf get ORG/NAME --local-dir SRC", "hf download ORG --local-dir SRC", "hf download ORG/NAME --to SRC",
                  "git clone https://example.org/nanotron", "pip install nothing_of_ours", "torchrun run_train.py",
-                 "srun --frobnicate true"):
+                 "torchrun --nnodes=2 --nproc_per_node=4 run_train.py --config-file x", "srun --frobnicate true"):
         with pytest.raises(AssertionError):
             run(line, tmp_path, env)
 

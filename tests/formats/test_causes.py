@@ -170,6 +170,7 @@ PATHS = [
     ("a hub id", "meta-llama/Llama-2-7b-hf", ["is not a folder", "hf download meta-llama/Llama-2-7b-hf --local-dir"]),
     ("a page of the hub", "https://huggingface.co/org/name/tree/main", ["hf download org/name --local-dir name"]),
     ("nothing", "/nowhere/at/all", ["'/nowhere/at/all' is not a folder"]),
+    ("an unfinished conversion", "{}/nt", ["/nt' does not exist; ", "/nt.partial' is what a stopped run to it has"]),
     ("a file", "{}/hf/config.json", ["is not a folder but a file", "/hf'"]),
     ("a GGUF file", "{}/x.gguf", ["GGUF", "gguf_file"]),
     ("the folder above", "{}/one", ["its folder 'hf' is one: give ", "/one/hf'"]),
@@ -198,6 +199,7 @@ def places(tmp_path_factory):
         (root / "models--org--name" / name).mkdir()
     (root / "models--org--name" / "refs" / "main").write_text("abc")
     (root / "empty").mkdir()
+    (root / "nt.partial").mkdir()
     (root / "broken").symlink_to("gone")
     (root / "loop").symlink_to("loop")
     (root / "x.gguf").touch()

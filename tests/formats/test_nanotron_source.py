@@ -53,7 +53,7 @@ def test_the_target_must_be_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--to", "hf", "--tp", "2"], "--tp, --pp with --to hf"), (["--to", "hf", "--rope", "neox"], "--rope with --to hf"),
+    (["--to", "hf", "--tp", "2"], "error: --tp with --to hf"), (["--to", "hf", "--rope", "neox"], "--rope with --to hf"),
     (["--to", "hf", "--vocab-size", "0"], "--vocab-size 0: it is at least 1"),
     (["--to", "hf", "--vocab-size", "13"], "--vocab-size 13: the embedding has 12 rows"),
     (["--to", "hf", "--max-shard-size", "0"], "is not a size"),

@@ -38,6 +38,14 @@ def test_peak_keeps_the_limit(tmp_path, limit):
     assert facts["memory"]["reserved"] < facts["peak_nbytes"]
 
 
+def test_an_estimate_of_the_time_keeps_the_limit(tmp_path):
+    write_sparse_source(tmp_path / "hf", vocab=200_000)
+    peak, out = peak_of([sys.executable, "-m", "stream_reshard", "plan", str(tmp_path / "hf"), str(tmp_path / "nt"),
+                         "--time", "--json", "--max-memory", "64MiB"])
+    facts = json.loads(out)
+    assert peak <= facts["memory"]["projected"] <= 64 * 2**20 < facts["time"]["nbytes_tried"]
+
+
 def test_files_that_are_copied_pass_in_pieces(tmp_path):
     write_sparse_source(tmp_path / "hf", vocab=1000)
     with open(tmp_path / "hf" / "tokenizer.json", "wb") as stream:

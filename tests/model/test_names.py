@@ -1,5 +1,6 @@
 """Names and templates: every name leads back to its parameter, and nothing else does."""
 import pytest
+import yaml
 
 from stream_reshard.formats.nanotron.documents import yaml_string
 from stream_reshard.model.architectures import FAMILIES
@@ -61,7 +62,6 @@ SPECIAL = {*range(0x300), 0x61C, 0xD7FF, *range(0x2000, 0x2070), *range(0xE000, 
 
 def test_strings_in_a_config_yaml_are_read_as_what_was_meant():
     """By PyYAML, each alone, at either end, doubled, and all in a row; the text is ASCII in one line."""
-    yaml = pytest.importorskip("yaml")
     characters = [chr(code) for code in sorted(SPECIAL)] + [chr(code) for code in range(0xDC80, 0xDD00)]
     texts = [f"{c}{middle}{c}" for c in characters for middle in ("", "a", c)] + ["".join(characters), "", " ", "null", "1", "~"]
     texts = [text for text in texts if _is_path(text)]

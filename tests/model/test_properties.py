@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_reshard.formats.nanotron.rules import assign_stages
+from stream_reshard.formats.nanotron.training.zero import stretch_of
 from stream_reshard.formats.nanotron.weight_files import parse_pairs, parse_path, parse_shape
 from stream_reshard.machine.memory import human, parse_nbytes
-from stream_reshard.model.box import Box, has_duplicates, tiling_fault
+from stream_reshard.model.box import Box, boxes_of_range, has_duplicates, tiling_fault
 from stream_reshard.model.names import Templates, indices_of
 from stream_reshard.model.parameters import parse_token_id
 from stream_reshard.model.topology import part_of
@@ -206,3 +207,25 @@ def test_a_token_id_is_read_back_or_refused(value):
     except ValueError:
         return
     assert json.loads(json.dumps(ids)) == value
+
+
+@given(EXTENTS, st.data())
+def test_a_range_of_a_flattened_array_is_its_boxes_one_after_the_other(shape, data):
+    array = np.arange(math.prod(shape)).reshape(shape)
+    start = data.draw(st.integers(0, array.size))
+    stop, found = data.draw(st.integers(start, array.size)), []
+    for box in boxes_of_range(tuple(shape), start, stop):
+        held = array[tuple(map(slice, box.start, box.stop))].ravel().tolist()
+        offset, count = box.flat_in(tuple(shape))
+        assert held == list(range(offset, offset + count))
+        found += held
+    assert found == list(range(start, stop))
+
+
+@given(st.integers(1, 300), st.integers(1, 70))
+def test_stretches_are_those_of_nanotron(num_elements, num_ranks):
+    """The rule as nanotron/optim/zero.py states it: the last ranks have one element less."""
+    longest = (num_elements - 1) // num_ranks + 1
+    sizes = [longest - (rank >= num_ranks - (longest * num_ranks - num_elements)) for rank in range(num_ranks)]
+    ends = np.cumsum(sizes).tolist()
+    assert [stretch_of(num_elements, num_ranks, rank) for rank in range(num_ranks)] == list(zip([0, *ends], ends))

@@ -153,6 +153,7 @@ def test_a_job_on_a_lane_of_its_own_leaves_nothing_open(tmp_path):
     planned = plan_conversion(Options(tmp_path / "hf", tmp_path / "nt", tp=2))
     (tmp_path / "files").mkdir()
     work = pickle.dumps(Work(planned.plan, Folder(tmp_path / "files"), 4096, planned.identities))
+    gc.collect()
     held = len(os.listdir("/proc/self/fd")), threading.active_count()
     for job in planned.plan.jobs:
         assert [file.path for file in run_job(pickle.loads(work), job).files] == [file.path for file in job.files]

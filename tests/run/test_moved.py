@@ -50,7 +50,7 @@ def test_numbers_of_devices_and_inodes_are_no_part_of_a_run(stopped, monkeypatch
     from stream_reshard.storage import identity
     num_done = len(weights_of(stopped))
     real = identity.identity_of
-    for module in ("storage.identity", "run.output", "destination.companions", "storage.source_file"):
+    for module in ("storage.identity", "run.writing", "destination.companions", "storage.source_file"):
         monkeypatch.setattr(f"stream_reshard.{module}.identity_of", lambda status: [
             real(status)[0] + 7, real(status)[1] + 1000, *real(status)[2:]])
     assert num_kept(stopped) >= num_done - 1

@@ -5,6 +5,8 @@ import mmap
 import os
 import subprocess
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -29,9 +31,16 @@ def cached_nbytes(path):
 
 
 @pytest.fixture
-def cold(tmp_path):
+def disk_path():
+    """A folder on a disk, whatever the other tests work on."""
+    with TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def cold(disk_path):
     """A folder with a file of weights that is on the disk and not in memory."""
-    path = tmp_path / "model-00001-of-00001.safetensors"
+    path = disk_path / "model-00001-of-00001.safetensors"
     with open(path, "wb") as stream:
         for _ in range(NBYTES // MIB):
             stream.write(os.urandom(MIB))
@@ -40,7 +49,7 @@ def cold(tmp_path):
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if cached_nbytes(path) > NBYTES // 10:
         pytest.skip("this file system keeps its files in memory")
-    return tmp_path
+    return disk_path
 
 
 @pytest.mark.parametrize("block_nbytes", [2 * MIB, 300_000])
@@ -133,8 +142,8 @@ def test_a_small_control_group_is_not_filled_with_what_is_read_later(tmp_path, m
     assert asked == [expected]
 
 
-def test_the_window_is_what_the_disk_is_set_to(tmp_path):
-    device = tmp_path.stat().st_dev
+def test_the_window_is_what_the_disk_is_set_to(disk_path):
+    device = disk_path.stat().st_dev
     told = subprocess.run(["lsblk", "-bno", "MAJ:MIN,RA"], capture_output=True, text=True).stdout.split()
     windows = {number: int(ra) * 1024 for number, ra in zip(told[::2], told[1::2])}
     number = f"{os.major(device)}:{os.minor(device)}"

@@ -110,7 +110,7 @@ def doubled(levels):
     return P + b"N" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(levels)) + b"."
 
 
-NUM = 200_000
+NUM = 50_000
 BOMBS = {
     "lists in lists": nested(b"](", NUM, b"e"), "tuples in tuples": P + b"N" + b"\x85" * NUM + b".",
     "dicts in dicts": P + b"}K\1" * NUM + b"N" + b"s" * NUM + b".", "marks": P + b"(" * NUM + b".",
@@ -143,7 +143,7 @@ def test_bombs_cost_what_their_bytes_cost(case):
             result = read_pickle(BOMBS[case])
         except ValueError as error:
             assert str(error).isprintable() and len(str(error)) < 600
-    assert peak[0] < 40 * len(BOMBS[case]) + 2**20, peak[0] / len(BOMBS[case])
-    assert time.process_time() - started < 10
+    assert peak[0] < 40 * len(BOMBS[case]) + 2**18, peak[0] / len(BOMBS[case])
+    assert time.process_time() - started < 3
     refused = case not in ("numbers", "memo", "far memo", "texts", "keys", "integers")
     assert (result is None) == refused or case == "integers"

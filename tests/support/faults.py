@@ -18,7 +18,7 @@ from pathlib import Path
 from sources import make_source
 
 from stream_reshard.cli import main
-from stream_reshard.convert import conversion as convert
+from stream_reshard.convert import room
 from stream_reshard.destination import staging
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
 from stream_reshard.storage import durable
@@ -141,7 +141,7 @@ class Case:
             os.dup2(out, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             if "2" not in flags:
-                convert.NUM_WAITING = 0  # One job at a time: the calls come in one order, and are as many each time.
+                room.NUM_WAITING = 0  # One job at a time: the calls come in one order, and are as many each time.
             prepare()
             Faults(self.destination, act)
             code = main([str(self.source), str(self.destination), *self.flags, *flags])

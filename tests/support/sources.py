@@ -131,6 +131,18 @@ def make_source(root: Path, *, family: str = "llama", num_shards: int = 1, tied:
     return root
 
 
+def first_layers(source: Path, root: Path, layers: int) -> Path:
+    """Write a checkpoint of only the first layers of a source in one shard, with the same weights; returns its folder."""
+    root.mkdir()
+    config = json.loads((source / "config.json").read_text()) | {"num_hidden_layers": layers}
+    config |= {key: config[key][:layers] for key in ("no_rope_layers", "layer_types") if key in config}
+    (root / "config.json").write_text(json.dumps(config, indent=1))
+    kept = {key: array for key, array in read(source / "model.safetensors").items()
+            if not key.startswith("model.layers.") or int(key.split(".")[2]) < layers}
+    (root / "model.safetensors").write_bytes(tensor_bytes(kept))
+    return root
+
+
 def bfloat16(root: Path) -> dict[str, np.ndarray]:
     """The tensors of all safetensors files below a folder, as patterns of 16 bits (32 in float32), by "file:key"."""
     found = {}

@@ -26,7 +26,7 @@ from typing import Any
 from stream_reshard.check.forward.result import Comparison
 from stream_reshard.check.forward.side import Side, open_side
 from stream_reshard.check.forward.tokens import random_tokens, tokens_of
-from stream_reshard.errors import DifferenceError, Problems, Refused, ResourceError, UsageError, quoted
+from stream_reshard.errors import DifferenceError, Problems, ResourceError, UsageError, quoted
 from stream_reshard.machine import memory
 from stream_reshard.machine.stop import Stop
 from stream_reshard.options import ForwardOptions
@@ -107,12 +107,7 @@ def plan_forward(source: Path, copy: Path, options: ForwardOptions = ForwardOpti
     _check(options)
     allowed = options.allowed_memory
     limit = memory.parse_limit(allowed, memory.resident())
-    source_side = open_side(source, limit)
-    try:
-        copy_side = open_side(copy, limit, options.allow)
-    except Refused as refused:
-        raise Refused(DifferenceError(str(problem)) for problem in refused.problems) from refused
-    sides = source_side, copy_side
+    sides = source_side, copy_side = _sides(source, copy, limit, options)
     vocab_size = min(size for side in sides for size in (side.vocab_size, side.config.vocab_size) if size is not None)
     number = min(options.tokens, *(side.config.max_num_tokens for side in sides))
     tokens = (random_tokens(number, vocab_size, options.seed) if options.text is None else
@@ -122,6 +117,14 @@ def plan_forward(source: Path, copy: Path, options: ForwardOptions = ForwardOpti
     to_import += _PLOT_NBYTES if options.plot and "matplotlib" not in sys.modules else 0
     return _fitted(ForwardPlan(options, source_side, copy_side, tuple(tokens), dtype, vocab_size, allowed,
                                memory.resident(), to_import, _MAX_BAND_NBYTES))
+
+
+def _sides(source: Path, copy: Path, max_nbytes: int, options: ForwardOptions) -> tuple[Side, Side]:
+    """Source and copy. Reasons why the copy cannot be run are told if the source can."""
+    found = Problems()
+    copy_side = found.collect(open_side, copy, max_nbytes, options.allow)
+    source_side = open_side(source, max_nbytes, copy=copy_side)
+    return source_side, Problems(DifferenceError(str(problem)) for problem in found).required(copy_side)
 
 
 def _check(options: ForwardOptions) -> None:

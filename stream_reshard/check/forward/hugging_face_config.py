@@ -13,6 +13,7 @@ from typing import Any
 from stream_reshard.check.forward.settings import Settings
 from stream_reshard.errors import Problems, quoted
 from stream_reshard.model.architectures import model_type_of
+from stream_reshard.model.truncation import WHOLE
 from stream_reshard.storage.small_files import read_json
 
 CONFIG_NAME = "config.json"
@@ -86,6 +87,8 @@ class HuggingFaceConfig:
     shared_intermediate_size: int
     is_top_k_normalised: bool
     """True if the weights of the chosen experts are scaled to a sum of 1."""
+    whole_num_layers: int | None = None
+    """Number of layers of the whole model, if these are its first ones only and the config says so."""
 
     @property
     def num_features(self) -> int:
@@ -121,6 +124,7 @@ def read_hugging_face_config(root: Path, problems: Problems, max_nbytes: int) ->
         has_qkv_bias=has_bias or family == "qwen2" or (family == "qwen2_moe" and settings.flag("qkv_bias", True)),
         has_o_bias=has_bias, has_mlp_bias=family in ("llama", "smollm3") and settings.flag("mlp_bias", False),
         is_tied=settings.flag("tie_word_embeddings", False), activation=settings.activation(),
+        whole_num_layers=settings.size(WHOLE) if raw.get(WHOLE) is not None else None,
         **_experts(settings, family, num_layers))
     if num_heads % config.num_kv_heads or config.head_dim % 2:
         settings.complain(f"num_attention_heads {num_heads}, num_key_value_heads {config.num_kv_heads} and head_dim "

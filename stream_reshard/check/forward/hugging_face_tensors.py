@@ -18,16 +18,19 @@ _KINDS = (("model.safetensors", "model.safetensors.index.json", SHARD_NAME),
           ("pytorch_model.bin", "pytorch_model.bin.index.json", BIN_NAME))
 """(only shard, index, names of shards), in the order in which transformers looks for them."""
 
+_LAYER = re.compile(r"(?:model\.)*layers\.(\d{1,12})\.", re.ASCII)
+
 
 class HuggingFaceTensors(dict[str, StoredTensor]):
     """Stored tensors by name."""
 
-    def __init__(self, root: Path, problems: Problems, max_nbytes: int):
-        """Read the index and headers of at most `max_nbytes` each. Raises SourceError."""
+    def __init__(self, root: Path, problems: Problems, max_nbytes: int, num_layers: int):
+        """Read the index, and the headers of the shards with tensors of the first `num_layers` layers, of at most
+        `max_nbytes` each. Raises SourceError."""
         self._root, self._problems = root, problems
         self._turned: set[str] = set()
         """Names of tensors that do not stand row by row."""
-        self._stored = {tensor.key: tensor for name in _shards(root, max_nbytes)
+        self._stored = {tensor.key: tensor for name in _shards(root, max_nbytes, num_layers)
                         for tensor in self._read(name, max_nbytes).tensors}
 
     def _read(self, name: str, max_nbytes: int) -> TensorFile:
@@ -95,14 +98,15 @@ class HuggingFaceTensors(dict[str, StoredTensor]):
             self[name] = tensor
 
 
-def _shards(root: Path, max_nbytes: int) -> list[str]:
-    """Names of the shards. Raises SourceError without any."""
+def _shards(root: Path, max_nbytes: int, num_layers: int) -> list[str]:
+    """Names of the shards with tensors of the first layers. Raises SourceError without any."""
     for single, index, shard_name in _KINDS:
         if (root / index).is_file():
             weight_map = read_json(root, index, max_nbytes, {"weight_map"}).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map or not _are_shards(weight_map, shard_name):
                 raise SourceError(f"{index} has no weight_map of shards in the folder")
-            return sorted(set(weight_map.values()))
+            return sorted({name for key, name in weight_map.items()
+                           if not (match := _LAYER.match(key)) or int(match[1]) < num_layers})
         if (root / single).is_file():
             return [single]
     raise SourceError(f"{quoted(root)} holds neither {_KINDS[0][0]} nor {_KINDS[0][1]}, nor {_KINDS[1][0]}")

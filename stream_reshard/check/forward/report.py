@@ -10,7 +10,7 @@ from stream_reshard.check.forward import ForwardPlan
 from stream_reshard.check.forward.result import Comparison, Difference
 from stream_reshard.errors import DifferenceError, quoted, shown
 from stream_reshard.machine.memory import counted, human
-from stream_reshard.report import Reported
+from stream_reshard.report import Reported, wrapped
 
 
 def plan_lines(plan: ForwardPlan) -> Iterator[str]:
@@ -21,9 +21,9 @@ def plan_lines(plan: ForwardPlan) -> Iterator[str]:
     yield f"forward  {len(plan.tokens)} {origin}, {plan.source.config.num_layers} layers, float32 on CPU{cast}"
     for name, side in (("SRC", plan.source), ("DST", plan.copy)):
         yield f"{name}      {shown(side.root)}, {side.title}"
-    yield (f"memory   reserved {human(plan.reserved)}, libraries {human(plan.to_import)}, tokens "
-           f"{human(plan.activations_nbytes)}, matrices by bands of {human(plan.band_nbytes)}; projected "
-           f"{human(plan.projected)} of {human(plan.allowed)} allowed")
+    yield from wrapped(f"{human(plan.projected)} projected, {human(plan.allowed)} allowed; {human(plan.reserved)} held "
+                       f"now, libraries {human(plan.to_import)}, tokens {human(plan.activations_nbytes)}, matrices in "
+                       f"bands of {human(plan.band_nbytes)}", "memory   ")
 
 
 @dataclass(frozen=True, repr=False)

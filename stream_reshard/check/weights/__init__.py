@@ -34,16 +34,15 @@ from stream_reshard.check.weights.compare import Compared, compared_as, is_widen
 from stream_reshard.check.weights.files import FilesOfManifest
 from stream_reshard.check.weights.scope import cast_to, check_names, rule_of, true_vocab_size, with_vocabulary
 from stream_reshard.check.weights.structure import Found, compare_structure
-from stream_reshard.check.weights.side import Side, open_side
+from stream_reshard.check.weights.side import Side, open_copy, open_source
 from stream_reshard.check.weights.states.presence import with_states
 from stream_reshard.check.weights.states.tasks import byte_tasks, state_tasks
 from stream_reshard.check.weights.tasks import Task, digest_tasks, run, shared, weight_tasks
-from stream_reshard.check.weights.training import has_yaml
 from stream_reshard.errors import DifferenceError, Problems, ResourceError
 from stream_reshard.machine import memory
 from stream_reshard.machine.stop import Stop
 from stream_reshard.options import VerifyOptions
-from stream_reshard.report import note_lines
+from stream_reshard.report import layers_lines, note_lines
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.small_files import MAX_JSON_NBYTES
 
@@ -64,10 +63,10 @@ def verify(source: Path, copy: Path, options: VerifyOptions = VerifyOptions(), s
     stop = stop or Stop()
     allowed = options.plan.allowed if options.plan else options.allowed_memory
     problems, found = Problems(), Found()
-    source_side = open_side(source, _parse_limit(options, allowed), problems, options.allow)
+    copy_side = open_copy(copy, _parse_limit(options, allowed), found.differences, options.allow)
+    source_side = open_source(source, _parse_limit(options, allowed), problems, options.allow, copy_side)
     _raise_resource_error(problems)
     original = with_vocabulary(problems.required(source_side.checkpoint), options)
-    copy_side = open_side(copy, _parse_limit(options, allowed), found.differences, options.allow, is_copy=True)
     original, copy_side = with_states(original, copy_side, _parse_limit(options, allowed), found.differences)
     check_names(copy_side, options)
     manifest_files = compare_structure(original, copy_side, options, allowed, found)
@@ -79,12 +78,14 @@ def verify(source: Path, copy: Path, options: VerifyOptions = VerifyOptions(), s
     differences = Problems(DifferenceError(str(problem), kind=problem.kind, num_more=problem.num_more)
                            for problem in found.differences)
     compared = differences.required(copy_side.checkpoint)
-    return {"equal": True, "num_files": len(compared.paths),
+    return {"equal": True, "num_files": len(compared.paths), "num_layers": compared.config.num_hidden_layers,
+            "whole_num_layers": compared.config.whole_num_hidden_layers,
             "num_elements": compared.num_elements(true_vocab_size(original, compared)),
             "num_elements_compared": counts["elements"], "num_digests": counts["digests"],
             "state": _state_facts(original, compared, counts["states"], options),
             "has_manifest": copy_side.manifest is not None, "cast": _cast_text(original, copy_side, options),
-            "accepted": found.accepted, "notes": found.notes, "config_yaml_was_read": has_yaml(),
+            "accepted": found.accepted, "notes": found.notes,
+            "config_yaml_was_read": True,  # Always; a key of the JSON document is never removed.
             "quick": options.quick, "sample": options.sample, "seed": options.seed}
 
 
@@ -115,12 +116,11 @@ def lines(facts: dict[str, Any]) -> Iterator[str]:
         yield _state_line(facts["state"])
     yield (f"digests  {facts['num_digests']} files, equal to those in the manifest" if facts["has_manifest"] else
            "digests  not compared: the folder has no manifest of this tool")
+    yield from layers_lines(facts)
     if facts["cast"]:
         yield f"cast     {facts['cast']}"
     yield from (f"accepted {text}" for text in facts["accepted"])
     yield from note_lines(facts)
-    if not facts["config_yaml_was_read"]:
-        yield "note     config.yaml was not read, only its digest compared: PyYAML is not installed"
 
 
 def _state_facts(source: Checkpoint, copy: Checkpoint, num_compared: int, options: VerifyOptions

@@ -18,7 +18,7 @@ from stream_reshard.model.parameters import TOKEN_IDS, ModelConfig
 from stream_reshard.options import ALLOWABLE
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 
-_COMPARED_ELSEWHERE = {"vocab_size", "family", "unsaid_ids", *TOKEN_IDS}
+_COMPARED_ELSEWHERE = {"vocab_size", "family", "unsaid_ids", "whole_num_hidden_layers", *TOKEN_IDS}
 """Fields of ModelConfig that are compared with the weights (padding, set of parameters) or as token ids."""
 
 WITHOUT_EFFECT = (*TOKEN_IDS, "initializer_range")

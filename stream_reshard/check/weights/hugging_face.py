@@ -11,12 +11,15 @@ from stream_reshard.formats.hugging_face.folder import open_folder
 from stream_reshard.formats.hugging_face.layout import HuggingFaceLayout
 from stream_reshard.formats.hugging_face.unsupported import quantization_settings, unsupported_settings
 from stream_reshard.model.box import Box
+from stream_reshard.model.truncation import Truncate, untruncated
 from stream_reshard.storage.source_file import same_bytes
 
 
-def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems) -> Checkpoint | None:
-    """Read config and headers; every fault goes to `problems`. None if nothing can be compared."""
-    config, _, layout = open_folder(root, max_header_nbytes, problems)
+def open_hugging_face(root: Path, max_header_nbytes: int, problems: Problems,
+                      truncate: Truncate = untruncated) -> Checkpoint | None:
+    """Read config and headers of the layers that `truncate` takes; every fault goes to `problems`. None if nothing can
+    be compared."""
+    config, _, layout = open_folder(root, max_header_nbytes, problems, truncate=truncate)
     if config is None or layout is None:
         return None
     for tensor, other in layout.tied():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Container, Iterator
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from stream_reshard.model.architectures import build_model
 from stream_reshard.model.box import Box
 from stream_reshard.model.parameters import Model, Parameter
 from stream_reshard.model.topology import Topology
+from stream_reshard.model.truncation import Truncate, left_out, untruncated
 from stream_reshard.storage.small_files import read_json
 
 PER_FILE = 10
@@ -41,16 +43,19 @@ MAX_LISTED = 10
 
 
 def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, problems: Problems,
-                  may_be_moved: bool = False, known: Container[str] | None = None) -> Checkpoint | None:
-    """Read config and headers; every fault goes to `problems`. None if nothing can be compared. With `may_be_moved`,
-    blocks may stand on other stages than in Nanotron's balancing. Of files outside `known`, at most MAX_UNKNOWN headers
-    are read: each such file is a difference in any case."""
+                  may_be_moved: bool = False, known: Container[str] | None = None,
+                  truncate: Truncate = untruncated) -> Checkpoint | None:
+    """Read config and headers of the layers that `truncate` takes; every fault goes to `problems`. None if nothing can
+    be compared. With `may_be_moved`, blocks may stand on other stages than in Nanotron's balancing. Of files outside
+    `known`, at most MAX_UNKNOWN headers are read: each such file is a difference in any case."""
     if not (root / MODEL_CONFIG_NAME).is_file():
         problems.append(not_committed(root))
         return None
-    config = problems.collect(read_model_config, root, max_header_nbytes)
-    files = problems.collect(_read_files, root, max_header_nbytes, problems, known)
-    if config is None or files is None:
+    whole = problems.collect(read_model_config, root, max_header_nbytes)
+    config = replace(whole, model=truncate(whole.model)) if whole else None
+    absent = left_out(whole.model, config.model) if whole and config else range(0)
+    files = problems.collect(_read_files, root, max_header_nbytes, problems, known, absent)
+    if whole is None or config is None or files is None:
         return None
     if config.model.num_hidden_layers > len(files):
         problems.append(SourceError(f"{MODEL_CONFIG_NAME}: num_hidden_layers is {config.model.num_hidden_layers}, but "
@@ -61,7 +66,7 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
         problems.append(ResourceError(f"{quoted(root)} has {model.num_stored} parameters, too many to be compared "
                                       f"within --max-memory; raise it"))
         return None
-    moved = list(_wrong_stages(files, config))
+    moved = list(_wrong_stages(files, whole))
     problems.extend(problems.collect(lambda: list(_disagreements(root, files, max_header_nbytes))) or ())
     problems.extend(() if may_be_moved else moved)
     by_default = interleaves_by_default(config, {file.version for file in files})
@@ -77,12 +82,14 @@ def open_nanotron(root: Path, vocab_size: int | None, max_header_nbytes: int, pr
                       next((file.version for file in files if file.version), None), config.is_whole)
 
 
-def _read_files(root: Path, max_nbytes: int, problems: Problems, known: Container[str] | None) -> list[HeldFile]:
-    """The weight files. Raises ResourceError for more files than the memory has room for."""
+def _read_files(root: Path, max_nbytes: int, problems: Problems, known: Container[str] | None,
+                absent: range) -> list[HeldFile]:
+    """The weight files, without those of layers that are `absent`. Raises ResourceError for more files than the memory
+    has room for."""
     files: list[HeldFile] = []
     common: dict[Any, Any] = {}
     num_wrong = num_unknown = 0
-    for path in weight_paths(root):
+    for path in weight_paths(root, absent):
         if known is not None and path not in known:
             num_unknown += 1
             if num_unknown > MAX_UNKNOWN:

@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.hugging_face import open_hugging_face
@@ -16,6 +18,7 @@ from stream_reshard.formats.causes import no_checkpoint
 from stream_reshard.formats.hugging_face.config import CONFIG_NAME
 from stream_reshard.formats.nanotron.rules import STAGES
 from stream_reshard.formats.registry import is_nanotron
+from stream_reshard.model.truncation import Truncate, recorded, truncated_like, untruncated
 from stream_reshard.options import ALLOWABLE
 
 
@@ -45,28 +48,40 @@ def allowed_by(manifest: StoredManifest | None) -> Collection[str]:
     return {*ALLOWABLE, STAGES}.intersection(manifest.facts["allowed"] if manifest else ())
 
 
-def open_side(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str] = (),
-              is_copy: bool = False) -> Side:
-    """Open a folder; `max_nbytes`: limit on each header and small file. Faults that neither `allow` nor the manifest
-    accepts go to `problems`. Of a copy's files outside its manifest, few are opened (`open_nanotron`)."""
+def open_copy(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str] = ()) -> Side:
+    """Open the copy; see `open_source`. Of its files outside its manifest, few are opened (`open_nanotron`)."""
+    return _explained(root, max_nbytes, problems, allow, True, untruncated)
+
+
+def open_source(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str], copy: Side) -> Side:
+    """Open the source; `max_nbytes`: limit on each header and small file. Faults that neither `allow` nor the manifest
+    accepts go to `problems`. Of a truncated copy's source, only the layers of the copy are opened."""
+    config = copy.checkpoint.config if copy.checkpoint else None
+    return _explained(root, max_nbytes, problems, allow, False, partial(truncated_like, copy=config))
+
+
+def _explained(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str], is_copy: bool,
+               truncate: Truncate) -> Side:
     found = Problems()
-    side = _opened(root, max_nbytes, found, allow, is_copy)
+    side = _opened(root, max_nbytes, found, allow, is_copy, truncate)
     problems.extend(explained(found))
     return side
 
 
-def _opened(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str], is_copy: bool) -> Side:
+def _opened(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str], is_copy: bool,
+            truncate: Truncate) -> Side:
     if not os.path.isdir(root):
         problems.append(no_checkpoint(root))
         return Side(root)
     manifest = problems.collect(open_manifest, root, max_nbytes)
     if is_nanotron(root):
-        vocab_size = manifest.facts["vocab_size"] if manifest else None
+        facts: Mapping[str, Any] = manifest.facts if manifest else {}
         is_moved = STAGES in {*allow, *allowed_by(manifest)}
-        checkpoint = open_nanotron(root, vocab_size, max_nbytes, problems, is_moved,
-                                   manifest.files if manifest and is_copy else None)
+        checkpoint = open_nanotron(root, facts.get("vocab_size"), max_nbytes, problems, is_moved,
+                                   manifest.files if manifest and is_copy else None,
+                                   lambda config: truncate(recorded(config, facts)))
         return Side(root, manifest, checkpoint and with_ids_of(manifest, checkpoint))
     if os.path.isfile(root / CONFIG_NAME):
-        return Side(root, manifest, open_hugging_face(root, max_nbytes, problems))
+        return Side(root, manifest, open_hugging_face(root, max_nbytes, problems, truncate))
     problems.append(no_checkpoint(root))
     return Side(root, manifest)

@@ -1,7 +1,6 @@
 """Checks of the config.yaml beside the weights: it must describe them, and a training must start from them."""
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -20,7 +19,7 @@ from stream_reshard.model.topology import Topology
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.small_files import read_capped
 
-_COMPARED_APART = {"vocab_size", "unsaid_ids", *TOKEN_IDS}
+_COMPARED_APART = {"vocab_size", "unsaid_ids", "whole_num_hidden_layers", *TOKEN_IDS}
 """Fields of ModelConfig that are compared in another form: padded, or as far as Nanotron holds token ids."""
 
 
@@ -29,7 +28,7 @@ def training_problems(folder: TrainingFolder, checkpoint: Checkpoint, topology: 
     """(errors for settings of the config.yaml in a folder, if any, that describe other weights; reasons why a training
     does not start from the weights beside it). Remarks go to `notes`."""
     problems, elsewhere = Problems(), Problems()
-    if not has_yaml() or not os.path.lexists(folder.root / CONFIG_YAML):
+    if not os.path.lexists(folder.root / CONFIG_YAML):
         return problems, elsewhere
     content = problems.collect(read_capped, folder.root, CONFIG_YAML, max_nbytes)
     settings = problems.collect(parse_settings, content) if content is not None else None
@@ -86,11 +85,6 @@ def _pairs(settings: Mapping[str, Any], config: NanotronModelConfig, checkpoint:
     pairs |= {axis: (parallelism.get(axis), size) for axis, size in (("tp", topology.tp), ("pp", topology.pp))}
     # A file of experts holds all of them, and with context parallelism the trainer starts from no path (trainer.py).
     return pairs | {axis: (parallelism.get(axis, 1), 1) for axis in ("expert_parallel_size", "context_parallel_size")}
-
-
-def has_yaml() -> bool:
-    """True if PyYAML is installed; without it only the digest of config.yaml is compared."""
-    return importlib.util.find_spec("yaml") is not None
 
 
 def _below(value: Any, *keys: str) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from stream_reshard import __version__
 from stream_reshard.errors import shell_word
 from stream_reshard.formats.base import Source
 from stream_reshard.machine.memory import big
+from stream_reshard.model.truncation import layers_text
 
 CARD_NAME = "README.md"
 
@@ -23,5 +24,9 @@ def model_card(source: Source, dtype: str, destination: Path) -> bytes:
              f"- made by: stream_reshard {__version__}, `{command}`"]
     if origin:
         facts.append(f"- base model: {origin['repo']}, commit {origin['commit']}")
-    return "\n".join([*front, "", f"# {destination.name}", "", "Weights in the layout of Hugging Face.", "", *facts,
+    config, content = source.config, "Weights"
+    if config.whole_num_hidden_layers is not None:
+        text = layers_text(config.num_hidden_layers, config.whole_num_hidden_layers)
+        content = f"A trial of a conversion, not a whole model: embedding, {text}, final norm and head,"
+    return "\n".join([*front, "", f"# {destination.name}", "", f"{content} in the layout of Hugging Face.", "", *facts,
                       ""]).encode(errors="backslashreplace")

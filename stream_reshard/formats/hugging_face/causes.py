@@ -5,7 +5,7 @@ These functions run after opening failed, and read the headers of a few shards o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from stream_reshard.errors import Cause, StreamReshardError, quoted
 from stream_reshard.formats.hugging_face.config import SourceConfig, class_name_of
+from stream_reshard.formats.hugging_face.index import Shards, is_in_layers
 from stream_reshard.formats.hugging_face.pickled import read_weights
 from stream_reshard.model.architectures import has_language_model_head
 from stream_reshard.model.parameters import Model
@@ -80,8 +81,7 @@ class _Seen:
             self.unexpected[tensor.key] = tensor.dtype
 
 
-def cause_of(root: Path, config: SourceConfig, model: Model | None, shards: Sequence[str],
-             max_nbytes: int) -> Cause | None:
+def cause_of(root: Path, config: SourceConfig, model: Model | None, shards: Shards, max_nbytes: int) -> Cause | None:
     """The one cause that explains why the shards do not hold the model; None where none is known."""
     seen = _Seen()
     for tensor in _tensors(root, shards, max_nbytes):
@@ -92,10 +92,11 @@ def cause_of(root: Path, config: SourceConfig, model: Model | None, shards: Sequ
     return Cause(text) if text else None
 
 
-def _tensors(root: Path, shards: Sequence[str], max_nbytes: int) -> Iterator[StoredTensor]:
-    for name in islice(shards, _MAX_SHARDS):
+def _tensors(root: Path, shards: Shards, max_nbytes: int) -> Iterator[StoredTensor]:
+    for name in islice(shards.names, _MAX_SHARDS):
         try:
-            yield from read_weights(root, name, max_nbytes).tensors
+            tensors = read_weights(root, name, max_nbytes).tensors
+            yield from (tensor for tensor in tensors if not is_in_layers(tensor.key, shards.left_out))
         except StreamReshardError:
             continue
 

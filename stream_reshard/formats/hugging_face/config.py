@@ -27,7 +27,7 @@ UNDERSTOOD = frozenset("""
     attention_dropout quantization_config compression_config quantization num_local_experts num_experts qk_norm
     use_qk_norm qk_layernorm no_rope_layers no_rope_layer_interval num_experts_per_tok moe_intermediate_size
     shared_expert_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers router_aux_loss_coef
-    output_router_logits qkv_bias""".split())
+    output_router_logits qkv_bias whole_num_hidden_layers""".split())
 """Keys that are read here, for some family."""
 
 

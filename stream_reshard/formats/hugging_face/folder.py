@@ -5,6 +5,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -12,11 +13,12 @@ from stream_reshard.errors import Problems, SourceError, explained, quoted
 from stream_reshard.formats.causes import no_checkpoint
 from stream_reshard.formats.hugging_face.causes import cause_of
 from stream_reshard.formats.hugging_face.config import CONFIG_NAME, SourceConfig, read_config
-from stream_reshard.formats.hugging_face.index import MAX_PROBLEMS, Index, Shards, open_shards
+from stream_reshard.formats.hugging_face.index import MAX_PROBLEMS, Index, Shards, is_in_layers, open_shards
 from stream_reshard.formats.hugging_face.layout import CODES, SPELLING, TRANSPOSED, HuggingFaceLayout
 from stream_reshard.formats.hugging_face.pickled import is_transposed, read_weights, strides_of
 from stream_reshard.model.architectures import build_model
 from stream_reshard.model.parameters import Model
+from stream_reshard.model.truncation import Truncate, left_out, untruncated
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.header import MAX_HEADER_NBYTES, NO_HEADER, StoredTensor, TensorFile
 from stream_reshard.storage.small_files import MAX_JSON_NBYTES
@@ -30,16 +32,21 @@ _BUFFER = "rotary_emb.inv_freq"
 config.json determines them."""
 
 
-def open_folder(root: Path, max_nbytes: int, problems: Problems, check: Callable[[Shards], None] = lambda shards: None
+def open_folder(root: Path, max_nbytes: int, problems: Problems, check: Callable[[Shards], None] = lambda shards: None,
+                truncate: Truncate = untruncated
                 ) -> tuple[SourceConfig | None, Model | None, HuggingFaceLayout | None]:
     """Read the config and all headers of a Hugging Face folder, each of at most `max_nbytes`. All problems are added to
     `problems`; a part with problems is None. `check` may raise SourceError to refuse the shards before they are read.
+    Shards that hold nothing of the layers that `truncate` takes are not opened, and need not exist.
     """
     found = Problems()
-    config = found.collect(open_config, root, max_nbytes)
-    described = build_model(config.family, config.model) if config else None
+    whole = found.collect(open_config, root, max_nbytes)
+    taken = found.collect(truncate, whole.model) if whole else None
+    config = replace(whole, model=taken) if whole and taken else whole
+    described = build_model(whole.family, taken) if whole and taken else None
+    absent = left_out(whole.model, taken) if whole and taken else range(0)
     has_config = config is not None or os.path.isfile(root / CONFIG_NAME)
-    shards = found.collect(open_shards, root, described, max_nbytes) if has_config else None
+    shards = found.collect(open_shards, root, described, max_nbytes, absent) if has_config else None
     model, layout = None, None
     if config is not None and described is not None and shards is not None:
         num_before = len(found)
@@ -48,7 +55,7 @@ def open_folder(root: Path, max_nbytes: int, problems: Problems, check: Callable
             model = found.collect(model_of, described, shards)
             layout = found.collect(layout_of, root, model, shards, max_nbytes) if model else None
             if layout is None and not any(problem.kind in (NO_HEADER, NO_TORCH_FILE) for problem in found):
-                found.extend(filter(None, [cause_of(root, config, model, shards.names, max_nbytes)]))
+                found.extend(filter(None, [cause_of(root, config, model, shards, max_nbytes)]))
     problems.extend(explained(found))
     return config, model, layout
 
@@ -73,7 +80,7 @@ def layout_of(root: Path, model: Model, shards: Shards, max_nbytes: int = MAX_HE
     """Read the headers of all shards, each of at most `max_nbytes`, and match their tensors with the index and with the
     parameters of the model. Raises Refused."""
     indexed = shards.index.shard_by_parameter(model.firsts[-1])
-    found, problems = _Found(model, shards.names), Problems()
+    found, problems = _Found(model, shards.names, shards.left_out), Problems()
     for shard, name in enumerate(shards.names):
         file = shards.single or problems.collect(read_weights, root, name, max_nbytes)
         if file is not None:
@@ -95,9 +102,9 @@ def layout_of(root: Path, model: Model, shards: Shards, max_nbytes: int = MAX_HE
 class _Found:
     """The tensors in the headers, matched with the parameters of a model."""
 
-    def __init__(self, model: Model, names: tuple[str, ...]):
-        """`names`: of the shards."""
-        self.model, self.names = model, names
+    def __init__(self, model: Model, names: tuple[str, ...], left_out: range):
+        """`names`: of the shards. `left_out`: layers whose tensors are passed over."""
+        self.model, self.names, self._left_out = model, names, left_out
         self.duplicates = Problems()
         """Tensors that occur twice; at most MAX_PROBLEMS."""
         self.faults = Problems()
@@ -113,6 +120,8 @@ class _Found:
     def add(self, shard: int, file: TensorFile) -> None:
         """Add the tensors of one shard."""
         for tensor in file.tensors:
+            if is_in_layers(tensor.key, self._left_out):
+                continue
             number = self.model.number_of_tensor(tensor.key)
             if number is None:
                 self._add_other(shard, tensor)

@@ -11,7 +11,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class Index:
     """The shard of each tensor that the model does not have, by name."""
     num_more: int = 0
     """Count of further tensors that the model does not have. They are not kept: no good source has so many."""
+    passed_over: set[str] = field(default_factory=set)
+    """Shards of tensors that are left out; at most MAX_PROBLEMS."""
 
     def shard_by_parameter(self, num_parameters: int) -> array[int]:
         """For each parameter 1 + its shard; 0 where the index does not name it."""
@@ -70,15 +72,27 @@ class Shards:
     """The only shard; None where there is an index."""
     index: Index = field(default_factory=Index)
     kind: Kind = SAFETENSORS
+    left_out: range = range(0)
+    """Layers whose tensors are passed over."""
 
 
-def open_shards(root: Path, model: Model | None, max_nbytes: int = MAX_HEADER_NBYTES) -> Shards:
+_LAYER = re.compile(r"(?:model\.)*layers\.(0|[1-9]\d{0,11})\.", re.ASCII)
+
+
+def is_in_layers(key: str, layers: range) -> bool:
+    """True for the name of a tensor in one of these layers."""
+    return bool(layers and (match := _LAYER.match(key)) and int(match[1]) in layers)
+
+
+def open_shards(root: Path, model: Model | None, max_nbytes: int = MAX_HEADER_NBYTES,
+                left_out: range = range(0)) -> Shards:
     """Find the shards, by the index where there is one. Raises SourceError or Refused.
 
     `max_nbytes`: limit on a header, and on a value in the index. Without a model (config.json has problems), all
-    tensors count as tensors that the model does not have.
+    tensors count as tensors that the model does not have. `left_out`: layers whose tensors are passed over; shards that
+    hold nothing else are no part of the result.
     """
-    shards = _found_shards(root, model, max_nbytes)
+    shards = replace(_found_shards(_Reading(root, kind_of(root), model, left_out), max_nbytes), left_out=left_out)
     for name in shards.names:
         if os.path.lexists(root / f"{name}.aria2"):  # aria2 gives a file its full size before any bytes.
             raise Cause(f"{quoted(name)} is not downloaded whole, because aria2's {quoted(f'{name}.aria2')} is still "
@@ -86,24 +100,25 @@ def open_shards(root: Path, model: Model | None, max_nbytes: int = MAX_HEADER_NB
     return shards
 
 
-def _found_shards(root: Path, model: Model | None, max_nbytes: int) -> Shards:
-    kind = kind_of(root)
+def _found_shards(reading: _Reading, max_nbytes: int) -> Shards:
+    root, kind = reading.root, reading.kind
     single, index = os.path.isfile(root / kind.single), os.path.isfile(root / kind.index)
     if single and index:
-        return _single_in_index(root, kind, model, max_nbytes)
+        return _single_in_index(reading, max_nbytes)
     if single:
         file = read_weights(root, kind.single, max_nbytes)
         return Shards((kind.single,), len(file.tensors), file, kind=kind)
     if not index:
         raise no_weights(root)
-    return _from_index(root, kind, model, max_nbytes)
+    return _from_index(reading, max_nbytes)
 
 
-def _single_in_index(root: Path, kind: Kind, model: Model | None, max_nbytes: int) -> Shards:
+def _single_in_index(reading: _Reading, max_nbytes: int) -> Shards:
     """The shards of a folder with a single shard and an index of it alone, as mlx-lm writes them. Raises SourceError
     for any other index: transformers would ignore it, but one of the two is stale."""
+    root, kind = reading.root, reading.kind
     try:
-        shards = _from_index(root, kind, model, max_nbytes)
+        shards = _from_index(reading, max_nbytes)
         if shards.names == (kind.single,):
             return shards
     except Cause:
@@ -114,10 +129,11 @@ def _single_in_index(root: Path, kind: Kind, model: Model | None, max_nbytes: in
                       f"shards; remove the stale one")
 
 
-def _from_index(root: Path, kind: Kind, model: Model | None, max_nbytes: int) -> Shards:
+def _from_index(reading: _Reading, max_nbytes: int) -> Shards:
+    root, kind = reading.root, reading.kind
     try:
         with open_regular(root / kind.index) as stream:
-            index = _Reading(root, kind, model).whole(JsonReader(stream, MAX_JSON_NBYTES, max_nbytes))
+            index = reading.whole(JsonReader(stream, MAX_JSON_NBYTES, max_nbytes))
     except OSError as error:
         raise read_error(f"{quoted(kind.index)} in {quoted(root)}", error) from error
     except ValueError as error:
@@ -147,8 +163,8 @@ def _without_map(root: Path, kind: Kind) -> SourceError:
 class _Reading:
     """Reads an index."""
 
-    def __init__(self, root: Path, kind: Kind, model: Model | None):
-        self._root, self._kind, self._model, self._index = root, kind, model, Index()
+    def __init__(self, root: Path, kind: Kind, model: Model | None, left_out: range):
+        self.root, self.kind, self._model, self._left_out, self._index = root, kind, model, left_out, Index()
         self._name = kind.index
         self._problems = Problems()
         self._known: dict[str, int] = {}
@@ -176,7 +192,7 @@ class _Reading:
         self._problems.raise_if_any()
         self._refuse_duplicates()
         if not self._index.num_tensors:
-            raise _without_map(self._root, self._kind)
+            raise _without_map(self.root, self.kind)
         return self._index
 
     def _refuse_duplicates(self) -> None:
@@ -191,7 +207,7 @@ class _Reading:
 
     def _refuse_duplicate(self, key: str) -> None:
         pattern = re.compile(re.escape(json.dumps(key)).encode() + rb"\s*:")
-        with open_regular(self._root / self._name) as stream:
+        with open_regular(self.root / self._name) as stream:
             lines = [str(number) for number, line in enumerate(stream, 1) for _ in pattern.findall(line)][:5]
         where = f" in line{'s' * (len(lines) > 1)} {' and '.join(lines)}" if lines else ""
         raise SourceError(f"{self._name}: {quoted(key)} occurs twice with different values{where}")
@@ -199,6 +215,10 @@ class _Reading:
     def _read_map(self, entries: Iterator[tuple[str, Any]]) -> None:
         index, find = self._index, self._model.number_of_tensor if self._model else lambda key: None
         for key, name in entries:
+            if is_in_layers(key, self._left_out):
+                if isinstance(name, str) and len(name) <= 255 and len(index.passed_over) < MAX_PROBLEMS:
+                    index.passed_over.add(name)
+                continue
             index.num_tensors += 1
             shard = self._known[name] if isinstance(name, str) and name in self._known else self._shard_of(name)
             if (number := find(key)) is not None:
@@ -221,7 +241,7 @@ class _Reading:
             self._index.shards.append(name)
             return self._known.setdefault(name, len(self._index.shards) - 1)
         text = f"a {type(name).__name__}" if isinstance(name, (list, dict)) else name
-        cause = dangling(self._root, name) if fault == _MISSING and len(name) <= 255 else None
+        cause = dangling(self.root, name) if fault == _MISSING and len(name) <= 255 else None
         hint = self._unfinished if fault == _MISSING else None
         problem = (Cause if hint else SourceError)(
             f"{self._name} names {quoted(text)}, which is {fault}{f'; {hint}' if hint else ''}",
@@ -235,9 +255,9 @@ class _Reading:
 
     @cached_property
     def _unfinished(self) -> str | None:
-        return unfinished(self._root)
+        return unfinished(self.root)
 
     def _fault_of(self, name: Any) -> str | None:
-        if not isinstance(name, str) or not self._kind.shard_name.fullmatch(name):
-            return f"not a {self._kind.word} file in the folder"
-        return _MISSING if len(name) > 255 or not (self._root / name).is_file() else None
+        if not isinstance(name, str) or not self.kind.shard_name.fullmatch(name):
+            return f"not a {self.kind.word} file in the folder"
+        return _MISSING if len(name) > 255 or not (self.root / name).is_file() else None

@@ -14,20 +14,23 @@ from stream_reshard.formats.hugging_face.index import Shards
 from stream_reshard.formats.hugging_face.layout import HuggingFaceLayout
 from stream_reshard.formats.hugging_face.pickled import file_notes, kind_of
 from stream_reshard.formats.hugging_face.unsupported import dropped, unsupported_settings
+from stream_reshard.model.truncation import Truncate, untruncated
 from stream_reshard.storage.identity import identities_of
 from stream_reshard.storage.source_file import same_bytes
 
 
-def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Described | None:
-    """Read config and headers, each of at most `max_nbytes`. All problems are added to `problems`; with problems in the
-    config, the result is None."""
+def open_hugging_face(root: Path, max_nbytes: int, problems: Problems,
+                      truncate: Truncate = untruncated) -> Described | None:
+    """Read config and headers, each of at most `max_nbytes`, of the layers that `truncate` takes. All problems are
+    added to `problems`; with problems in the config, the result is None."""
     kind = kind_of(root)
-    seen = identities_of(root, (CONFIG_NAME, kind.index, kind.single))
+    seen, passed_over = identities_of(root, (CONFIG_NAME, kind.index, kind.single)), set[str]()
 
     def add_identities(shards: Shards) -> None:
         seen.update(identities_of(root, (name for name in shards.names if name not in seen)))
+        passed_over.update(shards.index.passed_over)
 
-    config, model, layout = open_folder(root, max_nbytes, problems, add_identities)
+    config, model, layout = open_folder(root, max_nbytes, problems, add_identities, truncate)
     if config is None:
         return None
     notes = list(dropped(config))
@@ -38,7 +41,7 @@ def open_hugging_face(root: Path, max_nbytes: int, problems: Problems) -> Descri
         if method := quantization_of(config.raw):
             notes.append(f"config.json names a quantisation ({quoted(method)}), but no weight is quantised; the "
                          f"setting is left out")
-        notes += file_notes(root, kind, layout.shards)
+        notes += file_notes(root, kind, {*layout.shards, *passed_over})
     files = (CONFIG_NAME, *(layout.shards if layout else ()), kind.index)
     described = Described(
         root=root, config_name=CONFIG_NAME, family=config.family, config=config.model, model=model, notes=tuple(notes),

@@ -16,6 +16,7 @@ from stream_reshard.formats.hugging_face.planned import DEFAULT_MAX_SHARD_NBYTES
 from stream_reshard.formats.unsupported import Unsupported
 from stream_reshard.machine.memory import human
 from stream_reshard.model.parameters import Model
+from stream_reshard.model.truncation import WHOLE
 from stream_reshard.options import Options, nanotron_flags
 
 _INDEX_NBYTES_PER_TENSOR = 600
@@ -110,4 +111,6 @@ def config_of(source: Source, dtype: str) -> dict[str, Any]:
     if (n := config.no_rope_layer) is not None:
         fields |= {"no_rope_layer_interval": n,
                    "no_rope_layers": [int((layer + 1) % n != 0) for layer in range(config.num_hidden_layers)]}
+    if config.whole_num_hidden_layers is not None:
+        fields[WHOLE] = config.whole_num_hidden_layers
     return fields | config.token_ids | dict(family.settings)

@@ -98,13 +98,14 @@ def _attention_limits(config: SourceConfig) -> Iterator[Unsupported]:
 
 
 def _has_sliding_window(config: SourceConfig) -> bool:
-    """True where a layer attends to a window only, by the rules of transformers' configs."""
-    raw = config.raw
+    """True where a layer attends to a window only, by the rules of transformers' configs. The first layers of a model
+    are judged as the whole model is."""
+    raw, num_layers = config.raw, config.model.whole_num_hidden_layers or config.model.num_hidden_layers
     if kinds := raw.get("layer_types"):
         return not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
     if "use_sliding_window" in raw:
         first = raw.get("max_window_layers")
-        return bool(raw["use_sliding_window"]) and (type(first) is not int or first < config.model.num_hidden_layers)
+        return bool(raw["use_sliding_window"]) and (type(first) is not int or first < num_layers)
     default = _MISTRAL_WINDOW if config.family.name == "mistral" else None
     return config.family.name not in ("qwen2", "qwen2_moe") and raw.get("sliding_window", default) is not None
 

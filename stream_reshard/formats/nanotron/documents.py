@@ -15,6 +15,7 @@ from stream_reshard.formats.nanotron.config import METADATA_NAME, MODEL_CONFIG_N
 from stream_reshard.formats.nanotron.rules import MARKERS, NanotronRules
 from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML
 from stream_reshard.model.parameters import Experts, ModelConfig
+from stream_reshard.model.truncation import layers_text
 
 
 def nanotron_config(config: ModelConfig, rules: NanotronRules, attention_bias: bool,
@@ -100,6 +101,8 @@ def config_yaml(config: ModelConfig, rules: NanotronRules, attention_bias: bool,
     """A config.yaml that starts training from the weights alone; its vocabulary has no padding."""
     fields = nanotron_config(config, rules, attention_bias, config.vocab_size)
     model_config = "\n".join(f"    {key}: {_scalar(value)}" for key, value in sorted(fields.items()))
+    truncation = "" if (whole := config.whole_num_hidden_layers) is None else (
+        f"# A trial of a conversion, not a whole model: {layers_text(config.num_hidden_layers, whole)}.\n")
     topology, path = rules.topology, yaml_string(str(destination))
     if rules.version == "1.2":
         stages = "data:\n" + indent(_DATA, "  ")
@@ -107,7 +110,7 @@ def config_yaml(config: ModelConfig, rules: NanotronRules, attention_bias: bool,
     else:
         stages = "data_stages:\n- name: stable\n  start_training_step: 1\n  data:\n" + indent(_DATA, "    ")
         optimizer = "  optimizer_factory:\n    name: adamW\n" + indent(_ADAM, "    ")
-    return _CONFIG.format(
+    return truncation + _CONFIG.format(
         destination=path, checkpoints=yaml_string(str(destination.with_name(destination.name + "-training"))),
         stages=stages, optimizer=optimizer, model_config=model_config, dtype=dtype, multiple=rules.vocab_multiple,
         dp=topology.dp, tp=topology.tp, pp=topology.pp, tokenizer=path if has_tokenizer else "null",

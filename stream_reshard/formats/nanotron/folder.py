@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,17 @@ from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
 from stream_reshard.storage.small_files import dangling, files_below, is_litter
 
 
-def weight_paths(root: Path) -> Iterator[str]:
-    """Paths of the files below `model`, without litter."""
-    return (f"model/{path}" for path in files_below(root / "model") if not is_litter(path))
+_LAYER = re.compile(r"model/decoder/(0|[1-9]\d{0,11})/", re.ASCII)
+
+
+def weight_paths(root: Path, left_out: range = range(0)) -> Iterator[str]:
+    """Paths of the files below `model`, without litter and without the layers that are left out."""
+    return (f"model/{path}" for path in files_below(root / "model")
+            if not is_litter(path) and not _is_in_layers(path, left_out))
+
+
+def _is_in_layers(path: str, layers: range) -> bool:
+    return bool(layers and (match := _LAYER.match(path)) and int(match[1]) in layers)
 
 
 def litter_notes(root: Path) -> Iterator[str]:

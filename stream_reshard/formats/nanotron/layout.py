@@ -179,13 +179,23 @@ class NanotronLayout(Layout):
     def aligned(self, begins: Callable[[Group], Sequence[int]]) -> NanotronLayout:
         return replace(self, begins=begins)
 
-    def _group_of(self, number: int) -> tuple[Group, int]:
-        """(group of a parameter, index of the parameter in `Group.numbers`)."""
+    def position_of(self, number: int) -> int:
+        """The position of the group of a parameter."""
+        k, index, _ = self._place_of(number)
+        return self._first_groups[k] + index
+
+    def _place_of(self, number: int) -> tuple[int, int, int]:
+        """(index of the kind, index among the groups of the kind, index in `Group.numbers`) of a parameter."""
         row, instance = self.model.row_of(number)
         k, i = self._kind_of_row[row]
         num_each = self._kinds[k].num_each
         index, n = divmod(instance, num_each[i])
-        return self._group(k, index), sum(num_each[:i]) + n
+        return k, index, sum(num_each[:i]) + n
+
+    def _group_of(self, number: int) -> tuple[Group, int]:
+        """(group of a parameter, index of the parameter in `Group.numbers`)."""
+        k, index, i = self._place_of(number)
+        return self._group(k, index), i
 
     def _parts_of(self, number: int) -> Iterator[tuple[StoredTensor, RankPart]]:
         """(tensor, part of the parameter in it) of each rank; nothing for a parameter that is not stored."""

@@ -23,6 +23,7 @@ from stream_reshard.formats.nanotron.weight_files import WeightFile, parse_pairs
 from stream_reshard.model.architectures import build_model
 from stream_reshard.model.parameters import Model
 from stream_reshard.model.topology import Topology
+from stream_reshard.model.truncation import Truncate, left_out, recorded, untruncated
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.identity import identities_of
 
@@ -38,28 +39,31 @@ _REPO, _COMMIT = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII), re.compi
 """A repository of the hub, and a commit in it, as a manifest may name them."""
 
 
-def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
-                  is_exact: bool = True) -> Described | None:
-    """Read config and headers, each of at most `max_nbytes`. All problems are added to `problems`; with problems in the
-    config, the result is None.
+def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems, is_exact: bool = True,
+                  truncate: Truncate = untruncated, keeps_rows: bool = False) -> Described | None:
+    """Read config and headers, each of at most `max_nbytes`, of the layers that `truncate` takes. All problems are
+    added to `problems`; with problems in the config, the result is None.
 
     `vocab_size`: rows of the embedding without padding, if the user gave them. Without `is_exact`, padding may be
-    counted as vocabulary.
+    counted as vocabulary; with `keeps_rows` it is, unless the user gave a size: in a training it has states too.
     """
     if not os.path.isfile(root / MODEL_CONFIG_NAME):
         problems.append(not_committed(root))
         return None
     seen = identities_of(root, (MODEL_CONFIG_NAME, METADATA_NAME))
-    config = problems.collect(read_model_config, root, max_nbytes)
-    files = problems.collect(read_weight_files, root, max_nbytes)
-    if config is None:
-        return None
+    whole = problems.collect(read_model_config, root, max_nbytes)
     facts = (problems.collect(_facts_of, root, max_nbytes) or {}) if is_exact else {}
-    recorded = facts.get("vocab_size")
-    if None not in (recorded, vocab_size) and recorded != vocab_size:
-        problems.append(UsageError(f"--vocab-size {vocab_size}: the manifest of {quoted(root)} has {recorded}"))
+    taken = problems.collect(truncate, recorded(whole.model, facts)) if whole else None
+    absent = left_out(whole.model, taken) if whole and taken else range(0)
+    files = problems.collect(read_weight_files, root, max_nbytes, absent)
+    if whole is None:
+        return None
+    config = replace(whole, model=taken or whole.model)
+    in_manifest = facts.get("vocab_size")
+    if None not in (in_manifest, vocab_size) and in_manifest != vocab_size:
+        problems.append(UsageError(f"--vocab-size {vocab_size}: the manifest of {quoted(root)} has {in_manifest}"))
     if vocab_size is None:
-        vocab_size = recorded if is_exact else config.model.vocab_size
+        vocab_size = in_manifest if is_exact and not keeps_rows else config.model.vocab_size
     size = problems.collect(_checked_vocab_size, config, vocab_size)
     layout = problems.collect(layout_of_files, root, config, size, files) if files and size else None
     known_ids = with_known_ids(config.model, config.family, facts.get("token_ids"))
@@ -69,10 +73,10 @@ def open_nanotron(root: Path, max_nbytes: int, vocab_size: int | None, problems:
     described = Described(
         root=root, config_name=MODEL_CONFIG_NAME, family=config.family, config=model_config,
         model=layout.model if layout else None, unsupported=tuple(config.extras.values()),
-        notes=(*litter_notes(root), *_notes(layout)) if layout else (),
+        notes=(*litter_notes(root), *_notes(whole, layout.rules, files)) if layout and files else (),
         rope_interleaved=rules.rope_interleaved if rules else False, config_class=config.config_class,
         identities=seen | opened, router_dtype=facts.get("router_dtype"), origin=origin_in(facts),
-        ids_are_known=known_ids is not None)
+        ids_are_known=known_ids is not None, recorded_vocab_size=in_manifest)
     return described if layout is None else NanotronSource(**vars(described), layout=layout)
 
 
@@ -101,9 +105,10 @@ def _checked_vocab_size(config: NanotronModelConfig, vocab_size: int | None) -> 
     return vocab_size
 
 
-def _notes(layout: NanotronLayout) -> list[str]:
-    """A remark on blocks that are on unusual stages."""
-    moved = layout.moved_blocks
+def _notes(config: NanotronModelConfig, rules: NanotronRules, files: WeightFiles) -> list[str]:
+    """A remark on blocks that are on unusual stages. `config`: of the checkpoint, with all its layers."""
+    own = stages_of(config.model, rules)
+    moved = sorted(block for block, stage in files.stages.items() if own.get(block) != stage)
     return [f"{len(moved)} blocks such as {moved[0]} are on other stages than Nanotron's balancing gives them"
             ] if moved else []
 
@@ -126,18 +131,20 @@ class WeightFiles:
         return {file.parameter.split(".pp_block")[0]: file.rank.pp for file in self.by_path.values() if file.rank}
 
 
-def read_weight_files(root: Path, max_nbytes: int) -> WeightFiles:
-    """Read the headers of all weight files, each of at most `max_nbytes`. Raises Refused."""
+def read_weight_files(root: Path, max_nbytes: int, left_out: range) -> WeightFiles:
+    """Read the headers of all weight files but those of the layers that are left out, each of at most `max_nbytes`.
+    Raises Refused."""
     problems = Problems()
-    by_path = scan(root, max_nbytes, problems)
+    by_path = scan(root, max_nbytes, problems, left_out)
     problems.raise_if_any()
     return agreeing(root, by_path)
 
 
-def scan(root: Path, max_nbytes: int, problems: Problems) -> dict[str, WeightFile]:
-    """The weight files by path. Problems of unreadable files are added to `problems`."""
+def scan(root: Path, max_nbytes: int, problems: Problems, left_out: range = range(0)) -> dict[str, WeightFile]:
+    """The weight files by path, without the layers that are left out. Problems of unreadable files are added to
+    `problems`."""
     by_path = {}
-    for path in weight_paths(root):
+    for path in weight_paths(root, left_out):
         before = identities_of(root, [path])
         if file := problems.collect(read_weight_file, root, path, max_nbytes):
             by_path[file.file.path] = replace(file, identity=before.get(file.file.path))
@@ -156,9 +163,10 @@ def agreeing(root: Path, by_path: Mapping[str, WeightFile]) -> WeightFiles:
             problems.append(SourceError(f"{quoted(root)}: files of several {noun} stand together: "
                                         f"{', '.join(sorted(map(str, values)))}; Nanotron would silently merge them; "
                                         f"remove the stale ones"))
-    if sizes and (num_ranks := max(map(max, sizes))) > len(by_path):
-        problems.append(SourceError(f"{quoted(root)}: names of files are for {num_ranks} ranks, but there are "
-                                    f"{len(by_path)} files in all"))
+    if sizes and (num_ranks := max(map(max, sizes))) > len(by_path):  # Of few layers there may be few files.
+        if num_ranks > (num_files := sum(1 for _ in weight_paths(root))):
+            problems.append(SourceError(f"{quoted(root)}: names of files are for {num_ranks} ranks, but there are "
+                                        f"{num_files} files in all"))
     if not sizes:
         problems.append(SourceError(f"{quoted(root)} holds no weight files of Nanotron in model/model"))
     problems.raise_if_any()

@@ -21,7 +21,8 @@ from stream_reshard.options import Options, nanotron_flags
 MAX_LISTED = 100
 """Differences that a plan lists; further ones are counted."""
 
-_MAY_DIFFER = {"family", "vocab_size", "initializer_range", "unsaid_ids", *TOKEN_IDS}
+_MAY_DIFFER = {"family", "vocab_size", "initializer_range", "unsaid_ids", "whole_num_hidden_layers",
+              *TOKEN_IDS}
 """Settings in which template and source may differ: they change neither tensors nor forward pass. Family and vocab_size
 are checked separately."""
 

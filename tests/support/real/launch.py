@@ -9,6 +9,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
+ORACLE = REPOSITORY.parent / "shared" / "oracle"
+"""Where training_real.py lies, which drives Nanotron's trainer on a CPU."""
 NANOTRON_REPO = os.environ.get("NANOTRON_REPO")
 
 
@@ -34,6 +36,13 @@ def missing_repo():
     return missing("datasets", "einops")
 
 
+def missing_trainer():
+    """Why the trainer of a checkout cannot be asked about whole trainings."""
+    if not (ORACLE / "training_real.py").is_file():
+        return "the oracle of trainings is not beside this checkout"
+    return missing_repo()
+
+
 def convert(source, destination, *flags):
     """Runs the command line of the converter; its messages are in the exception when it fails."""
     command_line(source, destination, "--quiet", *flags)
@@ -47,12 +56,12 @@ def command_line(*words):
 
 
 def nanotron(*steps, ranks, repo=None, script="check.py", timeout=300):
-    """Runs steps of check.py in one start; returns their results. Uses the checkout `repo`, else what is installed."""
+    """Runs steps of check.py, or of another script of this folder, in one start; returns their results. Uses the checkout `repo`, else what is installed."""
     words = [str(word) for step in steps for word in ("+", *step)][1:]
     command = [sys.executable, str(HERE / "ranks.py"), str(ranks), script, *words]
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
     if repo:
-        environment |= {"PYTHONPATH": str(Path(repo) / "src"), "NANOTRON_REPO": str(repo)}
+        environment |= {"PYTHONPATH": f"{Path(repo) / 'src'}{os.pathsep}{ORACLE}", "NANOTRON_REPO": str(repo)}
     finished = run(command, environment, check=False, timeout=timeout)
     lines = [line for line in finished.stdout.splitlines() if line.startswith("RESULT ")]
     results = [json.loads(line.removeprefix("RESULT ")) for line in lines]

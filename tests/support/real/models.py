@@ -28,6 +28,15 @@ def save_qwen2(folder, **changes):
     return save_random(Qwen2ForCausalLM(Qwen2Config(**SMALL | {"num_hidden_layers": 4} | changes)), folder)
 
 
+def save_first_layers(whole, folder, layers):
+    """The first layers of a saved model, as transformers itself takes and saves them."""
+    model = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.bfloat16)
+    del model.model.layers[layers:]
+    model.config.num_hidden_layers = layers
+    model.save_pretrained(folder, max_shard_size="100KB")
+    return folder
+
+
 def save_random(model, folder):
     """Every parameter is random, norms and biases too, so that a wrong one shows; in bf16."""
     generator = torch.Generator().manual_seed(7)

@@ -17,11 +17,11 @@ from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.formats.config_reader import ConfigReader
 from stream_reshard.formats.nanotron.config import METADATA_NAME, MODEL_CONFIG_NAME
 from stream_reshard.formats.nanotron.documents import decoded_path
+from stream_reshard.formats.nanotron.training.files import OPTIMIZER_CONFIG_NAME
+from stream_reshard.formats.nanotron.training.zero import stretch_of
 from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML, parse_settings, settings_text
 from stream_reshard.model.topology import Topology
 from stream_reshard.storage.small_files import MAX_JSON_NBYTES, read_capped, read_json
-
-OPTIMIZER_CONFIG_NAME = "optimizer/optimizer_config.json"
 
 WITH_ZERO = "ZeroDistributedOptimizer"
 WITH_MASTERS = "OptimizerFromGradientAccumulator"
@@ -120,10 +120,8 @@ def optimizer_config(topology: Topology, zero: int, has_masters: bool,
 
 def _offsets(num_elements: int, num_ranks: int) -> dict[str, list[str]]:
     """[start, stop] of each rank's part of a flattened shard; a rank without elements is left out."""
-    least, num_longer = divmod(num_elements, num_ranks)
-    starts = [rank * least + min(rank, num_longer) for rank in range(num_ranks + 1)]
-    return {str(rank): [str(start), str(stop)]
-            for rank, (start, stop) in enumerate(zip(starts, starts[1:])) if start < stop}
+    parts = {rank: stretch_of(num_elements, num_ranks, rank) for rank in range(num_ranks)}
+    return {str(rank): [str(start), str(stop)] for rank, (start, stop) in parts.items() if start < stop}
 
 
 def read_training_documents(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> TrainingDocuments:

@@ -1,7 +1,8 @@
 """Reasons why a training cannot go on at another topology, or not as before: batches, samples, metadata."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted
@@ -19,14 +20,19 @@ _OTHER_AXES = {"context_parallel_size": "several ranks save their states under o
 """Axes of parallelism that a checkpoint cannot be moved to or from, and why."""
 
 
-def fitness_problems(documents: TrainingDocuments, topology: Topology) -> Problems:
-    """Reasons why the training cannot go on at this topology."""
+BATCH = "global_batch"
+"""Name in `--allow` for a step of another number of samples."""
+
+
+def fitness_problems(documents: TrainingDocuments, topology: Topology, allowed: Collection[str] = ()) -> Problems:
+    """Reasons why the training cannot go on at this topology. `allowed`: names that the user accepts."""
     problems = Problems(_axis_problems(documents.config["parallelism"]))
-    if fault := _fault(documents, topology.pp, topology.dp):
+    fault = batch_fault(documents, topology)
+    if fault and not (BATCH in allowed and topology.dp <= documents.num_micro_batches):
         most = min(MAX_DP, documents.num_micro_batches)
-        usable = [dp for dp in range(1, most + 1) if not _fault(documents, topology.pp, dp)]
+        usable = [dp for dp in range(1, most + 1) if not batch_fault(documents, replace(topology, dp=dp))]
         cure = f"--dp can be {listed(usable)}" if usable else f"at --pp {topology.pp} no --dp can; choose a smaller one"
-        problems.append(UsageError(f"--dp {topology.dp}: {fault}; {cure}"))
+        problems.append(UsageError(f"--dp {topology.dp}: {fault}; {cure}, or --allow {BATCH} accepts it"))
     return problems
 
 
@@ -36,8 +42,9 @@ def _axis_problems(parallelism: Mapping[str, Any]) -> Iterator[SourceError]:
             yield SourceError(f"{CONFIG_YAML}: {axis} is {size}: {reason}, so this training cannot be moved")
 
 
-def _fault(documents: TrainingDocuments, pp: int, dp: int) -> str:
+def batch_fault(documents: TrainingDocuments, topology: Topology) -> str:
     """The first reason against so many replicas; "" if there is none."""
+    pp, dp = topology.pp, topology.dp
     num_each, rest = divmod(documents.num_micro_batches, dp)
     if rest:
         return (f"a step takes {documents.batch_size} samples, {documents.micro_batch_size} at once "

@@ -25,9 +25,9 @@ def moved_schedule(files: Sequence[TorchFile], names: Sequence[Sequence[str]], n
                    ) -> list[dict[str, Any]]:
     """The contents of the scheduler's file of each new stage.
 
-    `files`: one of each stage of the source, or only that of the first; `names`, `new_names`: the parameters of each
-    stage in their order. Entries go with their parameter; all other values stay the objects that they are, as a pickle
-    writes what is one object once. Raises SourceError.
+    `files`: one of each stage of the source, or only that of the first, as trees before September 2024 save; `names`,
+    `new_names`: the parameters of each stage in their order. Entries go with their parameter; all other values stay the
+    objects that they are, as a pickle writes what is one object once. Raises SourceError.
     """
     for file, stage in zip(files, names):
         _check(file, len(stage))
