@@ -16,7 +16,7 @@ import yaml
 from stream_reshard.errors import Problems
 from stream_reshard.formats.nanotron.source import NanotronSource, open_nanotron
 from stream_reshard.formats.nanotron.training.documents import optimizer_config
-from stream_reshard.formats.nanotron.training.entries import Entry
+from stream_reshard.formats.nanotron.training.entries import STATE, Entry
 from stream_reshard.formats.nanotron.training.files import OPTIMIZER_CONFIG_NAME, optimizer_path, scheduler_path
 from stream_reshard.formats.nanotron.training.layout import MASTERS, positions_of
 from stream_reshard.formats.nanotron.training.target import NewTrainingState
@@ -32,16 +32,16 @@ _PIECE_NBYTES = 8 * 2**20
 
 def add_training(root: Path, dp: int, zero: int) -> None:
     """Write the optimizer, the schedule and the settings of a training with fp32 masters, in its tenth step."""
-    opened = open_nanotron(root, 2**24, None, Problems())
+    opened = open_nanotron(root, 2**24, None, Problems(), is_exact=False)
     assert isinstance(opened, NanotronSource)
     weights, tp, pp = opened.layout, opened.layout.rules.topology.tp, opened.layout.rules.topology.pp
     topology, names = Topology(tp, pp, dp), tuple(positions_of(weights))
     state = {"step": new_tensor("F32", ()), **{kind: new_tensor("F32", (1,)) for kind in _KINDS[:2]}}
-    entries = {name: Entry(name, _GROUP, state, {"step": bytes(4)}, dict.fromkeys(_KINDS, "F32")) for name in names}
+    entries = {name: Entry(name, _GROUP, state, {(STATE, "step"): bytes(4)}, dict.fromkeys(_KINDS, "F32")) for name in names}
     new = NewTrainingState(_Made(entries, names), weights, topology, zero)  # type: ignore[arg-type]
     for rank in new.layout.ranks():
         path = optimizer_path(rank, topology)
-        _write(root / path, stream(new.file_of(rank).file.renamed(folder_of(path)), _noise))
+        _write(root / path, stream(new.made(rank).file, _noise))
     for stage, own in enumerate(new.names):
         rates = [3e-4] * len(own)
         schedule = {"base_lrs": rates, "last_epoch": 10, "_step_count": 11, "_last_lr": rates,
@@ -58,12 +58,13 @@ def add_training(root: Path, dp: int, zero: int) -> None:
     metadata = json.loads((root / "checkpoint_metadata.json").read_text())
     metadata["dp"] = dp
     (root / "checkpoint_metadata.json").write_text(json.dumps(metadata))
-    (root / "stream_reshard.json").unlink()
+    (root / "stream_reshard.json").unlink(missing_ok=True)
 
 
 class _Made:
     """As much of a source as a new state is made of."""
 
+    has_one_group = False
     keys = ("state", "param_groups", "names", MASTERS)
 
     def __init__(self, entries: dict[str, Entry], names: tuple[str, ...]):

@@ -35,11 +35,11 @@ def make_state_plan(source: StateLayout, target: StateLayout, values_digest: str
             digest.update(json.dumps([[described(layout, number) for number in group.numbers]
                                       for layout in (source, target)]).encode())
         last_of[key] = group
-        locations = [location for number in group.numbers for location in source.locations_of(number)]
+        origins = [(part.path, part.tensors[0].begin) for part in source.files_of(group)]
         parts = target.files_of(group)
         places = [(part.path, part.size, part.tensors[0].begin) for part in parts]
-        digest.update(repr((key, locations, places)).encode())
-        spans.append(min(locations))
+        digest.update(repr((key, origins, places)).encode())
+        spans.append(min(origins))
         sizes.append(sum(part.nbytes for part in parts))
         for tensor in (tensor for part in parts for tensor in part.tensors):
             dtypes[tensor.dtype] += tensor.nbytes

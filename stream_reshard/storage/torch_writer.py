@@ -13,7 +13,7 @@ import hashlib
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from stream_reshard.storage.pickle_writer import write_pickle
@@ -78,17 +78,6 @@ class NewTorchFile:
     def nbytes(self) -> int:
         """Size of the whole file, in bytes."""
         return self.after[-1].end + len(_directory([(record, 0) for record in self.records]))
-
-    def renamed(self, folder: str) -> NewTorchFile:
-        """The same file with another folder of as many bytes, so that every offset stays."""
-        def own(record: NewRecord) -> NewRecord:
-            name = f"{folder}/{record.name.partition('/')[2]}"
-            assert len(name.encode()) == len(record.name.encode()), f"{folder} is not as long as that of {record.name}"
-            return replace(record, name=name)
-
-        version, serialization_id = map(own, self.after)
-        return NewTorchFile(tuple(map(own, self.storages)), tuple((own(record), text) for record, text in self.before),
-                            (version, serialization_id))
 
     def seam(self, index: int, crc: int) -> tuple[int, bytes]:
         """(offset, bytes) of what ends where the storage `index` begins, from the one before it on, whose CRC-32 is

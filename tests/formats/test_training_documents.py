@@ -22,7 +22,7 @@ UNEVEN = re.compile(PLACES.pattern + r"|^  batch_accumulation_per_replica: .*$",
 @pytest.mark.parametrize("tree, other", PAIRS, **by_name)
 def test_documents_are_those_that_nanotron_saves(tree, other):
     wanted = documents_of(other)
-    made = documents_of(tree).moved(wanted.topology, wanted.zero, rows_of(other), Path("/new/place"))
+    made = documents_of(tree).moved(wanted.topology, wanted.zero, rows_of(other), 1, Path("/new/place"))
     assert set(made) == {"config.yaml", "checkpoint_metadata.json", "model_config.json"}
     # Its makers let three replicas take 3 samples a step in place of 4.
     masked = UNEVEN if "dp3" in tree.name + other.name else PLACES
@@ -116,7 +116,7 @@ def faults(saved, topology, *changes):
 def test_a_step_has_as_many_samples_at_any_number_of_replicas(saved, dp):
     documents = read_training_documents(saved())
     assert not fitness_problems(documents, Topology(dp=dp))
-    config = yaml.safe_load(documents.moved(Topology(dp=dp), 1, 128, Path("/new"))["config.yaml"])
+    config = yaml.safe_load(documents.moved(Topology(dp=dp), 1, 128, 1, Path("/new"))["config.yaml"])
     tokens = config["tokens"]
     assert tokens["micro_batch_size"] * tokens["batch_accumulation_per_replica"] * config["parallelism"]["dp"] == 24
     assert (config["general"], config["data_stages"]) == (CONFIG["general"], CONFIG["data_stages"])
@@ -124,14 +124,14 @@ def test_a_step_has_as_many_samples_at_any_number_of_replicas(saved, dp):
 
 def test_metadata_keep_all_but_the_topology(saved):
     """Sorted, as Nanotron writes them."""
-    made = read_training_documents(saved()).moved(Topology(2, 1, 4), 1, 128, Path("/new"))["checkpoint_metadata.json"]
+    made = read_training_documents(saved()).moved(Topology(2, 1, 4), 1, 128, 1, Path("/new"))["checkpoint_metadata.json"]
     assert made.decode() == json.dumps(METADATA | {"tp": 2, "dp": 4}, indent=2, sort_keys=True)
 
 
 def test_settings_that_an_older_trainer_does_not_know_are_not_added(saved):
     """And those that leave a part of the state behind are not kept."""
     def checkpoints(documents):
-        return yaml.safe_load(documents.moved(Topology(), 0, 128, Path("/new"))["config.yaml"])["checkpoints"]
+        return yaml.safe_load(documents.moved(Topology(), 0, 128, 1, Path("/new"))["config.yaml"])["checkpoints"]
 
     assert set(checkpoints(read_training_documents(saved()))) == {"checkpoints_path", "resume_checkpoint_path"}
     documents = read_training_documents(saved(yaml_at("checkpoints", "load_optimizer", value=False)))
@@ -142,14 +142,14 @@ def test_settings_that_an_older_trainer_does_not_know_are_not_added(saved):
 @pytest.mark.parametrize("place", ["/a: b #c", "/\u00e9\u4e2d", "/caf\udce9", "/" + "long words " * 20, "/yes\n"])
 def test_every_path_is_read_back(saved, place):
     """Also one that is not UTF-8, or that YAML could take for something else."""
-    made = read_training_documents(saved()).moved(Topology(), 1, 128, Path(place))["config.yaml"]
+    made = read_training_documents(saved()).moved(Topology(), 1, 128, 1, Path(place))["config.yaml"]
     assert made.isascii() and yaml.safe_load(made)["checkpoints"]["resume_checkpoint_path"] == place
 
 
 @pytest.mark.parametrize("topology, changes, words", [
     (Topology(dp=5), [], "--dp 5: a step takes 24 samples, 2 at once (micro_batch_size), and 5 replicas cannot share them "
                          "evenly; --dp can be 1, 2, 3, 4, 6, 12"),
-    (Topology(dp=24), [], "24 replicas cannot share"),
+    (Topology(dp=24), [], "12 micro batches, which leaves some of 24 replicas without one"),
     (Topology(pp=4, dp=6), [], "--dp 6: each replica has 2 micro batches in a step, and pp_engine 1f1b needs at least 3 for "
                                "4 stages; --dp can be 1, 2, 3, 4"),
     (Topology(pp=16, dp=1), [], "needs at least 15 for 16 stages; at --pp 16 no --dp can; choose a smaller one"),

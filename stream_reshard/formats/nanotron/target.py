@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted, shell_word
 from stream_reshard.formats.base import Described, NextStep, Source, Target, with_router_dtype
@@ -29,6 +29,8 @@ class ToNanotron(Target[NanotronLayout]):
     """Rank files of one topology."""
 
     marker = MODEL_CONFIG_NAME
+    train_at: ClassVar[str] = "in a clone of Nanotron, once config.yaml names your dataset:"
+    """The place of the command that trains."""
     rules: NanotronRules
 
     @classmethod
@@ -103,7 +105,7 @@ class ToNanotron(Target[NanotronLayout]):
 
     def next_step(self, destination: Path) -> NextStep:
         """The command that trains from the folder."""
-        return NextStep("train", "in a clone of Nanotron, once config.yaml names your dataset:",
+        return NextStep("train", self.train_at,
                         f"CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc_per_node={self.rules.topology.world_size} "
                         f"run_train.py --config-file {shell_word(destination / 'config.yaml')}")
 

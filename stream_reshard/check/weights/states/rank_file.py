@@ -54,6 +54,8 @@ class RankFile:
     """Per kind, the dtype of each tensor; shared as `names` is."""
     groups: tuple[Mapping[str, Any], ...]
     """The settings of each parameter of the stage, with a state or not; shared."""
+    has_one_group: bool
+    """One group holds all parameters, as release 0.4 saves them."""
     step: float | None
     """Steps of the optimizer; None where the file holds no state."""
 
@@ -77,6 +79,8 @@ def read_rank_file(root: Path, path: str, stage: Sequence[str], held: Sequence[H
     with SourceFile(root, path) as opened:
         steps = {_number(opened, file, state["step"]) for state in file.contents["state"].values()}
         groups = tuple(_settings(opened, file, group, common) for group in file.contents["param_groups"])
+    if has_one_group := len(groups) < len(stage):
+        groups *= len(stage)
     if len(steps) > 1:
         raise SourceError(f"{quoted(path)}: its parameters are of several steps: {', '.join(map(str, sorted(steps)))}")
 
@@ -86,7 +90,7 @@ def read_rank_file(root: Path, path: str, stage: Sequence[str], held: Sequence[H
     return RankFile(path, once(tuple(one.name for one in present)),
                     {kind: array("q", map(file.begin_of, of_kind)) for kind, of_kind in tensors.items()},
                     {kind: once(tuple(tensor.dtype for tensor in of_kind)) for kind, of_kind in tensors.items()},
-                    once(groups), steps.pop() if steps else None)
+                    once(groups), has_one_group, steps.pop() if steps else None)
 
 
 def _form_faults(contents: Any) -> Iterator[str]:
@@ -116,7 +120,8 @@ def _place_faults(contents: Mapping[str, Any], stage: Sequence[str], held: Seque
     if not contents["state"] and not names and wanted:
         yield "it holds no state of any parameter: no step was done before it was saved, and Nanotron cannot resume it"
         return
-    if len(groups) != len(stage):
+    has_one_group = len(groups) == 1 and groups[0]["params"] == list(range(len(wanted)))
+    if len(groups) != len(stage) and not has_one_group:
         yield f"it has {len(groups)} param_groups, one for each of the {len(stage)} parameters of its stage is needed"
         return
     for number, name in enumerate(wanted):
@@ -128,7 +133,7 @@ def _place_faults(contents: Mapping[str, Any], stage: Sequence[str], held: Seque
         if list(ids) != list(range(len(wanted))):
             yield f"{key} has the ids {quoted(list(ids)[:9])}, not 0 to {len(wanted) - 1}"
     number = 0
-    for name, one, group in zip(stage, held, groups):
+    for name, one, group in zip(stage, held, () if has_one_group else groups):
         ids = [number] if one is not None else []
         if group["params"] != ids:
             yield f"the params of {quoted(PREFIX + name)} in param_groups are {quoted(group['params'][:9])}, not {ids}"

@@ -21,7 +21,7 @@ class Schedule:
     numbers: Mapping[str, Any]
     """What belongs to the whole training, by key."""
     entries: Mapping[tuple[int, int], Mapping[str, Any]]
-    """By (stage, index in the stage) of a parameter: its entries in the lists, by key."""
+    """By (stage, index of the group in it), of each parameter or of all: its entries in the lists, by key."""
 
     @property
     def last_epoch(self) -> Any:
@@ -36,9 +36,10 @@ def schedule_paths(topology: Topology, is_single: bool) -> dict[str, int]:
     return {schedule_path(topology, pp, tp): pp for pp in range(topology.pp) for tp in range(topology.tp)}
 
 
-def read_schedule(root: Path, paths: Mapping[str, int], stages: Sequence[Sequence[str]], max_nbytes: int,
+def read_schedule(root: Path, paths: Mapping[str, int], num_groups: Sequence[int], max_nbytes: int,
                   problems: Problems) -> Schedule | None:
-    """Read all files of a schedule, by their stages; every fault goes to `problems`. None where there is one."""
+    """Read all files of a schedule, by their stages; every fault goes to `problems`. None where there is one.
+    `num_groups`: groups of parameters of each stage."""
     found: dict[int, tuple[str, dict[str, Any]]] = {}
     numbers: dict[str, Any] = {}
     num_before = len(problems)
@@ -46,7 +47,7 @@ def read_schedule(root: Path, paths: Mapping[str, int], stages: Sequence[Sequenc
         file = problems.collect(read_torch_file, root, path, max_nbytes)
         if file is None:
             continue
-        fault = _fault(file.contents, len(stages[stage]))
+        fault = _fault(file.contents, num_groups[stage])
         if fault is None and found:
             first, contents = found.get(stage) or next(iter(found.values()))
             own, other = (file.contents, contents) if stage in found else map(_numbers, (file.contents, contents))
@@ -63,13 +64,13 @@ def read_schedule(root: Path, paths: Mapping[str, int], stages: Sequence[Sequenc
                               for place, entry in _entries(stage, contents)})
 
 
-def _fault(contents: Any, num_parameters: int) -> str | None:
+def _fault(contents: Any, num_groups: int) -> str | None:
     """The fault of one file, if any."""
     if not isinstance(contents, dict) or not _MUST_HAVE <= contents.keys():
         return "it is no state of a schedule: base_lrs or last_epoch is missing"
     for key, value in contents.items():
-        if isinstance(value, list) and len(value) != num_parameters:
-            return f"{word(key)} has {len(value)} entries, its stage has {num_parameters} parameters"
+        if isinstance(value, list) and len(value) != num_groups:
+            return f"{word(key)} has {len(value)} entries, its stage has {num_groups} groups of parameters"
     if not isinstance(contents["base_lrs"], list) or type(contents["last_epoch"]) is not int:
         return "base_lrs is no list, or last_epoch no whole number"
     return None

@@ -169,7 +169,9 @@ class _Opening:
         if self.problems or any(name not in shapes for names in stages for name in names):
             return None  # Where weights are missing, that is told already.
         files = self._rank_files(ranks, stages, shapes, config.num_stretches)
-        schedule = read_schedule(root, of_schedule, stages, self.max_nbytes, self.problems)
+        num_lists = 1 if any(file.has_one_group for file in files.values()) else None
+        schedule = read_schedule(root, of_schedule, [num_lists or len(stage) for stage in stages], self.max_nbytes,
+                                 self.problems)
         if self.problems or schedule is None:
             return None
         state = TrainingState(root, config, stages, files, schedule, document, sorted(expected))

@@ -6,14 +6,15 @@ one object for each.
 """
 from __future__ import annotations
 
+import hashlib
 import math
 import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from stream_reshard.formats.nanotron.training.entries import Entry, Shape, is_scalar
+from stream_reshard.formats.nanotron.training.entries import GROUP, STATE, Entry, Shape, is_scalar
 from stream_reshard.formats.nanotron.training.layout import MASTERS
 from stream_reshard.storage.crc32 import Piece, crc_of_pieces
 from stream_reshard.storage.torch_values import (
@@ -63,9 +64,11 @@ class NewOptimizerFile:
             found.append(self._crc_of(record, crcs) if content is None else zlib.crc32(content))
         yield self.file.end(found)
 
-    def renamed(self, path: str) -> NewOptimizerFile:
-        """The same file under a path of equal length, which its records repeat."""
-        return replace(self, file=self.file.renamed(folder_of(path)))
+    @property
+    def digest(self) -> str:
+        """sha256 of all values but the states, in hex."""
+        (_, pickled), *_ = self.file.before
+        return hashlib.sha256(pickled + b"".join(self.scalars.values())).hexdigest()
 
     def _crc_of(self, record: NewRecord, crcs: Mapping[int, int]) -> int:
         pieces = []
@@ -76,10 +79,12 @@ class NewOptimizerFile:
 
 
 def new_optimizer_file(path: str, entries: Sequence[tuple[Entry, Shape]], keys: Sequence[str],
-                       kinds: Sequence[str]) -> NewOptimizerFile:
+                       kinds: Sequence[str], has_one_group: bool = False) -> NewOptimizerFile:
     """The file at `path` that holds the states of these parameters, each in a shape; None where the rank has none.
-    `keys`: the keys of a file, in their order."""
+    `keys`: the keys of a file, in their order. `has_one_group`: all parameters are in one group."""
     values = _Values(entries, kinds)
+    if has_one_group:
+        values.param_groups = [{**values.param_groups[0], "params": list(values.names)}]
     file = plan_torch_file({key: getattr(values, key) for key in values.shared(list(keys))}, folder_of(path))
     places = {id(record.storage): record.begin for record in file.storages}
     begins = array("Q", bytes(8 * len(entries) * len(kinds)))
@@ -106,7 +111,8 @@ class _Values:
         for index, (entry, shape) in enumerate(entries):
             number = len(self.names)
             params = [] if shape is None else [number]
-            self.param_groups.append(self.shared({**entry.group, "params": params}))
+            group = {key: self._scalar(entry, GROUP, key, value) for key, value in entry.group.items()}
+            self.param_groups.append(self.shared({**group, "params": params}))
             if shape is None:
                 continue
             self.names[number] = name = self.shared(entry.name)
@@ -123,15 +129,21 @@ class _Values:
         return new_storage(dtypes.pop(), num_elements) if dtypes else None
 
     def _state_of(self, entry: Entry, shape: tuple[int, ...], at: int) -> dict[str, Any]:
-        found, states = {}, 0
+        found: dict[str, Any] = {}
+        kind = at
         for key, value in entry.state.items():
-            if is_scalar(value):
-                own: Any = new_tensor(value.dtype, ())
-                self.scalars[id(own.storage)] = entry.scalars[key]
-            elif isinstance(value, TensorReference):
-                own = self.tensors[at + states] = new_tensor(value.dtype, shape)
-                states += 1
+            if isinstance(value, TensorReference) and not is_scalar(value):
+                own = self.tensors[kind] = new_tensor(value.dtype, shape)
+                kind += 1
             else:
-                own = self.shared(value)
+                own = self.shared(self._scalar(entry, STATE, key, value))
             found[self.shared(key)] = own
         return found
+
+    def _scalar(self, entry: Entry, place: str, key: str, value: Any) -> Any:
+        """A value; a tensor of no dims with a storage of its own."""
+        if not is_scalar(value):
+            return value
+        own = new_tensor(value.dtype, ())
+        self.scalars[id(own.storage)] = entry.scalars[place, key]
+        return own

@@ -74,16 +74,26 @@ class TrainingDocuments:
         """Steps that are done."""
         return int(self.metadata["metas"]["last_train_step"])
 
-    def moved(self, topology: Topology, zero: int, vocab_rows: int, destination: Path) -> dict[str, bytes]:
+    @property
+    def vocab_multiple(self) -> int:
+        """The count that the rows of the embedding on each rank are a multiple of."""
+        return self.config["model"].get("make_vocab_size_divisible_by") or 1
+
+    def moved(self, topology: Topology, zero: int, vocab_rows: int, vocab_multiple: int, destination: Path
+              ) -> dict[str, bytes]:
         """The documents at another topology, by name, for a training that goes on from `destination`. A step has as
-        many samples as before. `vocab_rows`: rows of the embedding with padding."""
+        many samples as before. `vocab_rows`: rows of the embedding with padding, a multiple of TP times
+        `vocab_multiple`."""
         path = decoded_path(str(destination))
-        config = {("parallelism", axis): getattr(topology, axis) for axis in ("tp", "pp", "dp")} | {
+        config: dict[tuple[str, ...], Any] = {
+            **{("parallelism", axis): getattr(topology, axis) for axis in ("tp", "pp", "dp")},
             ("model", "model_config", "vocab_size"): vocab_rows,
             ("tokens", "batch_accumulation_per_replica"): self.num_micro_batches // topology.dp,
             ("optimizer", "zero_stage"): zero,
             ("checkpoints", "resume_checkpoint_path"): path,
             ("checkpoints", "checkpoints_path"): f"{path}-training"}
+        if vocab_multiple != self.vocab_multiple:
+            config["model", "make_vocab_size_divisible_by"] = vocab_multiple
         # Trees of 2024 know no such settings, and refuse unknown ones.
         config |= {("checkpoints", key): True for key in LOADED if key in self.config["checkpoints"]}
         metadata = changed(self.metadata, {("tp",): topology.tp, ("dp",): topology.dp})

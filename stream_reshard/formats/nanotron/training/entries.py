@@ -5,8 +5,8 @@ The format (`torch.save` of `state_dict()`, nanotron/optim/gradient_accumulator.
     {"state": {i: {"step": [], "exp_avg": T, "exp_avg_sq": T}}, "param_groups": [{..., "params": [i]}, ...],
      "names": {i: name}, "gradient_accumulator": {name: T}}
 
-One group per parameter of the stage, in its order. A rank of ZeRO has no state of a parameter that is empty on it; the
-group then has no params, and the ids of the parameters behind it move up.
+One group per parameter of the stage, in its order; release 0.4 has one for all of them. A rank of ZeRO has no state of
+a parameter that is empty on it; the group then has no params, and the ids of the parameters behind it move up.
 """
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ _KIND = re.compile(r"[A-Za-z_]{1,40}", re.ASCII)
 
 _KEYS = ("state", "param_groups", "names")
 
+GROUP, STATE = "param_groups", "state"
+"""Places of scalars."""
+
 Shape = tuple[int, ...] | None
 """Shape of a parameter's states in a file; None where the file holds none of them."""
 
@@ -41,8 +44,8 @@ class Entry:
     """The settings of its group."""
     state: Mapping[str, Any]
     """Its states in their order: a TensorReference for a tensor of its shape or for a scalar, or a plain value."""
-    scalars: Mapping[str, bytes]
-    """The bytes of the scalars."""
+    scalars: Mapping[tuple[str, str], bytes]
+    """The bytes of the tensors of no dims, by (GROUP or STATE, key)."""
     dtypes: Mapping[str, str]
     """The safetensors dtype of each kind of state, masters included."""
 
@@ -94,10 +97,23 @@ def entries_of(file: TorchFile, read: Callable[[int, int], bytes]) -> Iterator[E
     contents = file.contents
     for number, name in enumerate(contents["names"].values()):
         state = contents["state"][number]
-        scalars = {key: read(file.begin_of(value), value.itemsize) for key, value in state.items()
-                   if is_scalar(value)}
         dtypes = {kind: tensor.dtype for kind, tensor in _tensors(file, number, name)}
-        yield Entry(name, contents["param_groups"][number], state, scalars, dtypes)
+        group = contents["param_groups"][0 if has_one_group(file) else number]
+        scalars = {place: read(file.begin_of(value), value.itemsize)
+                   for place, value in scalars_in(group, state) if is_scalar(value)}
+        yield Entry(name, group, state, scalars, dtypes)
+
+
+def scalars_in(group: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], Any]]:
+    """((place, key), value) of all settings and states; an optimizer that runs in a graph of CUDA has tensors there."""
+    yield from (((GROUP, key), value) for key, value in group.items())
+    yield from (((STATE, key), value) for key, value in state.items())
+
+
+def has_one_group(file: TorchFile) -> bool:
+    """True for a file with one group for all its parameters."""
+    groups = file.contents["param_groups"]
+    return len(groups) == 1 and len(groups[0]["params"]) > 1
 
 
 def is_scalar(value: Any) -> bool:
@@ -145,7 +161,12 @@ def _check_states(file: TorchFile, name: str, tensors: Mapping[str, TensorRefere
 
 
 def _check_groups(file: TorchFile, groups: Any, shapes: Mapping[str, Shape]) -> None:
-    """Raises ValueError, in words unless there is one group per parameter, with the next id or none."""
+    """Raises ValueError, in words, unless there is one group per parameter, with the next id or none, or one for all
+    parameters."""
+    num_held = sum(shape is not None for shape in shapes.values())
+    if isinstance(groups, list) and len(groups) == 1 and _dict_of(groups[0], "a group").get("params") == [
+            *range(num_held)]:
+        return
     if not isinstance(groups, list) or len(groups) != len(shapes):
         raise ValueError(f"it has {len(groups) if isinstance(groups, list) else 'no list of'} groups, Nanotron makes "
                            f"one for each of the {len(shapes)} parameters of a stage")

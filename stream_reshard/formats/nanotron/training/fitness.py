@@ -27,13 +27,18 @@ BATCH = "global_batch"
 def fitness_problems(documents: TrainingDocuments, topology: Topology, allowed: Collection[str] = ()) -> Problems:
     """Reasons why the training cannot go on at this topology. `allowed`: names that the user accepts."""
     problems = Problems(_axis_problems(documents.config["parallelism"]))
-    fault = batch_fault(documents, topology)
-    if fault and not (BATCH in allowed and topology.dp <= documents.num_micro_batches):
-        most = min(MAX_DP, documents.num_micro_batches)
-        usable = [dp for dp in range(1, most + 1) if not batch_fault(documents, replace(topology, dp=dp))]
-        cure = f"--dp can be {listed(usable)}" if usable else f"at --pp {topology.pp} no --dp can; choose a smaller one"
+    most = min(MAX_DP, documents.num_micro_batches)
+    usable = [dp for dp in range(1, most + 1) if not any(_faults(documents, replace(topology, dp=dp)))]
+    cure = f"--dp can be {listed(usable)}" if usable else f"at --pp {topology.pp} no --dp can; choose a smaller one"
+    if fault := _engine_fault(documents, topology):
+        problems.append(UsageError(f"--dp {topology.dp}: {fault}; {cure}"))
+    elif (fault := batch_fault(documents, topology)) and BATCH not in allowed:
         problems.append(UsageError(f"--dp {topology.dp}: {fault}; {cure}, or --allow {BATCH} accepts it"))
     return problems
+
+
+def _faults(documents: TrainingDocuments, topology: Topology) -> tuple[str, str]:
+    return _engine_fault(documents, topology), batch_fault(documents, topology)
 
 
 def _axis_problems(parallelism: Mapping[str, Any]) -> Iterator[SourceError]:
@@ -42,16 +47,24 @@ def _axis_problems(parallelism: Mapping[str, Any]) -> Iterator[SourceError]:
             yield SourceError(f"{CONFIG_YAML}: {axis} is {size}: {reason}, so this training cannot be moved")
 
 
+def _engine_fault(documents: TrainingDocuments, topology: Topology) -> str:
+    """The reason why the trainer would not run with so many replicas; "" if there is none."""
+    num_each = documents.num_micro_batches // topology.dp
+    if not num_each:
+        return (f"a step has {documents.num_micro_batches} micro batches, which leaves some of {topology.dp} replicas "
+                f"without one")
+    if documents.config["parallelism"].get("pp_engine") == "1f1b" and num_each < topology.pp - 1:
+        return (f"each replica has {num_each} micro batches in a step, and pp_engine 1f1b needs at least "
+                f"{topology.pp - 1} for {topology.pp} stages")
+    return ""
+
+
 def batch_fault(documents: TrainingDocuments, topology: Topology) -> str:
-    """The first reason against so many replicas; "" if there is none."""
-    pp, dp = topology.pp, topology.dp
-    num_each, rest = divmod(documents.num_micro_batches, dp)
-    if rest:
+    """The reason why replicas would not see the same samples as before; "" if there is none."""
+    dp = topology.dp
+    if documents.num_micro_batches % dp:
         return (f"a step takes {documents.batch_size} samples, {documents.micro_batch_size} at once "
                 f"(micro_batch_size), and {dp} replicas cannot share them evenly")
-    if documents.config["parallelism"].get("pp_engine") == "1f1b" and num_each < pp - 1:
-        return (f"each replica has {num_each} micro batches in a step, and pp_engine 1f1b needs at least {pp - 1} for "
-                f"{pp} stages")
     if documents.num_consumed % dp:
         return f"{documents.num_consumed} samples are consumed, which {dp} replicas cannot skip evenly"
     return ""

@@ -39,6 +39,7 @@ _DECIDED = ("rope", "nanotron_config", "checkpoint_version", "vocab_multiple", "
 class WithTraining(ToNanotron):
     """Rank files of one topology, and the state of the training beside them."""
 
+    train_at = "in a clone of Nanotron:"
     original: TrainingState
     papers: TrainingDocuments
     """The documents of the source."""
@@ -65,7 +66,9 @@ class WithTraining(ToNanotron):
             state = problems.collect(_exact, state)
         state, papers = problems.required(state), problems.required(papers)
         rules, zero = source.layout.rules, state.zero if options.zero is None else options.zero
-        multiple = papers.config["model"].get("make_vocab_size_divisible_by") or 1
+        multiple, rows = papers.vocab_multiple, source.config.vocab_size
+        if options.vocab_size is None and rows % options.tp == 0:  # All rows stay, so that Nanotron need not pad again.
+            multiple = math.gcd(multiple, rows // options.tp)
         rules = replace(rules, topology=options.topology, vocab_rows=None, vocab_multiple=multiple)
         return cls(rules, state, papers, zero, options.schedule)
 
@@ -93,15 +96,18 @@ class WithTraining(ToNanotron):
         shapes = [(name, state.layout.shape_of(position)) for name, position in zip(state.names[0],
                                                                                    state.layout.stages[0])]
         has_masters = MASTERS in state.layout.kinds
-        papers = self.papers.moved(self.rules.topology, self.zero, rows, destination)
+        papers = self.papers.moved(self.rules.topology, self.zero, rows, self.rules.vocab_multiple, destination)
         papers[OPTIMIZER_CONFIG_NAME] = optimizer_config(self.rules.topology, self.zero, has_masters, shapes)
         return papers | self._schedules(state)
 
     def _schedules(self, state: NewTrainingState) -> dict[str, bytes]:
         """The files of the schedule, by path; the ranks of a stage have the same."""
         original, topology, found = self.original, self.rules.topology, {}
-        schedules = moved_schedule(original.schedules, original.names, state.names)
-        is_single = self.rules.version == "1.2"
+        names, new_names = original.names, state.names
+        if original.has_one_group:  # The lists of a schedule have an entry per group.
+            names, new_names = ((("",),) * len(stages) for stages in (names, new_names))
+        schedules = moved_schedule(original.schedules, names, new_names)
+        is_single = original.schedules[0].path == SINGLE_SCHEDULER_NAME
         for stage, contents in enumerate(schedules[:1] if is_single else schedules):
             if self.schedule == "exact":
                 contents = exact_schedule(contents)
@@ -146,10 +152,9 @@ class WithTraining(ToNanotron):
                                      for kind, nbytes in own["nbytes_by_kind"].items()))
 
     def held_nbytes(self, layout: NanotronLayout) -> int:
-        """Values of the optimizer's files, and the CRC-32 of each state."""
+        """The CRC-32 of each state, with its place at the end of a run."""
         state, topology = self.original.layout, self.rules.topology
-        num_ranks = topology.tp * (topology.dp if self.zero else 1)
-        return len(state.kinds) * (4096 * len(self.original.order) + 16 * state.num_groups * num_ranks)
+        return 16 * len(state.kinds) * state.num_groups * topology.tp * (topology.dp if self.zero else 1)
 
 
 def _exact(state: TrainingState) -> TrainingState:

@@ -13,7 +13,8 @@ from pathlib import Path
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted
 from stream_reshard.formats.nanotron.layout import NanotronLayout
 from stream_reshard.formats.nanotron.training.entries import (
-    NOT_NANOTRONS, Entry, Shape, begins_of, check_values, dtypes_in, entries_of, kinds_of, names_in)
+    NOT_NANOTRONS, Entry, Shape, begins_of, check_values, dtypes_in, entries_of, has_one_group, kinds_of,
+    names_in)
 from stream_reshard.formats.nanotron.training.files import (
     OPTIMIZER_CONFIG_NAME, OPTIMIZER_FOLDER, SINGLE_SCHEDULER_NAME, StateRank, optimizer_path, random_path,
     scheduler_path, state_ranks)
@@ -39,6 +40,8 @@ class TrainingState:
     """The names of all parameters in Nanotron's order, a tied one once."""
     entries: Mapping[str, Entry]
     """By the name of the parameter."""
+    has_one_group: bool
+    """All parameters of a stage are in one group, as in release 0.4."""
     names: tuple[tuple[str, ...], ...]
     """Those of each stage, in its order."""
     schedules: tuple[TorchFile, ...]
@@ -77,8 +80,8 @@ def open_state(root: Path, weights: NanotronLayout, max_nbytes: int) -> Training
     schedules, more = _schedules(root, topology, max_nbytes)
     return TrainingState(
         layout=reader.layout(), keys=reader.keys, order=reader.order, entries=reader.entries,
-        names=tuple(reader.names), schedules=schedules, random=_random(root, topology),
-        identities=seen | reader.identities | more)
+        has_one_group=reader.has_one_group, names=tuple(reader.names), schedules=schedules,
+        random=_random(root, topology), identities=seen | reader.identities | more)
 
 
 def _topology(root: Path, weights: Topology, max_nbytes: int) -> tuple[Topology, int]:
@@ -119,6 +122,7 @@ class _Reader:
         self.entries: dict[str, Entry] = {}
         self.identities: dict[str, Identity] = {}
         self.keys: tuple[str, ...] = ()
+        self.has_one_group = False
         self._max_nbytes = max_nbytes
         self._kinds: tuple[str, ...] = ()
         self._positions = positions_of(weights)
@@ -176,6 +180,7 @@ class _Reader:
 
     def _add_entries(self, file: TorchFile) -> None:
         self.keys = self.keys or tuple(file.contents)
+        self.has_one_group = self.has_one_group or has_one_group(file)
         with SourceFile(self.root, file.path, self.identities.get(file.path)) as opened:
             def read(offset: int, nbytes: int) -> bytes:
                 content = bytearray(nbytes)
