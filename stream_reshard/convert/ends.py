@@ -29,7 +29,7 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target[Any]
     limit = memory.parse_limit(options.allowed_memory, memory.resident())
     moves_state = options.to == "nanotron" and has_state(options.source) and not (
         options.weights_only or options.template or options.layers)
-    source = open_any(options.source, limit, options.vocab_size, problems,
+    source = open_any(options.source, limit, None if moves_state else options.vocab_size, problems,
                       truncate=partial(truncated, layers=options.layers), keeps_rows=moves_state)
     if source is not None and options.from_masters:
         source = problems.collect(_from_masters, options, source, limit) or source
@@ -38,6 +38,8 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target[Any]
     target = problems.collect(_chosen, options, source, limit, moves_state) if source else None
     if source is not None and target is not None:
         problems.extend(unsupported_problems(target.unsupported(source), options.allow, source.config_name))
+        if isinstance(source, Source):
+            source = target.taken(source)
         if source.model is not None:
             problems.extend(target.problems(source.model))
     if problems and options.destination is not None:

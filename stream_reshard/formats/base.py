@@ -77,6 +77,10 @@ class Target(ABC, Generic[OwnLayout]):
     marker: ClassVar[str]
     """The file whose presence makes a folder a checkpoint."""
 
+    def taken(self, source: Source) -> Source:
+        """The part of the source that goes into the target."""
+        return source
+
     def unsupported(self, source: Described) -> Iterable[Unsupported]:
         """Settings of the source that this target cannot express."""
         return source.unsupported

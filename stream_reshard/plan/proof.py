@@ -173,7 +173,7 @@ def group_faults(source: Layout, target: Layout, group: Group) -> Iterator[str]:
                 yield f"{parameter.name} in {layout.format}: {fault}"
             if any(part.region.num_elements != part.place.num_elements for part in slices):
                 yield f"{parameter.name} in {layout.format}: a region and its place differ in size"
-        parts: tuple[Slice | Fill, ...] = (*targets, *target.fills_of(number))
+        parts: tuple[Slice | Fill, ...] = (*targets, *target.copies_of(number), *target.fills_of(number))
         for part in parts:
             places[part.tensor.file, part.tensor.key].append(part.place)
     for file in files:
@@ -188,7 +188,9 @@ def group_faults(source: Layout, target: Layout, group: Group) -> Iterator[str]:
 
 def described(layout: Layout, number: int) -> list[object]:
     """The slices and padding of a parameter as JSON, without the offsets of tensors in their files."""
-    slices = [[part.region.start, part.region.stop, part.place.start, part.place.stop, part.order, part.tensor.file,
+    slices: list[object] = [[part.region.start, part.region.stop, part.place.start, part.place.stop, part.order, part.tensor.file,
                part.tensor.key, part.tensor.dtype, part.tensor.shape] for part in layout.slices_of(number)]
+    slices += [["again", part.region.start, part.region.stop, part.place.start, part.place.stop, part.tensor.file]
+               for part in layout.copies_of(number)]
     fills = [[fill.place.start, fill.place.stop, fill.tensor.file] for fill in layout.fills_of(number)]
     return [layout.model.parameter(number).name, slices, fills]

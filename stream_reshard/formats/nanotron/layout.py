@@ -17,6 +17,7 @@ from typing import Any
 from stream_reshard.formats.layout import Fill, Group, Layout, Slice
 from stream_reshard.formats.nanotron.ranks import RankFile, RankPart, rank_files
 from stream_reshard.formats.nanotron.rules import NanotronRules, stages_of
+from stream_reshard.model.box import Box
 from stream_reshard.model.names import fields_of
 from stream_reshard.storage.header import StoredTensor, TensorFile, placed
 
@@ -209,5 +210,21 @@ class NanotronLayout(Layout):
         return tuple(Slice(name, part.region, tensor, part.place, part.order)
                      for tensor, part in self._parts_of(number) if part.region.num_elements)
 
+    def copies_of(self, number: int) -> tuple[Slice, ...]:
+        if (row := self.rules.pad_row) is None:
+            return ()
+        name = self.model.parameter(number).name
+        return tuple(repeat for tensor, part in self._parts_of(number) if part.padding
+                     for repeat in repeats(name, tensor, part.padding, row))
+
     def fills_of(self, number: int) -> tuple[Fill, ...]:
+        if self.rules.pad_row is not None:
+            return ()
         return tuple(Fill(tensor, part.padding) for tensor, part in self._parts_of(number) if part.padding)
+
+
+def repeats(name: str, tensor: StoredTensor, padding: Box, row: int) -> Iterator[Slice]:
+    """Slices that repeat one row of the embedding or the head, or a part of it, in every row of a place of padding."""
+    (first, left), (last, right) = padding.start, padding.stop
+    for own in range(first, last):
+        yield Slice(name, Box((row, left), (row + 1, right)), tensor, Box((own, left), (own + 1, right)), ((0,), (1,)))

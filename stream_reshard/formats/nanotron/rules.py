@@ -36,6 +36,9 @@ class NanotronRules:
     vocab_rows: int | None = None
     """Rows of the embedding with padding in an existing checkpoint; None to pad as Nanotron does."""
 
+    pad_row: int | None = None
+    """Row of the embedding that rows of padding repeat: a trained one. None for zeros."""
+
     def padded_vocab(self, vocab_size: int) -> int:
         """Rows of the embedding with padding: the trainer pads before it builds the model (nanotron/trainer.py)."""
         return self.vocab_rows or padded_size(vocab_size, self.topology.tp * self.vocab_multiple)

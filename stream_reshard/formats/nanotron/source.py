@@ -34,6 +34,15 @@ class NanotronSource(Source):
 
     layout: NanotronLayout
 
+    def with_rows(self, rows: int) -> NanotronSource:
+        """The same with so many rows of the embedding; all others are padding."""
+        if rows == self.config.vocab_size:
+            return self
+        config = replace(self.config, vocab_size=rows)
+        model = build_model(self.family, config)
+        layout = replace(self.layout, model=model, _ranks={}, _suffixes={})
+        return replace(self, config=config, model=model, layout=layout)
+
 
 _REPO, _COMMIT = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII), re.compile(r"[0-9a-f]{40}")
 """A repository of the hub, and a commit in it, as a manifest may name them."""

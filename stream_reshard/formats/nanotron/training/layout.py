@@ -16,10 +16,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 from stream_reshard.formats.layout import Fill, Group, Layout, Slice
-from stream_reshard.formats.nanotron.layout import NanotronLayout
+from stream_reshard.formats.nanotron.layout import NanotronLayout, repeats
 from stream_reshard.formats.nanotron.ranks import RankFile, RankPart
 from stream_reshard.formats.nanotron.training.files import StateRank, optimizer_path, state_ranks
 from stream_reshard.formats.nanotron.training.zero import padding_in, regions_in, stretch_of
+from stream_reshard.model.box import Box
 from stream_reshard.model.parameters import Model
 from stream_reshard.model.topology import Topology
 from stream_reshard.storage.header import StoredTensor
@@ -195,7 +196,20 @@ class StateLayout(Layout):
         return tuple(part for _, part in self._held_slices(number, False))
 
     def copies_of(self, number: int) -> tuple[Slice, ...]:
-        return tuple(part for _, part in self._held_slices(number, True))
+        return tuple(part for _, part in self._held_slices(number, True)) + tuple(self._repeats(number))
+
+    def _repeats(self, number: int) -> Iterator[Slice]:
+        """Slices that fill new rows of padding with a trained one."""
+        if (row := self.weights.rules.pad_row) is not None:
+            name = self.model.parameter(number).name
+            for tensor, place in self._padding_of(number):
+                yield from repeats(name, tensor, place, row)
+
+    def _padding_of(self, number: int) -> Iterator[tuple[StoredTensor, Box]]:
+        for copies in (False, True):
+            for holder, tensor, part in self._parts_of(number, copies):
+                for place in padding_in(part, tensor.shape, holder.start, holder.stop):
+                    yield tensor, place
 
     def _held_slices(self, number: int, copies: bool) -> Iterator[tuple[Holder, Slice]]:
         name = self.model.parameter(number).name
@@ -209,9 +223,9 @@ class StateLayout(Layout):
                 yield holder, Slice(name, region, tensor, place, part.order)
 
     def fills_of(self, number: int) -> tuple[Fill, ...]:
-        return tuple(Fill(tensor, place) for copies in (False, True)
-                     for holder, tensor, part in self._parts_of(number, copies)
-                     for place in padding_in(part, tensor.shape, holder.start, holder.stop))
+        if self.weights.rules.pad_row is not None:
+            return ()
+        return tuple(Fill(tensor, place) for tensor, place in self._padding_of(number))
 
     def dtype_at(self, number: int) -> str:
         kind, weight = self._split(number)

@@ -10,6 +10,7 @@ from typing import Any
 from stream_reshard.errors import Problems, UsageError, quoted
 from stream_reshard.formats.base import Source
 from stream_reshard.formats.nanotron.layout import NanotronLayout
+from stream_reshard.formats.nanotron.rules import NanotronRules
 from stream_reshard.formats.nanotron.source import NanotronSource
 from stream_reshard.formats.nanotron.target import ToNanotron
 from stream_reshard.formats.nanotron.training.documents import (
@@ -41,6 +42,8 @@ class WithTraining(ToNanotron):
 
     train_at = "in a clone of Nanotron:"
     original: TrainingState
+    source: NanotronSource
+    """The source, with the rows of the embedding that go along."""
     papers: TrainingDocuments
     """The documents of the source."""
     zero: int
@@ -59,18 +62,19 @@ class WithTraining(ToNanotron):
         if options.zero is not None and options.zero > 1:
             problems.append(UsageError(f"--zero {options.zero}: Nanotron has the stages 0 and 1"))
         papers = problems.collect(read_training_documents, source.root, max_nbytes)
+        if papers:
+            source, rules = _with_rows(options, source, papers, problems)
         state = problems.collect(open_state, source.root, source.layout, min(max_nbytes, MAX_PICKLE_NBYTES))
         if papers:
             problems.extend(fitness_problems(papers, options.topology, options.allow))
         if state and options.schedule == "exact":
             state = problems.collect(_exact, state)
         state, papers = problems.required(state), problems.required(papers)
-        rules, zero = source.layout.rules, state.zero if options.zero is None else options.zero
-        multiple, rows = papers.vocab_multiple, source.config.vocab_size
-        if options.vocab_size is None and rows % options.tp == 0:  # All rows stay, so that Nanotron need not pad again.
-            multiple = math.gcd(multiple, rows // options.tp)
-        rules = replace(rules, topology=options.topology, vocab_rows=None, vocab_multiple=multiple)
-        return cls(rules, state, papers, zero, options.schedule)
+        zero = state.zero if options.zero is None else options.zero
+        return cls(rules, state, source, papers, zero, options.schedule)
+
+    def taken(self, source: Source) -> Source:
+        return self.source
 
     def layout(self, root: Path, model: Model, dtypes: Any) -> NanotronLayout:
         """The weights as they are: a training has decided their dtypes."""
@@ -121,7 +125,10 @@ class WithTraining(ToNanotron):
         yield from fitness_notes(self.papers, rows)
         if fault := batch_fault(self.papers, self.rules.topology):
             yield f"accepted: {fault}"
-        if before is not None and rows > before:
+        if before is not None and rows > before and self.rules.pad_row is not None:
+            yield (f"the embedding gets {rows - before} rows after {before}, copies of the trained row of padding "
+                   f"{self.rules.pad_row} with its states: they disturb the loss least")
+        elif before is not None and rows > before:
             yield (f"the embedding gets {rows - before} rows of zeros after {before}: each has the logit 0 until it is "
                    f"trained, which raises the loss at first, by about ln({rows} / {before}) = "
                    f"{math.log(rows / before):.4f} where all tokens are equally likely, by less in a trained model")
@@ -155,6 +162,25 @@ class WithTraining(ToNanotron):
         """The CRC-32 of each state, with its place at the end of a run."""
         state, topology = self.original.layout, self.rules.topology
         return 16 * len(state.kinds) * state.num_groups * topology.tp * (topology.dp if self.zero else 1)
+
+
+def _with_rows(options: Options, source: NanotronSource, papers: TrainingDocuments, problems: Problems
+               ) -> tuple[NanotronSource, NanotronRules]:
+    """(source with the rows of the embedding that go along, rules of the target). Rows of padding are state: all of
+    them stay where TP can split them, unless the user gives the size without padding."""
+    rows, size, multiple = source.config.vocab_size, options.vocab_size, papers.vocab_multiple
+    recorded = source.recorded_vocab_size
+    if size is not None and not 0 < size <= rows:
+        problems.append(UsageError(f"--vocab-size {size}: the embedding has {rows} rows"))
+    elif None not in (size, recorded) and size != recorded:
+        problems.append(UsageError(f"--vocab-size {size}: the manifest of {quoted(source.root)} has {recorded}"))
+    if size is None and rows % options.tp == 0:  # Nanotron need not pad again.
+        multiple = math.gcd(multiple, rows // options.tp)
+    rules = replace(source.layout.rules, topology=options.topology, vocab_rows=None, vocab_multiple=multiple)
+    rules = replace(rules, vocab_rows=rules.padded_vocab(rows if size is None else size))
+    has_pad_row = (size or recorded or rows) < rows < (rules.vocab_rows or rows)
+    return (source.with_rows(min(rows, rules.vocab_rows or rows)),
+            replace(rules, pad_row=rows - 1 if has_pad_row else None))
 
 
 def _exact(state: TrainingState) -> TrainingState:
