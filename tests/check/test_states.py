@@ -127,6 +127,19 @@ def test_weights_are_verified_though_a_part_of_the_state_of_the_source_was_delet
     assert code == 3 and any("is missing: optimizer/optimizer_config.json is of TP=1" in line for line in problems)
 
 
+def test_weights_alone_beside_states_that_cannot_be_read(tmp_path, verify, differs):
+    """Release 0.4 has one group for all parameters."""
+    source, copy = make_training(tmp_path / "a"), make_training(tmp_path / "b", tp=2)
+    for path in (*source.glob("optimizer/*.pt"), *copy.glob("optimizer/*.pt")):
+        edit(path, lambda values: values.update(param_groups=values["param_groups"][:1]))
+    code, _, problems = verify(source, copy)
+    assert code == 3 and any("it has 1 param_groups, one for each of" in line for line in problems)
+    code, out, _ = verify(source, copy, "--allow", "states")
+    assert code == 0 and "accepted states: the training state is not compared" in out
+    poke(path := every(copy, "o_proj")[0], -1)
+    differs(source, copy, ["o_proj"], "--allow", "states")
+
+
 def test_a_schedule_that_is_written_exactly_is_the_same(tmp_path, verify, differs):
     source, copy = make_training(tmp_path / "a"), make_training(tmp_path / "b", **CUT)
 

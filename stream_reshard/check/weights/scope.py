@@ -16,7 +16,8 @@ from stream_reshard.options import ALLOWABLE, VerifyOptions
 from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES
 
 STATES = "states"
-"""Name in `allow` for a copy without the training state that the source has."""
+"""Name in `allow` for a copy without the training state that the source has, and to compare weights alone: that of
+release 0.4 is not read."""
 
 PADDING = "padding"
 """Name in `allow` for padding rows that are not zero; Nanotron itself fills them with random values."""
@@ -25,7 +26,7 @@ PADDING = "padding"
 def allowable() -> dict[str, str]:
     """The names of differences that a user may accept, with the meaning of each."""
     return {PADDING: "rows of padding that are not zero; Nanotron itself fills them with random values",
-            STATES: "no training state beside the weights of DST, where SRC has one",
+            STATES: "no training state beside the weights of DST, or one that is not to be compared",
             STAGES: "blocks on other stages than Nanotron's balancing gives them",
             CONFIG_YAML: "config.yaml is missing, or starts from other weights",
             METADATA_NAME: f"{METADATA_NAME} is missing",
