@@ -37,7 +37,8 @@ def add_training(root: Path, dp: int, zero: int) -> None:
     weights, tp, pp = opened.layout, opened.layout.rules.topology.tp, opened.layout.rules.topology.pp
     topology, names = Topology(tp, pp, dp), tuple(positions_of(weights))
     state = {"step": new_tensor("F32", ()), **{kind: new_tensor("F32", (1,)) for kind in _KINDS[:2]}}
-    entries = {name: Entry(name, _GROUP, state, {(STATE, "step"): bytes(4)}, dict.fromkeys(_KINDS, "F32")) for name in names}
+    entries = {name: Entry(name, _GROUP, state, {(STATE, "step"): bytes(4)}, dict.fromkeys(_KINDS, "F32"))
+               for name in names}
     new = NewTrainingState(_Made(entries, names), weights, topology, zero)  # type: ignore[arg-type]
     for rank in new.layout.ranks():
         path = optimizer_path(rank, topology)

@@ -30,7 +30,7 @@ class VerifyOptions(Resources):
                           "else none")
     allow: tuple[str, ...] = option((), "accept a difference by its name: padding (rows of padding that are not zero), "
                                     "stages (blocks on other stages than in Nanotron's balancing), "
-                                    "states (no training state, where SRC has one), "
+                                    "states (no training state where SRC has one, or not to be compared), "
                                     "checkpoint_metadata.json (missing), config.yaml (missing, or starting from other "
                                     "weights), a token id, initializer_range, or a name that a conversion accepts",
                                     metavar="NAME", group=ACCEPTED)

@@ -188,9 +188,9 @@ def group_faults(source: Layout, target: Layout, group: Group) -> Iterator[str]:
 
 def described(layout: Layout, number: int) -> list[object]:
     """The slices and padding of a parameter as JSON, without the offsets of tensors in their files."""
-    slices: list[object] = [[part.region.start, part.region.stop, part.place.start, part.place.stop, part.order, part.tensor.file,
+    slices = [[part.region.start, part.region.stop, part.place.start, part.place.stop, part.order, part.tensor.file,
                part.tensor.key, part.tensor.dtype, part.tensor.shape] for part in layout.slices_of(number)]
-    slices += [["again", part.region.start, part.region.stop, part.place.start, part.place.stop, part.tensor.file]
+    copies = [[part.region.start, part.region.stop, part.place.start, part.place.stop, part.tensor.file]
                for part in layout.copies_of(number)]
     fills = [[fill.place.start, fill.place.stop, fill.tensor.file] for fill in layout.fills_of(number)]
-    return [layout.model.parameter(number).name, slices, fills]
+    return [layout.model.parameter(number).name, slices, fills, *([copies] if copies else [])]

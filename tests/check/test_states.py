@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from damage import edit_json, edit_yaml, every, forge, poke, start_here
+from damage import edit_json, edit_yaml, every, poke, start_here
 from golden_training import HERE, PAIRS
 from running import call, measured
 from torch_files import GOLDEN_TRAINING
@@ -48,9 +48,11 @@ def test_one_state_is_equal_at_two_topologies(tmp_path, verify, kind):
         assert facts["state"]["num_compared"] == len(facts["state"]["kinds"]) * facts["num_elements"] > 0
 
 
-def test_more_ranks_than_elements_of_a_norm(tmp_path, verify):
-    whole, cut = make_training(tmp_path / "a"), make_training(tmp_path / "b", dp=20, zero=1)
-    assert verify(whole, cut)[0] == verify(cut, whole)[0] == 0
+def test_more_ranks_than_elements_of_a_norm_and_one_alone(tmp_path, verify):
+    whole, cut, flat = (make_training(tmp_path / name, **sizes) for name, sizes in (
+        ("a", {}), ("b", {"dp": 20, "zero": 1}), ("c", {"dp": 1, "zero": 1})))
+    for pair in ((whole, cut), (cut, whole), (flat, cut), (whole, flat)):
+        assert verify(*pair)[0] == 0, pair
 
 
 def test_the_one_schedule_of_format_1_2(tmp_path, verify, differs):
@@ -125,6 +127,19 @@ def test_weights_are_verified_though_a_part_of_the_state_of_the_source_was_delet
     assert code == 3 and any("is missing: optimizer/optimizer_config.json is of TP=1" in line for line in problems)
 
 
+def test_weights_alone_beside_states_that_cannot_be_read(tmp_path, verify, differs):
+    """Release 0.4 has one group for all parameters."""
+    source, copy = make_training(tmp_path / "a"), make_training(tmp_path / "b", tp=2)
+    for path in (*source.glob("optimizer/*.pt"), *copy.glob("optimizer/*.pt")):
+        edit(path, lambda values: values.update(param_groups=values["param_groups"][:1]))
+    code, _, problems = verify(source, copy)
+    assert code == 3 and any("it has 1 param_groups, one for each of" in line for line in problems)
+    code, out, _ = verify(source, copy, "--allow", "states")
+    assert code == 0 and "accepted states: the training state is not compared" in out
+    poke(path := every(copy, "o_proj")[0], -1)
+    differs(source, copy, ["o_proj"], "--allow", "states")
+
+
 def test_a_schedule_that_is_written_exactly_is_the_same(tmp_path, verify, differs):
     source, copy = make_training(tmp_path / "a"), make_training(tmp_path / "b", **CUT)
 
@@ -152,6 +167,17 @@ def test_rows_of_padding_are_states_and_are_compared(tmp_path, verify, differs):
     assert verify(whole, cut, "--allow", "padding")[0] == 0
     differs(cut, whole, ["master of lm_head.weight: row 13 of the source is not zero", "--vocab-size 13"])
     assert verify(cut, whole, "--vocab-size", "13")[0] == 0
+
+
+def test_trained_rows_of_padding_are_weights_too(tmp_path, verify, differs):
+    """Those that both have need not be zero, but must be equal."""
+    one, other = (make_training(tmp_path / name, masters=False, config={"vocab_size": 13}, tp=2, pp=pp) for name, pp in (
+        ("a", 1), ("b", 2)))
+    for root in (one, other):
+        poke(last := every(root, "lm_head", "tp-rank-1")[0], -1)
+    assert verify(one, other)[0] == 0
+    poke(last, -1)
+    differs(one, other, ["lm_head.weight [13, 15] is", "the source has"])
 
 
 def test_a_training_as_its_trainer_saved_it_need_not_resume_from_itself(tmp_path, verify, differs):
@@ -193,17 +219,22 @@ def test_states_are_compared_in_little_memory(tmp_path):
     assert code == 5 and peak < 64 * 2**20 and "exp_avg of" in err
 
 
-def test_the_masters_of_a_training_as_weights(tmp_path, torch, verify, differs):
-    """What a conversion from masters made is compared with them, by its manifest."""
-    source, copy = make_training(tmp_path / "a", config={"torch_dtype": "bfloat16"}), tmp_path / "b"
-    assert call(tmp_path / "a-source", copy, "--quiet", "--dtype", "float32", "--digests", "none") == 0
-    masters = load(next((source / "optimizer").glob("*.pt")))["gradient_accumulator"]
-    for path in every(copy, ".safetensors"):
-        _, begin, raw = raw_of(path)
-        name = ".".join([*path.parent.relative_to(copy / "model").parts, path.name.split("_")[1].partition(".")[0]])
-        path.write_bytes(raw[:begin] + masters[name].tobytes())
-    differs(source, copy, ["model.embed_tokens.weight [0, 0] is"])
-    forge(copy, lambda manifest: manifest["facts"].update(from_masters=True))
+def test_weights_that_were_made_from_masters(tmp_path, verify, differs):
+    """They are compared with the masters, by the manifest; without it they are other weights."""
+    source, copy = make_training(tmp_path / "a", **CUT), tmp_path / "b"
+    assert call(source, copy, "--quiet", "--to", "hf", "--from-masters", "--vocab-size", "12", "--verify") == 0
     assert verify(source, copy)[0] == 0
-    poke(path, -1)
-    differs(source, copy, ["the source has", "optimizer/optimizer_pp-0"])
+    poke(path := every(copy, ".safetensors")[0], raw_of(path)[1])
+    differs(source, copy, ["model.embed_tokens.weight [0, 0] is", "optimizer/optimizer_pp-0-of-2_dp-0"])
+    (copy / "stream_reshard.json").unlink()
+    differs(source, copy, ["model.embed_tokens.weight has the dtype F32, in the source BF16"])
+
+
+@pytest.mark.parametrize("sizes, flags", [
+    (CUT, ["--pp", "2"]), ({}, ["--tp", "2", "--dp", "2", "--zero", "1"]), (CUT, ["--schedule", "exact"]),
+    ({"family": "qwen2_moe", "tp": 2}, ["--dp", "3", "--zero", "1"]), ({"tied": True}, ["--tp", "2", "--pp", "2"])])
+def test_a_training_that_moved_is_the_same(tmp_path, verify, sizes, flags):
+    source, copy = make_training(tmp_path / "a", **sizes), tmp_path / "b"
+    assert call(source, copy, "--quiet", "--to", "nanotron", "--verify", *flags) == 0
+    code, out, _ = verify(source, copy)
+    assert code == 0 and "state    of step 4" in out and "not compared" not in out

@@ -25,6 +25,7 @@ def test_new_rows_repeat_a_trained_one(tmp_path, capsys, tied, zero):
     source = make_training(tmp_path / "a", tied=tied, config=HEADS, tp=2)
     assert call(source, tmp_path / "b", "--to", "nanotron", "--tp", 4, "--vocab-size", VOCAB, *zero) == 0
     assert "2 rows after 14, copies of the trained row of padding 13" in " ".join(capsys.readouterr().out.split())
+    assert call("verify", source, tmp_path / "b", "--vocab-size", VOCAB) == 0
     assert call(tmp_path / "b", tmp_path / "c", "--quiet", "--to", "nanotron", "--tp", 4, "--zero", 0) == 0
     for kind in ("exp_avg", "exp_avg_sq", "master"):
         before, after = rows_of(source, kind), rows_of(tmp_path / "c", kind)

@@ -23,8 +23,10 @@ from stream_reshard.storage.torch_file import read_torch_file
 from stream_reshard.storage.torch_values import TensorReference, new_storage, new_tensor
 from stream_reshard.storage.torch_writer import folder_of, plan_torch_file, stream
 
-STEP, SAMPLES, LENGTH = 4, 16, 64
-"""Of every checkpoint: steps done, samples consumed, tokens of a sample."""
+STEP, BATCH, LENGTH = 4, 12, 64
+SAMPLES = STEP * BATCH
+"""Of every checkpoint: steps done, samples of a step (2, 3 and 4 replicas can share them), tokens of a sample; samples
+consumed."""
 
 NAMES = {
     "LlamaConfig": ("input_layernorm.weight", "attn.qkv_proj.weight", "attn.o_proj.weight",
@@ -74,7 +76,7 @@ def write_states(root, tp, pp, dp, zero=0, masters=True):
             for part in range(dp):
                 save(root / f"random/tp-{rank}-of-{tp}_dp-{part}-of-{dp}_pp-{stage}-of-{pp}.pt", {})
     first = [(name, shard_of(pieces, name, 0)) for name in order if stages[name] == 0]
-    write_documents(root, optimizer_config(first, tp, pp, dp, zero, masters), zero, masters)
+    write_documents(root, optimizer_config(first, tp, pp, dp, zero, masters), dp, zero, masters)
 
 
 def parameters_of(root, pp):
@@ -196,7 +198,7 @@ def has_data_stages(root):
     return "data_stages" in json.loads((root / "checkpoint_metadata.json").read_text())["metas"]
 
 
-def write_documents(root, config, zero, masters):
+def write_documents(root, config, dp, zero, masters):
     """The documents of a training that has done STEP steps and is resumed from this folder."""
     (root / "optimizer/optimizer_config.json").write_text(json.dumps(config))
     metadata = json.loads((root / "checkpoint_metadata.json").read_text())
@@ -209,6 +211,7 @@ def write_documents(root, config, zero, masters):
     (root / "checkpoint_metadata.json").write_text(json.dumps(metadata | {"metas": metas}, indent=2))
     text = (root / "config.yaml").read_text()
     text = re.sub("resume_checkpoint_path: null", lambda match: f"resume_checkpoint_path: {json.dumps(str(root))}", text)
+    text = re.sub("batch_accumulation_per_replica: .*", f"batch_accumulation_per_replica: {max(1, BATCH // dp)}", text)
     text = re.sub("accumulate_grad_in_fp32: .*", f"accumulate_grad_in_fp32: {json.dumps(masters)}", text)
     (root / "config.yaml").write_text(text.replace("zero_stage: 0", f"zero_stage: {zero}"))
 

@@ -67,7 +67,8 @@ def verify(source: Path, copy: Path, options: VerifyOptions = VerifyOptions(), s
     source_side = open_source(source, _parse_limit(options, allowed), problems, options.allow, copy_side)
     _raise_resource_error(problems)
     original = with_vocabulary(problems.required(source_side.checkpoint), options)
-    original, copy_side = with_states(original, copy_side, _parse_limit(options, allowed), found.differences)
+    original, copy_side = with_states(original, copy_side, options.allow, _parse_limit(options, allowed),
+                                      found.differences)
     check_names(copy_side, options)
     manifest_files = compare_structure(original, copy_side, options, allowed, found)
     _raise_resource_error(found.differences)

@@ -10,22 +10,19 @@ from stream_reshard.check.weights.compare import Rule
 from stream_reshard.check.weights.side import Side
 from stream_reshard.errors import UsageError, quoted
 from stream_reshard.formats.nanotron.config import METADATA_NAME, NEUTRAL
-from stream_reshard.formats.nanotron.rules import STAGES
+from stream_reshard.formats.nanotron.rules import PADDING, STAGES
 from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML
 from stream_reshard.options import ALLOWABLE, VerifyOptions
 from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES
 
 STATES = "states"
-"""Name in `allow` for a copy without the training state that the source has."""
-
-PADDING = "padding"
-"""Name in `allow` for padding rows that are not zero; Nanotron itself fills them with random values."""
+"""Name in `allow` for a copy without the training state that the source has, and to compare weights alone."""
 
 
 def allowable() -> dict[str, str]:
     """The names of differences that a user may accept, with the meaning of each."""
     return {PADDING: "rows of padding that are not zero; Nanotron itself fills them with random values",
-            STATES: "no training state beside the weights of DST, where SRC has one",
+            STATES: "no training state beside the weights of DST, or one that is not to be compared",
             STAGES: "blocks on other stages than Nanotron's balancing gives them",
             CONFIG_YAML: "config.yaml is missing, or starts from other weights",
             METADATA_NAME: f"{METADATA_NAME} is missing",
@@ -61,7 +58,7 @@ def with_vocabulary(source: Checkpoint, options: VerifyOptions) -> Checkpoint:
 def rule_of(source: Checkpoint, copy: Checkpoint, copy_side: Side, options: VerifyOptions, block_nbytes: int) -> Rule:
     """The settings of the comparison of all parameters."""
     return Rule(block_nbytes, true_vocab_size(source, copy), cast_to(copy_side, options), options.sample, options.seed,
-                PADDING not in options.allow, source.vocab_size is not None)
+                PADDING not in {*options.allow, *copy_side.allowed}, source.vocab_size is not None)
 
 
 def cast_to(copy_side: Side, options: VerifyOptions) -> str | None:

@@ -16,7 +16,7 @@ from stream_reshard.destination.manifest import StoredManifest, open_manifest
 from stream_reshard.errors import Problems, explained
 from stream_reshard.formats.causes import no_checkpoint
 from stream_reshard.formats.hugging_face.config import CONFIG_NAME
-from stream_reshard.formats.nanotron.rules import STAGES
+from stream_reshard.formats.nanotron.rules import PADDING, STAGES
 from stream_reshard.formats.registry import is_nanotron
 from stream_reshard.model.truncation import Truncate, recorded, truncated_like, untruncated
 from stream_reshard.options import ALLOWABLE
@@ -45,7 +45,7 @@ class Side:
 
 def allowed_by(manifest: StoredManifest | None) -> Collection[str]:
     """Names of accepted settings in a manifest, without names that no user can accept."""
-    return {*ALLOWABLE, STAGES}.intersection(manifest.facts["allowed"] if manifest else ())
+    return {*ALLOWABLE, STAGES, PADDING}.intersection(manifest.facts["allowed"] if manifest else ())
 
 
 def open_copy(root: Path, max_nbytes: int, problems: Problems, allow: Collection[str] = ()) -> Side:

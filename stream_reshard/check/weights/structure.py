@@ -13,6 +13,7 @@ from stream_reshard.check.weights.side import Side
 from stream_reshard.check.weights.start import TrainingFolder
 from stream_reshard.check.weights.states.presence import differences as state_differences
 from stream_reshard.check.weights.states.presence import lack_of_state
+from stream_reshard.check.weights.states.state import has_state
 from stream_reshard.check.weights.tasks import shared
 from stream_reshard.check.weights.token_ids import id_differences
 from stream_reshard.check.weights.training import training_problems
@@ -73,6 +74,8 @@ def _compare_states(source: Checkpoint, copy: Checkpoint, copy_side: Side, optio
                     found: Found) -> None:
     """Collect the differences of training states in everything but tensors."""
     found.differences.extend(state_differences(source, copy, found.notes))
+    if STATES in options.allow and copy.is_nanotron and has_state(copy.root):
+        found.accepted.append(f"{STATES}: the training state is not compared; {_acceptor(STATES, options)}")
     lack = lack_of_state(source, copy_side)
     if isinstance(lack, str):
         found.notes.append(lack)

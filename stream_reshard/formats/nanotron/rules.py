@@ -16,6 +16,9 @@ STAGES = "stages"
 """Name in `verify --allow` for blocks on other stages than in Nanotron's balancing. Its loader finds them, but has to
 read every file."""
 
+PADDING = "padding"
+"""Name in `verify --allow` for rows of padding that are not zero. Nanotron itself fills them with random values."""
+
 MAX_TP, MAX_PP = 1024, 4096
 """Largest numbers of ranks among the usable ones that a message lists."""
 

@@ -1,7 +1,7 @@
 """Two folders of which both, one or none have a training state: what is compared, and what that proves."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from stream_reshard.check.weights.checkpoint import Checkpoint
@@ -15,15 +15,16 @@ from stream_reshard.check.weights.states.state import has_state, open_state
 from stream_reshard.errors import DifferenceError, Problems, quoted
 
 
-def with_states(source: Checkpoint, copy_side: Side, max_nbytes: int, problems: Problems) -> tuple[Checkpoint, Side]:
+def with_states(source: Checkpoint, copy_side: Side, allow: Collection[str], max_nbytes: int,
+                problems: Problems) -> tuple[Checkpoint, Side]:
     """Both folders with their training states opened, if the copy has one; faults of the copy's go to `problems`. That
     of the source is opened for a comparison only: weights alone can be verified where a part of it was deleted. The
-    weights of the source are its masters where the copy was made from these.
+    weights of the source are its masters where the copy was made from these. `allow`: names that the user accepts.
 
     Raises Refused with the faults of the source's.
     """
     copy, are_masters = copy_side.checkpoint, _has_masters_as_weights(copy_side)
-    if copy is not None and copy.is_nanotron and has_state(copy.root):
+    if copy is not None and copy.is_nanotron and has_state(copy.root) and STATES not in allow:
         copy = replace(copy, state=problems.collect(open_state, copy, max_nbytes, problems))
     elif not are_masters:
         return source, copy_side

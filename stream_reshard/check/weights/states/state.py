@@ -1,6 +1,7 @@
 """A training state, opened: its files are those of one topology, and agree with each other and with the weights."""
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,6 @@ from stream_reshard.check.weights.states.rank_file import MASTERS, Held, RankFil
 from stream_reshard.check.weights.states.schedule import Schedule, read_schedule, schedule_paths
 from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.formats.nanotron.weight_files import parse_path
-from stream_reshard.model.box import Box
 from stream_reshard.model.topology import Topology
 
 _MAX_MISSING = 1000
@@ -168,7 +168,7 @@ class _Opening:
         shapes = shapes_of(checkpoint)
         if self.problems or any(name not in shapes for names in stages for name in names):
             return None  # Where weights are missing, that is told already.
-        files = self._rank_files(ranks, stages, shapes, config.num_stretches)
+        files = self._rank_files(ranks, stages, shapes, config)
         num_lists = 1 if any(file.has_one_group for file in files.values()) else None
         schedule = read_schedule(root, of_schedule, [num_lists or len(stage) for stage in stages], self.max_nbytes,
                                  self.problems)
@@ -181,11 +181,11 @@ class _Opening:
         return state
 
     def _rank_files(self, paths: Mapping[tuple[int, int, int], str], stages: Sequence[Sequence[str]], shapes: Shapes,
-                    num_stretches: int) -> dict[tuple[int, int, int], RankFile]:
+                    config: OptimizerConfig) -> dict[tuple[int, int, int], RankFile]:
         files: dict[tuple[int, int, int], RankFile] = {}
         common: dict[Any, Any] = {}
         for (pp, dp, tp), path in paths.items():
-            held = [_held(name, shapes[name], tp, dp, num_stretches) for name in stages[pp]]
+            held = [_held(name, shape_at(shapes[name], tp), dp, config) for name in stages[pp]]
             file = self.problems.collect(read_rank_file, self.checkpoint.root, path, stages[pp], held, self.max_nbytes,
                                          common)
             if file is not None:
@@ -215,12 +215,11 @@ def shape_at(shapes: Mapping[int | None, tuple[int, ...]], tp: int) -> tuple[int
     return shapes[None] if None in shapes else shapes[tp]
 
 
-def _held(name: str, shapes: Mapping[int | None, tuple[int, ...]], tp: int, dp: int, num_stretches: int) -> Held | None:
-    """What a rank holds of a parameter; None for an empty stretch."""
-    shape = shape_at(shapes, tp)
-    if num_stretches == 1:
+def _held(name: str, shape: tuple[int, ...], dp: int, config: OptimizerConfig) -> Held | None:
+    """What a rank holds of a shard of this shape, which ZeRO-1 flattens also for one rank; None for nothing."""
+    if not config.is_zero:
         return Held(name, shape)
-    start, stop = stretch_of(Box.whole(shape).num_elements, num_stretches, dp)
+    start, stop = stretch_of(math.prod(shape), config.num_stretches, dp)
     return Held(name, (stop - start,)) if start < stop else None
 
 

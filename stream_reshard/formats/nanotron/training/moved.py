@@ -10,7 +10,7 @@ from typing import Any
 from stream_reshard.errors import Problems, UsageError, quoted
 from stream_reshard.formats.base import Source
 from stream_reshard.formats.nanotron.layout import NanotronLayout
-from stream_reshard.formats.nanotron.rules import NanotronRules
+from stream_reshard.formats.nanotron.rules import PADDING, NanotronRules
 from stream_reshard.formats.nanotron.source import NanotronSource
 from stream_reshard.formats.nanotron.target import ToNanotron
 from stream_reshard.formats.nanotron.training.documents import (
@@ -82,6 +82,10 @@ class WithTraining(ToNanotron):
 
     def state(self, layout: NanotronLayout) -> NewTrainingState:
         return NewTrainingState(self.original, layout, self.rules.topology, self.zero)
+
+    def accepted_differences(self, layout: NanotronLayout) -> Iterator[str]:
+        if self.rules.pad_row is not None:
+            yield PADDING
 
     def identities(self) -> Mapping[str, Identity]:
         return self.original.identities
