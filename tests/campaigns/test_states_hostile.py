@@ -67,3 +67,29 @@ def test_values_of_every_kind_at_every_place(tmp_path, verify, capsys, figures, 
             wrong.append((turn, path.name, code, other, told, problems, more))
         shutil.copy(kept, path)
     figures("odd values in a training state", number, wrong)
+
+
+@pytest.mark.parametrize("number", [60, pytest.param(2000, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"dp": 2, "zero": 1}], ids=["ZeRO-0", "ZeRO-1"])
+def test_moves_of_odd_values(tmp_path, capsys, figures, number, sizes):
+    """A move is refused in words, or it is made: no values end it in a traceback, or leave a part of it."""
+    root, out = make_training(tmp_path / "b", config={"num_hidden_layers": 1}, **sizes), tmp_path / "out"
+    files = {path: load(path) for path in every(root, ".pt") if "random" not in path.parts}
+    documents = {path: json.loads(path.read_text()) for path in (
+        root / "optimizer/optimizer_config.json", root / "checkpoint_metadata.json")}
+    chooser, wrong = random.Random(1), []
+    for turn in range(number):
+        path = chooser.choice([*files, *documents])
+        shutil.copy(path, kept := tmp_path / "kept")
+        if path in files:
+            save(path, mutated(files[path], chooser))
+        else:
+            path.write_text(json.dumps(mutated(documents[path], chooser), default=str))
+        schedule = chooser.choice(["saved", "exact"])
+        code = main([str(root), str(out), "--quiet", "--to", "nanotron", "--schedule", schedule, "--max-memory", "8GiB"])
+        said(capsys)
+        if code not in (0, 2, 3) or (code == 0) != out.exists() or [*tmp_path.glob("out.*")]:
+            wrong.append((turn, path.name, code))
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copy(kept, path)
+    figures("moves of odd values in a training state", number, wrong)

@@ -30,7 +30,7 @@ class Shared:
 
     def __call__(self, value: Any) -> Any:
         """The value with shared objects in the place of its texts and tuples."""
-        if isinstance(value, dict):
+        if type(value) is dict:
             return {self(key): self(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self(item) for item in value]

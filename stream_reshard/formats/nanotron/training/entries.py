@@ -19,6 +19,7 @@ from stream_reshard.errors import quoted
 from stream_reshard.formats.nanotron.training.layout import MASTERS
 from stream_reshard.storage.torch_file import TorchFile
 from stream_reshard.storage.torch_values import TensorReference
+from stream_reshard.storage.value_tree import tensors_in
 
 NOT_NANOTRONS = "files of the optimizer are not as Nanotron saves them"
 
@@ -142,6 +143,8 @@ def _tensors(file: TorchFile, number: int, name: str) -> Iterator[tuple[str, Ten
             if not isinstance(key, str) or not _KIND.fullmatch(key) or key == MASTERS:
                 raise ValueError(f"the state of {quoted(name)} has the name {quoted(key)}")
             yield key, value
+        elif not is_scalar(value) and any(tensors_in(value)):
+            raise ValueError(f"the state {quoted(key)} of {quoted(name)} holds tensors within other values")
     if MASTERS in file.contents:
         master = _dict_of(file.contents[MASTERS], MASTERS).get(name)
         if not isinstance(master, TensorReference):
@@ -163,6 +166,10 @@ def _check_states(file: TorchFile, name: str, tensors: Mapping[str, TensorRefere
 def _check_groups(file: TorchFile, groups: Any, shapes: Mapping[str, Shape]) -> None:
     """Raises ValueError, in words, unless there is one group per parameter, with the next id or none, or one for all
     parameters."""
+    for group in groups if isinstance(groups, list) else ():
+        for key, value in _dict_of(group, "a group").items():
+            if not is_scalar(value) and any(tensors_in(value)):
+                raise ValueError(f"the setting {quoted(key)} of a group is a tensor or holds some, not one number")
     num_held = sum(shape is not None for shape in shapes.values())
     if isinstance(groups, list) and len(groups) == 1 and _dict_of(groups[0], "a group").get("params") == [
             *range(num_held)]:

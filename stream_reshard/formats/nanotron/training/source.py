@@ -24,6 +24,7 @@ from stream_reshard.storage.identity import Identity, identities_of
 from stream_reshard.storage.small_files import files_below, is_litter, read_json
 from stream_reshard.storage.source_file import SourceFile
 from stream_reshard.storage.torch_file import TorchFile, read_torch_file
+from stream_reshard.storage.value_tree import tensors_in
 
 ZERO_TYPE = "ZeroDistributedOptimizer"
 """Type of the optimizer with ZeRO in optimizer_config.json (nanotron/serialize/optimizer.py)."""
@@ -213,7 +214,12 @@ def _schedules(root: Path, topology: Topology, max_nbytes: int) -> tuple[tuple[T
     if not os.path.lexists(root / paths[0]) and os.path.lexists(root / SINGLE_SCHEDULER_NAME):
         paths = [SINGLE_SCHEDULER_NAME]
     seen = identities_of(root, paths)
-    return tuple(read_torch_file(root, path, max_nbytes) for path in paths), seen
+    files = tuple(read_torch_file(root, path, max_nbytes) for path in paths)
+    for file in files:
+        if any(tensors_in(file.contents)):
+            raise SourceError(f"{quoted(file.path)} holds tensors, where a schedule has numbers; --weights-only goes "
+                              f"without the training", kind=NOT_NANOTRONS)
+    return files, seen
 
 
 def _random(root: Path, topology: Topology) -> dict[StateRank, str]:
