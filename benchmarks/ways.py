@@ -9,16 +9,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.bench import MIB, OURS, Bench
+from benchmarks.bench import MIB, OURS, WARM_UP, Bench
 from benchmarks.rounds import ROOT, Case
 from benchmarks.sources import Source, source_at
 
 LIMIT_NBYTES = 512 * MIB
-"""The default of --max-memory; a cast holds torch."""
+"""The default of --max-memory."""
 _LIMIT = (sys.executable, "-m", "benchmarks.peers.limit")
-_WARM_UP = (sys.executable, "-c", "import contextlib, sys\nfrom stream_reshard.cli import main\n"
-            "with contextlib.suppress(ImportError): import torch\nsys.exit(main(['demo', '--quiet']))")
-"""With torch: some ways cast."""
 _CUT = ("--tp", "4", "--pp", "2")
 
 
@@ -98,5 +95,5 @@ def _ours(bench: Bench, way: Way, sources: Sequence[Source], floors: tuple[Case,
     command = (*OURS, *folders, *way.flags, "--max-memory", str(LIMIT_NBYTES), "--json")
     base, limit = floors
     return Case(way.name, command, paths, bench.output, base.source_nbytes, reference=base.name, limit=limit.name,
-                written=way.written, warm_up=_WARM_UP,
+                written=way.written, warm_up=WARM_UP,
                 facts={"is_ours": True, "limit_nbytes": LIMIT_NBYTES, "flags": list(way.flags)})

@@ -32,7 +32,6 @@ def sources(tmp_path_factory):
 @pytest.mark.heavy
 def test_every_way_beside_its_baseline_and_its_limit(tmp_path, sources):
     """Baseline and limit are of the same bytes and of the same round, and nothing is left."""
-    pytest.importorskip("torch")
     cases = ways(Bench(tmp_path, sources, "llama-tiny", Plan(1, settles=False)))["cases"]
     by_name = {case["name"]: case for case in cases}
     assert {case["status"] for case in cases} == {"ok"}

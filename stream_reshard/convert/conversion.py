@@ -36,7 +36,7 @@ from stream_reshard.report import Progress, Reported
 from stream_reshard.run.output import Output
 from stream_reshard.run.states import States
 from stream_reshard.run.writing import Done, RunOptions, run
-from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES, import_torch
+from stream_reshard.storage.dtypes import SAFETENSORS_DTYPES
 from stream_reshard.storage.identity import Identity
 from stream_reshard.storage.small_files import real_path
 from stream_reshard.storage.target_file import Transport
@@ -167,8 +167,6 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
     states = _states(target.state(wanted))
     found.files.update({name: copied_from(path) for name, path in target.copied().items()})
     plans = (plan, states.plan) if states else (plan,)
-    if plan.casts:
-        problems.collect(import_torch, "casting weights", ", or --dtype keep")
     budget, budget_notes = budget_of(options, plans, target.held_nbytes(plan.target))
     notes = (*notes_of(options, source, target, plan, found.files), *found.notes, *budget_notes,
              *access_notes((source.layout.root / path for path in source.layout.paths),

@@ -26,8 +26,8 @@ _NUM_OPEN = 8
 def budget_of(options: Options, plans: Sequence[Plan], held: int) -> tuple[memory.MemoryPlan, list[str]]:
     """(memory of the run, remarks on it). A run keeps a record per file, and `held` bytes of documents. Without a
     destination only the plan must fit in memory, not the run's per-file records."""
-    memory_of = partial(memory.plan_memory, options.allowed_memory, memory.held(), options.num_workers,
-                        any(plan.casts for plan in plans), NUM_BUFFERS + options.verify * memory.VERIFY_BUFFERS)
+    num_buffers = NUM_BUFFERS + any(plan.casts for plan in plans) + options.verify * memory.VERIFY_BUFFERS
+    memory_of = partial(memory.plan_memory, options.allowed_memory, memory.held(), options.num_workers, num_buffers)
     if options.verify:  # `verify` opens the source again, and keeps a second record of each file.
         held += memory.VERIFY_NBYTES
     num_written = sum(plan.target.num_files for plan in plans)

@@ -39,8 +39,6 @@ _PER_WORKER = 2 * 2**20
 """Memory of one worker, beside its buffers: its stack, lists of pieces."""
 _SLACK = 6 * 2**20
 """Memory of a run, beside that of its workers: the journal, the manifest, modules imported late."""
-TORCH_NBYTES = 230 * 2**20
-"""Memory that importing torch adds."""
 _NUMPY_NBYTES = 16 * 2**20
 """Memory that importing numpy adds."""
 _NUMPY_SPACE_NBYTES, _BLAS_THREAD_NBYTES = 2**26, 2**25
@@ -175,28 +173,24 @@ class MemoryPlan:
     num_workers: int
     block_nbytes: int
     """Size of one buffer."""
-    casts: bool
-    """Each worker has two more buffers, for the results of casts."""
     to_import: int
     """Memory that modules not yet imported and the records of files will add."""
     num_buffers: int
-    """Buffers of one worker, without those for casts."""
+    """Buffers of one worker."""
 
     @property
     def projected(self) -> int:
         """Peak resident set of the process tree."""
-        buffers = self.num_buffers + 2 * self.casts
         return (self.reserved + self.to_import + _SLACK
-                + self.num_workers * (_PER_WORKER + buffers * self.block_nbytes))
+                + self.num_workers * (_PER_WORKER + self.num_buffers * self.block_nbytes))
 
     def problems(self, work: str) -> Iterator[ResourceError]:
         """An error if `work`, such as "the run", would exceed the limit."""
         if self.projected > self.allowed:
             fewer = ", or lower --workers" if self.num_workers > 1 else ""
             yield ResourceError(f"--max-memory {human(self.allowed)} cannot be kept: {work} would reach "
-                                f"{human(self.projected)} with {counted(self.num_workers, 'worker')}"
-                                f"{' and torch for casts' if self.casts else ''}; the process holds "
-                                f"{human(self.reserved)} already; raise it{fewer}")
+                                f"{human(self.projected)} with {counted(self.num_workers, 'worker')}; the process "
+                                f"holds {human(self.reserved)} already; raise it{fewer}")
 
 
 def parse_limit(allowed: int, reserved: int) -> int:
@@ -210,13 +204,12 @@ def yaml_limit(allowed: int, reserved: int) -> int:
     return max(2**15, (allowed - reserved) // 512)
 
 
-def plan_memory(allowed: int, reserved: int, num_workers: int, casts: bool, num_buffers: int,
-                num_files: int = 0, held: int = 0) -> MemoryPlan:
+def plan_memory(allowed: int, reserved: int, num_workers: int, num_buffers: int, num_files: int = 0,
+                held: int = 0) -> MemoryPlan:
     """The plan with the largest buffers that keep the limit; with the smallest buffers if none do (see
     `MemoryPlan.problems`). `held`: bytes of memory that documents take."""
-    module, nbytes = ("torch", TORCH_NBYTES) if casts else ("numpy", _NUMPY_NBYTES)
-    to_import = nbytes * (module not in sys.modules) + num_files * _PER_FILE + held
-    plan = MemoryPlan(allowed, reserved, num_workers, MAX_BLOCK_NBYTES, casts, to_import, num_buffers)
+    to_import = _NUMPY_NBYTES * ("numpy" not in sys.modules) + num_files * _PER_FILE + held
+    plan = MemoryPlan(allowed, reserved, num_workers, MAX_BLOCK_NBYTES, to_import, num_buffers)
     while plan.projected > allowed and plan.block_nbytes > MIN_BLOCK_NBYTES:
         plan = replace(plan, block_nbytes=plan.block_nbytes // 2)
     return plan

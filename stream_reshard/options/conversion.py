@@ -63,8 +63,8 @@ class Options(Folders, Resources):
     template: Path | None = option(None, "a Nanotron checkpoint, such as one saved from a random model: DST gets its "
                                    "files, names, versions, slices and dtypes; the plan lists the tensors in which "
                                    "they differ from this tool's own choice", metavar="DIR")
-    dtype: Dtype = option("keep", "dtype of the weights in DST; a cast needs the extra [torch], rounds as torch does, "
-                          "and counts weights that became infinite")
+    dtype: Dtype = option("keep", "dtype of the weights in DST; a cast rounds to nearest even, as torch does, and "
+                          "counts weights that became infinite; NaN becomes the quiet NaN of its sign")
     rope: Rope = option("auto", "order of the rows of q and k in a head: neox as in Hugging Face, interleaved as in "
                         "release 0.4; auto: the order of SRC, for format 1.2 interleaved")
     nanotron_config: NanotronConfig = option("auto", "Nanotron's config class; auto: LlamaConfig for Llama, "

@@ -24,7 +24,7 @@ from stream_reshard.storage.source_file import SourceFile
 
 NUM_READ_BUFFERS = 5
 NUM_BUFFERS = NUM_READ_BUFFERS + 1
-"""Buffers of a lane: some to read into, and one for what must be put in order first."""
+"""Buffers of a lane: some to read into, and one for what must be put in order first. Casts take one more."""
 
 MAX_UNUSED = 4
 """Source files that a lane keeps open although no job uses them."""
@@ -42,8 +42,8 @@ class Lane:
         self._writing: list[Future[Any] | None] = [None] * NUM_READ_BUFFERS
         self._next = 0
         self._assistant = ThreadPoolExecutor(1)
-        self.scratch = _buffer(block_nbytes)
-        """For the assistant alone."""
+        self.scratch, self.results = _buffer(block_nbytes), _buffer(block_nbytes)
+        """For the assistant alone: what is put in order, and results of casts."""
         self._open: OrderedDict[str, SourceFile] = OrderedDict()
         self._users: Counter[str] = Counter()
         self._lock = threading.Lock()

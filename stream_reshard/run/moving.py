@@ -12,7 +12,6 @@ from stream_reshard.formats.layout import Fill, Slice, offset_in, strides_of
 from stream_reshard.machine.stop import Stop
 from stream_reshard.plan.blocks import Block, Part, Window, blocks, run_length, runs, whole_block
 from stream_reshard.run.lanes import Writing
-from stream_reshard.storage.dtypes import cast, num_overflowed
 from stream_reshard.storage.header import StoredTensor
 from stream_reshard.storage.source_file import SourceFile
 from stream_reshard.storage.target_file import NewTensorFile
@@ -108,11 +107,7 @@ def _take(part: Part, window: Window, files: OpenFiles) -> None:
 
 
 def _write_parts(block: Block, views: Sequence[memoryview], files: OpenFiles) -> None:
-    dtype = block.parts[0].target.tensor.dtype
-    windows = [cast(view, window.slice.tensor.dtype, dtype) for view, window in zip(views, block.windows)]
-    files.targets[block.parts[0].target.tensor.file].num_overflowed += sum(
-        num_overflowed(before, window.slice.tensor.dtype, after, dtype)
-        for before, window, after in zip(views, block.windows, windows))
+    windows = _cast(block, views, files)
     by_target: dict[StoredTensor, list[Part]] = {}
     for part in block.parts:
         by_target.setdefault(part.target.tensor, []).append(part)
@@ -121,6 +116,19 @@ def _write_parts(block: Block, views: Sequence[memoryview], files: OpenFiles) ->
             files.targets[tensor.file].write(tensor.begin + offset, pieces)
     for window in block.windows:
         files.sources[window.slice.tensor.file].release(window.offset, window.nbytes)
+
+
+def _cast(block: Block, views: Sequence[memoryview], files: OpenFiles) -> list[memoryview]:
+    """The windows in the dtype of the targets: themselves, or one after the other in a buffer."""
+    from stream_reshard.storage.casts import cast
+    target, results, begin = block.parts[0].target.tensor, list(views), 0
+    for index, (view, window) in enumerate(zip(views, block.windows)):
+        if (source := window.slice.tensor).dtype != target.dtype:
+            end = begin + len(view) // source.itemsize * target.itemsize
+            results[index] = files.writing.lane.results[begin:end]
+            files.targets[target.file].num_overflowed += cast(view, source.dtype, results[index], target.dtype)
+            begin = end
+    return results
 
 
 def _read(block: Block, files: OpenFiles) -> list[memoryview]:

@@ -7,7 +7,8 @@
 - durable:     files and names that survive a power cut whole, or are absent
 - folder:      a folder held open, and modes of the files made below it
 - cloning:     blocks shared with the source instead of copied bytes
-- dtypes:      dtypes of weights, and casts between them
+- dtypes:      dtypes of weights
+- casts:       casts between them
 - identity:    the part of a file's status by which another file, and a change, is noticed
 - small_files: small files made by others: read up to a limit, parsed with care
 - json_text:   JSON made by others, with faults named by key and line

@@ -1,10 +1,7 @@
-"""Dtypes of weights, and casts between them by torch, which rounds to nearest even."""
+"""Dtypes of weights."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from stream_reshard.errors import UsageError
 
 ITEMSIZE: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -16,34 +13,3 @@ TORCH_DTYPES: Mapping[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": 
 
 SAFETENSORS_DTYPES: Mapping[str, str] = {torch: name for name, torch in TORCH_DTYPES.items()}
 """From names of torch to names of safetensors."""
-
-
-def cast(view: memoryview, source: str, target: str) -> memoryview:
-    """The elements of `view`, cast; `view` itself if the dtypes agree (torch is not imported then)."""
-    if source == target:
-        return view
-    torch = import_torch()
-    tensor = torch.frombuffer(view, dtype=getattr(torch, TORCH_DTYPES[source]))
-    result = tensor.to(getattr(torch, TORCH_DTYPES[target]))
-    return memoryview(result.view(torch.uint8).numpy())
-
-
-def num_overflowed(before: memoryview, source: str, after: memoryview, target: str) -> int:
-    """Number of finite elements that a cast made infinite: the largest float16 is 65504."""
-    if source == target:
-        return 0
-    torch = import_torch()
-    infinite = torch.isinf(torch.frombuffer(after, dtype=getattr(torch, TORCH_DTYPES[target])))
-    if not infinite.any():
-        return 0
-    return int((infinite & torch.isfinite(torch.frombuffer(before, dtype=getattr(torch, TORCH_DTYPES[source])))).sum())
-
-
-def import_torch(what: str = "casting weights", instead: str = "") -> Any:
-    """The torch module. Raises UsageError if it is not installed; `what` is the work that needs it, `instead` another
-    cure than to install it."""
-    try:
-        import torch
-    except ImportError as error:
-        raise UsageError(f"{what} needs torch: pip install 'stream_reshard[torch]'{instead}") from error
-    return torch

@@ -78,7 +78,6 @@ def test_a_template_without_moved_blocks_accepts_none(tmp_path, capsys):
 
 
 def test_a_template_of_another_dtype_casts(tmp_path, capsys):
-    pytest.importorskip("torch")
     source = make_source(tmp_path / "hf")
     convert(source, tmp_path / "template", "--tp", 2, "--dtype", "float32")
     assert main([str(source), str(tmp_path / "filled"), "--template", str(tmp_path / "template"), "--json"]) == 0

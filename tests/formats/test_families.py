@@ -141,7 +141,6 @@ def test_exchanged_experts_are_found(tmp_path, capsys, change):
 
 def test_an_expert_larger_than_a_buffer_comes_back(tmp_path):
     """Beside a row of gate stands one of up: a block of gate is read with what stands in between."""
-    pytest.importorskip("torch")
     sizes = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8,
              "num_key_value_heads": 8, "vocab_size": 300, "architectures": ["Qwen2MoeForCausalLM"],
              "model_type": "qwen2_moe", "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 1408,

@@ -27,12 +27,13 @@ def peak_of(command):
     return peak, process.stdout.read().decode()
 
 
+@pytest.mark.parametrize("flags", [(), ("--dtype", "float32")], ids=["as it is", "cast"])
 @pytest.mark.parametrize("limit", ["64MiB", "128MiB", "256MiB", "512MiB"])
-def test_peak_keeps_the_limit(tmp_path, limit):
+def test_peak_keeps_the_limit(tmp_path, limit, flags):
     write_sparse_source(tmp_path / "hf", vocab=200_000)
     workers = ["--workers", "1"] if limit == "64MiB" else []
     peak, out = peak_of([sys.executable, "-m", "stream_reshard", str(tmp_path / "hf"), str(tmp_path / "nt"), "--tp",
-                         "4", "--max-memory", limit, "--json", *workers])
+                         "4", "--max-memory", limit, "--json", *workers, *flags])
     facts = json.loads(out)
     assert max(peak, facts["peak_nbytes"]) <= facts["memory"]["projected"] <= parse_nbytes(limit)
     assert facts["memory"]["reserved"] < facts["peak_nbytes"]

@@ -31,13 +31,14 @@ from stream_reshard.machine import memory
 from stream_reshard.machine.stop import Stop
 from stream_reshard.options import ForwardOptions
 from stream_reshard.report import Reported
-from stream_reshard.storage.dtypes import import_torch
 
 _MAX_BAND_NBYTES = 8 * 2**20
 _MIN_BAND_NBYTES = 2**18
 _MAX_HEAD_ROWS = 4096
 _SLACK_NBYTES = 48 * 2**20
 """Memory of the libraries that multiply matrices, and of small objects."""
+_TORCH_NBYTES = 230 * 2**20
+"""Memory that importing torch adds."""
 _PLOT_NBYTES = 64 * 2**20
 """Memory that importing matplotlib and drawing a plot add."""
 
@@ -113,7 +114,7 @@ def plan_forward(source: Path, copy: Path, options: ForwardOptions = ForwardOpti
     tokens = (random_tokens(number, vocab_size, options.seed) if options.text is None else
               tokens_of(options.text, (source, copy), number, vocab_size))
     dtype = options.dtype if options.dtype != "keep" else copy_side.dtype
-    to_import = 0 if "torch" in sys.modules else memory.TORCH_NBYTES
+    to_import = 0 if "torch" in sys.modules else _TORCH_NBYTES
     to_import += _PLOT_NBYTES if options.plot and "matplotlib" not in sys.modules else 0
     return _fitted(ForwardPlan(options, source_side, copy_side, tuple(tokens), dtype, vocab_size, allowed,
                                memory.resident(), to_import, _MAX_BAND_NBYTES))
@@ -131,10 +132,19 @@ def _check(options: ForwardOptions) -> None:
     """Raises Refused for missing packages and for a plot that cannot be written, before any file is opened."""
     problems = Problems()
     if importlib.util.find_spec("torch") is None:
-        problems.collect(import_torch, "a forward pass")
+        problems.collect(_import_torch)
     if options.plot is not None:
         problems.collect(_check_plot, options.plot)
     problems.raise_if_any()
+
+
+def _import_torch() -> Any:
+    """The torch module. Raises UsageError if it is not installed."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError("a forward pass needs torch: pip install 'stream_reshard[torch]'") from error
+    return torch
 
 
 def _check_plot(path: Path) -> None:
@@ -163,7 +173,7 @@ def run_forward(plan: ForwardPlan, progress: Callable[[int, int], None] = lambda
     Raises DifferenceError for models with different steps, SourceError for a file that shrank since the plan,
     ResourceError for a file that cannot be read, Interrupted.
     """
-    torch, stop = import_torch("a forward pass"), stop or Stop()
+    torch, stop = _import_torch(), stop or Stop()
     from stream_reshard.check.forward.compare import compare
     from stream_reshard.check.forward.weights import Bands, Weights
     bands, dtype = Bands(plan.band_nbytes), None if plan.dtype == "keep" else getattr(torch, plan.dtype)

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint
-from stream_reshard.check.weights.compare import Compared, compared_as, is_widening
+from stream_reshard.check.weights.compare import Compared
 from stream_reshard.check.weights.files import FilesOfManifest
 from stream_reshard.check.weights.scope import cast_to, check_names, rule_of, true_vocab_size, with_vocabulary
 from stream_reshard.check.weights.structure import Found, compare_structure
@@ -72,7 +72,7 @@ def verify(source: Path, copy: Path, options: VerifyOptions = VerifyOptions(), s
     check_names(copy_side, options)
     manifest_files = compare_structure(original, copy_side, options, allowed, found)
     _raise_resource_error(found.differences)
-    budget = options.plan or _budget(original, copy_side, options, allowed)
+    budget = options.plan or _budget(options, allowed)
     tasks, num_tasks = _tasks(original, copy_side, manifest_files, options, budget, stop)
     with stop.awaited():
         counts = _counted(run(tasks, num_tasks, budget.num_workers, stop, progress), found.differences)
@@ -158,14 +158,8 @@ def _raise_resource_error(problems: Problems) -> None:
             raise problem
 
 
-def _budget(source: Checkpoint, copy_side: Side, options: VerifyOptions, allowed: int) -> memory.MemoryPlan:
-    copy, casts = copy_side.checkpoint, False
-    if copy is not None and not options.quick:
-        rule = rule_of(source, copy, copy_side, options, 0)
-        pairs = ((source.weights.dtype_of(name), compared_as(name, source, copy, rule))
-                 for name in shared(source, copy))
-        casts = any(stored != dtype and not is_widening(stored, dtype) for stored, dtype in pairs)
-    budget = memory.plan_memory(allowed, memory.held(), options.num_workers, casts, memory.VERIFY_BUFFERS)
+def _budget(options: VerifyOptions, allowed: int) -> memory.MemoryPlan:
+    budget = memory.plan_memory(allowed, memory.held(), options.num_workers, memory.VERIFY_BUFFERS)
     for problem in budget.problems("the comparison"):
         raise problem
     return budget

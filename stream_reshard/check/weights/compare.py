@@ -10,7 +10,8 @@ import numpy as np
 from stream_reshard.check.weights.checkpoint import Block, Checkpoint, Opened, Weight, blocks
 from stream_reshard.errors import DifferenceError, quoted
 from stream_reshard.machine.stop import Stop
-from stream_reshard.storage.dtypes import ITEMSIZE, TORCH_DTYPES, cast
+from stream_reshard.storage.casts import cast
+from stream_reshard.storage.dtypes import ITEMSIZE, TORCH_DTYPES
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,6 @@ def compared_as(name: str, source: Checkpoint, copy: Checkpoint, rule: Rule) -> 
     return "F64" if "F64" in (source_dtype, copy_dtype) else "F32"
 
 
-def is_widening(source: str, target: str) -> bool:
-    """True if a cast widens, so that no bit is lost."""
-    return target in ("F32", "F64") and source in TORCH_DTYPES and ITEMSIZE[source] < ITEMSIZE[target]
-
-
 def _blocks(num_rows: int, weight: Weight, dtype: str, rule: Rule) -> Iterator[Block]:
     itemsize = max(ITEMSIZE[weight.dtype], ITEMSIZE[dtype])
     return blocks(num_rows, weight.num_columns, itemsize, rule.block_nbytes)
@@ -150,16 +146,12 @@ def _chosen(name: str, num_rows: int, weight: Weight, dtype: str, rule: Rule) ->
 
 
 def _as(block: np.ndarray, source: str, target: str) -> np.ndarray:
-    """A block in another dtype. Widening needs numpy only, so that torch need not be installed."""
+    """A block in another dtype."""
     if source == target:
         return block
-    if is_widening(source, target):
-        wide = (block.astype(np.uint32) << 16).view(np.float32) if source == "BF16" else block.view(
-            {"F16": np.float16, "F32": np.float32}[source])
-        return wide.astype({"F32": np.float32, "F64": np.float64}[target]).view(f"u{ITEMSIZE[target]}")
-    bits = cast(np.ascontiguousarray(block).data.cast("B"), source, target)
-    narrow: np.ndarray = np.frombuffer(bits, f"u{ITEMSIZE[target]}").reshape(block.shape)
-    return narrow
+    result: np.ndarray = np.empty(block.shape, f"u{ITEMSIZE[target]}")
+    cast(np.ascontiguousarray(block), source, result, target)
+    return result
 
 
 def _difference(found: np.ndarray, expected: np.ndarray, block: Block, dtype: str, copy: Weight,
