@@ -5,7 +5,7 @@ import time
 import pytest
 from faults import Case, campaign, kill
 from running import call
-from test_faults import CODES, HEAVY, failed, killed, killed_at_random, sample
+from test_faults import CODES, failed, killed, killed_at_random, sample
 from test_power_cut import Disk, cut, remove_above
 from training import make_training
 
@@ -13,6 +13,7 @@ FLAGS = ("--to", "nanotron", "--tp", "2", "--dp", "2", "--zero", "1", "--quiet",
          "4GiB")
 
 FEW = pytest.param(6, id="sample")
+MANY = pytest.param(200, id="many", marks=pytest.mark.heavy)
 
 
 def make(root, **how):
@@ -30,7 +31,7 @@ def make_timed(root):
     return case
 
 
-@pytest.mark.parametrize("number", [FEW, HEAVY])
+@pytest.mark.parametrize("number", [FEW, MANY])
 def test_sigkill_before_and_after_every_call(quick_path, figures, number):
     (quick_path / "count").mkdir()
     count = len(make(quick_path / "count").operations)
@@ -39,13 +40,13 @@ def test_sigkill_before_and_after_every_call(quick_path, figures, number):
     figures("SIGKILL while a training moves", *campaign(quick_path, make, killed, sample(points, number)))
 
 
-@pytest.mark.parametrize("number", [FEW, pytest.param(300, id="all", marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("number", [FEW, MANY])
 def test_sigkill_at_random_times(quick_path, figures, number):
     figures("SIGKILL while a training moves, random", *campaign(quick_path, make_timed, killed_at_random,
                                                                 range(number)))
 
 
-@pytest.mark.parametrize("number", [FEW, HEAVY])
+@pytest.mark.parametrize("number", [FEW, MANY])
 def test_errors_of_every_call(quick_path, figures, number):
     (quick_path / "count").mkdir()
     names = make(quick_path / "count").operations
@@ -64,7 +65,7 @@ def on_disk(folder):
 def test_power_cuts(tmp_path, figures):
     (tmp_path / "count").mkdir()
     count = len(make(tmp_path / "count").operations)
-    points = [None, *range(1, count + 1, 5)]
+    points = [None, *sample(range(1, count + 1), 60)]
     figures("power cuts while a training moves, ext4", *campaign(tmp_path, on_disk, cut, points))
 
 
