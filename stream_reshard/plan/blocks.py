@@ -32,6 +32,8 @@ class Window:
     """First element, counted from the start of the tensor."""
     stop: int
     """Past the last element."""
+    shape: tuple[int, ...]
+    """Extent per dim of the elements that are wanted, in the slice's strides; others may stand between them."""
 
     @property
     def offset(self) -> int:
@@ -131,7 +133,7 @@ def _block(sources: Sequence[Slice], targets: Sequence[Slice], box: Box) -> Bloc
     for source in sources:
         if (common := box.overlap(source.region)) is None:
             continue
-        window = Window(source, *source.extent_of(common))
+        window = Window(source, *source.extent_of(common), common.shape)
         found = [_part(len(windows), window, target, region) for target in targets
                  if (region := common.overlap(target.region))]
         if found:

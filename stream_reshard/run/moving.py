@@ -120,13 +120,15 @@ def _write_parts(block: Block, views: Sequence[memoryview], files: OpenFiles) ->
 
 def _cast(block: Block, views: Sequence[memoryview], files: OpenFiles) -> list[memoryview]:
     """The windows in the dtype of the targets: themselves, or one after the other in a buffer."""
-    from stream_reshard.storage.casts import cast
+    from stream_reshard.storage.casts import cast, num_overflowed
     target, results, begin = block.parts[0].target.tensor, list(views), 0
     for index, (view, window) in enumerate(zip(views, block.windows)):
         if (source := window.slice.tensor).dtype != target.dtype:
             end = begin + len(view) // source.itemsize * target.itemsize
             results[index] = files.writing.lane.results[begin:end]
-            files.targets[target.file].num_overflowed += cast(view, source.dtype, results[index], target.dtype)
+            cast(view, source.dtype, results[index], target.dtype)
+            files.targets[target.file].num_overflowed += num_overflowed(
+                view, source.dtype, results[index], target.dtype, window.shape, window.slice.strides)
             begin = end
     return results
 

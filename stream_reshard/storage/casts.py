@@ -5,14 +5,15 @@ is to nearest even. A NaN becomes the quiet NaN of its sign: in torch and numpy 
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 _CHUNK = 2**16
-"""Elements that are cast at a time: what lies between source and result stays in the cache of a core."""
+"""Elements that are cast, or looked at, at a time: what lies between source and result stays in the cache of a core."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,35 @@ _FORMATS: Mapping[str, _Format] = {"BF16": _Format(2, 7), "F16": _Format(2, 10),
                                    "F64": _Format(8, 52)}
 
 
-def cast(source: Any, source_dtype: str, target: Any, target_dtype: str) -> int:
-    """Cast the elements in the bytes of `source` into those of `target`; the dtypes differ. Returns the number of
-    finite elements that became infinite."""
+def cast(source: Any, source_dtype: str, target: Any, target_dtype: str) -> None:
+    """Cast the elements in the bytes of `source` into those of `target`; the dtypes differ."""
     assert source_dtype != target_dtype
     known, wanted = _FORMATS[source_dtype], _FORMATS[target_dtype]
     before, after = np.frombuffer(source, known.bits), np.frombuffer(target, wanted.bits)
     space: np.ndarray = np.empty(min(len(before), _CHUNK), np.float32)
-    num_overflowed = 0
     with np.errstate(all="ignore"):
         for start in range(0, len(before), _CHUNK):
             old, new = before[start:start + _CHUNK], after[start:start + _CHUNK]
             values = _widened(old, source_dtype, new if target_dtype == "F32" else space[:len(old)])
             _narrow(values, new, target_dtype)
-            if _largest(old) > known.infinity or (
-                    wanted.itemsize <= known.itemsize and _largest(new) >= wanted.infinity):
-                num_overflowed += _settle(old, known, new, wanted)
-    return num_overflowed
+            if _largest(old) > known.infinity:
+                nan_of_sign = (old >= known.sign).astype(wanted.bits) * wanted.sign | wanted.quiet_nan
+                np.copyto(new, nan_of_sign, where=old & known.sign - 1 > known.infinity)
+
+
+def num_overflowed(source: Any, source_dtype: str, target: Any, target_dtype: str, shape: Sequence[int],
+                   strides: Sequence[int]) -> int:
+    """Number of finite elements that a cast made infinite. Those of this shape and these strides, from the first on,
+    are counted."""
+    known, wanted = _FORMATS[source_dtype], _FORMATS[target_dtype]
+    if wanted.itemsize > known.itemsize or _largest(np.frombuffer(target, wanted.bits)) < wanted.infinity:
+        return 0
+    old, new = (np.ndarray(shape, of.bits, memory, 0, [step * of.itemsize for step in strides])
+                for memory, of in ((source, known), (target, wanted)))
+    num_rows = max(1, _CHUNK // math.prod(shape[1:]))
+    return sum(int(np.count_nonzero((old[row:row + num_rows] & known.sign - 1 < known.infinity)
+                                    & (new[row:row + num_rows] & wanted.sign - 1 == wanted.infinity)))
+               for row in range(0, shape[0], num_rows))
 
 
 def _widened(bits: np.ndarray, dtype: str, space: np.ndarray) -> np.ndarray:
@@ -124,11 +137,3 @@ def _largest(bits: np.ndarray) -> int:
     """The largest of all bits but the sign's. Without a sign, and as whole numbers, those of one sign are in order."""
     sign = 1 << 8 * bits.itemsize - 1
     return max(int(bits.view(f"i{bits.itemsize}").max()), int(bits.max()) & sign - 1)
-
-
-def _settle(old: np.ndarray, known: _Format, new: np.ndarray, wanted: _Format) -> int:
-    """Give every NaN its bits. Returns the number of finite elements that became infinite."""
-    magnitude = old & known.sign - 1
-    nan_of_sign = (old >= known.sign).astype(wanted.bits) * wanted.sign | wanted.quiet_nan
-    np.copyto(new, nan_of_sign, where=magnitude > known.infinity)
-    return int(np.count_nonzero((magnitude < known.infinity) & (new & wanted.sign - 1 == wanted.infinity)))

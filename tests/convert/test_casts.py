@@ -69,3 +69,20 @@ def test_a_cast_needs_no_torch(tmp_path, family, flags):
                   (tmp_path / "nt", tmp_path / "back", "--to", "hf", "--dtype", "bfloat16"),
                   ("verify", tmp_path / "nt", tmp_path / "back")):
         subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *map(str, words), "--quiet"], check=True, cwd=ROOT)
+
+
+def test_what_is_read_in_passing_is_counted_once(tmp_path, capsys):
+    """Beside a row of an expert's gate Nanotron keeps one of its up, so both are read with either."""
+    source = make_source(tmp_path / "hf", family="qwen2_moe")
+    path = source / "model.safetensors"
+    tensors = {key: np.zeros(array.shape, np.float32) for key, array in read(path).items()}
+    for key, column in (("gate_proj", 0), ("up_proj", 1)):
+        tensors[f"model.layers.1.mlp.experts.1.{key}.weight"][:, column] = 1e6
+    path.write_bytes(tensor_bytes(tensors))
+    num_large = sum(int((array == 1e6).sum()) for array in tensors.values())
+    convert(source, tmp_path / "nt", "--tp", 2)
+    capsys.readouterr()
+    for kind, flags in (("hf", ()), ("nanotron", ("--tp", "1"))):
+        words = (tmp_path / "nt", tmp_path / f"to_{kind}", "--to", kind, *flags, "--dtype", "float16", "--json")
+        assert main(list(map(str, words))) == 0
+        assert json.loads(capsys.readouterr().out)["num_overflowed"] == num_large

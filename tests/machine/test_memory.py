@@ -39,6 +39,17 @@ def test_peak_keeps_the_limit(tmp_path, limit, flags):
     assert facts["memory"]["reserved"] < facts["peak_nbytes"]
 
 
+def test_a_cast_of_which_every_weight_is_counted_keeps_64_mib(tmp_path):
+    write_sparse_source(tmp_path / "hf", vocab=60_000)
+    with open(tmp_path / "hf" / "model.safetensors", "r+b") as stream:
+        num_left = os.fstat(stream.fileno()).st_size - stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+        while num_left:
+            num_left -= stream.write(b"\x7f" * min(num_left, 2**20))
+    peak, out = peak_of([sys.executable, "-m", "stream_reshard", str(tmp_path / "hf"), str(tmp_path / "nt"), "--tp", "4",
+                         "--dtype", "float16", "--max-memory", "64MiB", "--workers", "1", "--json"])
+    assert peak <= 64 * 2**20 and json.loads(out)["num_overflowed"] > 60_000
+
+
 def test_an_estimate_of_the_time_keeps_the_limit(tmp_path):
     write_sparse_source(tmp_path / "hf", vocab=200_000)
     peak, out = peak_of([sys.executable, "-m", "stream_reshard", "plan", str(tmp_path / "hf"), str(tmp_path / "nt"),

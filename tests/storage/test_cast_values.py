@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from torch_files import TORCH_NAMES
 
-from stream_reshard.storage.casts import _CHUNK, cast
+from stream_reshard.storage.casts import _CHUNK, cast, num_overflowed
 
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
 INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
@@ -44,7 +44,8 @@ def around(torch, dtype, other):
 def result(bits, source, target):
     """(bits after the cast, number of elements that became infinite)."""
     after = np.empty(len(bits), BITS[target])
-    return after, cast(bits, source, after, target)
+    cast(bits, source, after, target)
+    return after, num_overflowed(bits, source, after, target, bits.shape, [1])
 
 
 @pytest.mark.parametrize("source, target", PAIRS)
@@ -53,18 +54,18 @@ def test_every_value_is_what_torch_makes_of_it(torch, source, target):
     bits = np.concatenate([every(source), *(around(torch, source, other) for other in BITS)])
     before = tensor(torch, bits, source)
     wanted = before.to(getattr(torch, TORCH_NAMES[target]))
-    after, num_overflowed = result(bits, source, target)
+    after, number = result(bits, source, target)
     is_number = ~torch.isnan(before).numpy()
     assert is_number.sum() > 60_000
     np.testing.assert_array_equal(after[is_number], bits_of(torch, wanted, target)[is_number])
-    assert num_overflowed == (torch.isinf(wanted) & torch.isfinite(before)).sum()
+    assert number == (torch.isinf(wanted) & torch.isfinite(before)).sum()
 
 
 @pytest.mark.parametrize("source, target", PAIRS)
 def test_a_nan_is_quiet_and_keeps_its_sign(source, target):
     nans = np.array([INFINITY[source] + 1, QUIET_NAN[source], QUIET_NAN[source] + 1, SIGN[source] - 1], BITS[source])
-    after, num_overflowed = result(np.concatenate([nans, nans | BITS[source](SIGN[source])]), source, target)
-    assert after.tolist() == [QUIET_NAN[target]] * 4 + [QUIET_NAN[target] | SIGN[target]] * 4 and num_overflowed == 0
+    after, number = result(np.concatenate([nans, nans | BITS[source](SIGN[source])]), source, target)
+    assert after.tolist() == [QUIET_NAN[target]] * 4 + [QUIET_NAN[target] | SIGN[target]] * 4 and number == 0
 
 
 @pytest.mark.parametrize("value, target, overflows", [
@@ -75,9 +76,13 @@ def test_one_among_many_is_counted(value, target, overflows, at):
     """The smallest float32 is a usual value of a mask."""
     values = np.zeros(2 * _CHUNK + 1, np.float32)
     values[at] = value
-    after, num_overflowed = result(values.view(np.uint32), "F32", target)
-    assert num_overflowed == overflows and np.count_nonzero(after) == 1
+    after, number = result(values.view(np.uint32), "F32", target)
+    assert number == overflows and np.count_nonzero(after) == 1
 
 
-def test_nothing_becomes_nothing():
-    assert cast(b"", "F32", bytearray(), "BF16") == 0
+def test_columns_of_a_matrix_are_counted_by_themselves():
+    values = np.full((3, 4), 1e6, np.float32)
+    after = np.empty((3, 4), np.uint16)
+    cast(values, "F32", after, "F16")
+    for num_columns in (1, 3, 4):
+        assert num_overflowed(values, "F32", after, "F16", (3, num_columns), (4, 1)) == 3 * num_columns
