@@ -15,6 +15,7 @@ from benchmarks.groups import memory_group
 from benchmarks.images import MAKERS, mounted
 from benchmarks.rounds import Case
 from benchmarks.sources import Source
+from benchmarks.training import training
 from benchmarks.ways import ways
 
 OPTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -129,7 +130,7 @@ def growth(bench: Bench) -> dict[str, Any]:
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "peers": peers, "speed": speed, "groups": groups, "options": options, "clones": clones, "growth": growth,
-    "ways": ways}
+    "ways": ways, "training": training}
 
 
 def document_of(name: str, bench: Bench) -> dict[str, Any]:
