@@ -6,9 +6,9 @@
     measure    one command, its process tree watched from outside
     rounds     cases in interleaved rounds, ratios within each round
     peers/     what others do with the same weights, one script each
-    sources    synthetic sources, sized to the machine; synthetic: how they are made
+    sources    synthetic sources, sized to the machine; synthetic, synthetic_training: how they are made
     bench      what all sections work with
-    sections   what is run; ways: every way of this tool
+    sections   what is run; ways: every way of this tool; training: whole trainings that move
     fits       a straight line through the runs
     tables     results as Markdown; pictures: as PNG; readme: documents about them
 """

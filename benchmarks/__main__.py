@@ -83,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     scratch = Path(tempfile.mkdtemp(prefix="scratch_", dir=parent))
     try:
         with sources_in(arguments.sources or scratch / "sources", arguments.lock) as sources:
-            shape = arguments.shape or ("llama-7b" if arguments.full else shape_for(scratch))
             plan = Plan(arguments.rounds or (5 if arguments.full else 3), arguments.lock)
             for name in names:
+                shape = arguments.shape or shape_for(name, scratch, arguments.full)
                 document = document_of(name, Bench(scratch, sources, shape, plan, arguments.full))
                 write(document, arguments.results / (name + "_full" * arguments.full))
                 print(f"\n{name}\n\n{table_of(document)}", flush=True)

@@ -19,7 +19,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYT
 """For programs that are measured: as an installed one they find their bytecode, which the warm-up leaves."""
 
 _ROOT = Path(__file__).parent.parent
-_PACKAGES = ("stream_reshard", "safetensors", "numpy", "torch", "transformers", "mergekit")
+_PACKAGES = ("stream_reshard", "safetensors", "numpy", "torch", "transformers", "mergekit", "deepspeed")
 _TOUCHED = 0.8
 """Part of the free memory that is touched before a run."""
 _POPULATE_WRITE = 23

@@ -12,6 +12,7 @@ import select
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,8 @@ PERIOD = 0.005
 """Seconds between two samples; one takes about 0.05 ms."""
 MAX_POINTS = 200
 """Samples of a run that are kept."""
+DISK_PERIOD = 0.2
+"""Seconds between two looks at the disk; one takes some milliseconds where there are a thousand files."""
 
 
 class Sample(NamedTuple):
@@ -61,6 +64,8 @@ class Measurement:
     peak_anon: int
     """Highest sample of the anonymous part, bytes."""
     bytes: Bytes
+    peak_disk: int
+    """Most bytes of disk that the watched folder held while the command ran; 0 if none was watched."""
     series: tuple[Sample, ...]
     """Memory over time, thinned to `MAX_POINTS`; the highest sample is among them."""
     stdout: str = field(repr=False, default="")
@@ -68,14 +73,15 @@ class Measurement:
 
 
 def measure(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None,
-            sync: bool = False) -> Measurement:
-    """Run a command to its end. `sync` is for commands that leave their output in the cache."""
+            sync: bool = False, watched: Path | None = None) -> Measurement:
+    """Run a command to its end. `sync` is for commands that leave their output in the cache; `watched` is a folder
+    whose size on disk is of interest while the command runs."""
     out, err = (open(os.memfd_create(name), "w+b") for name in ("out", "err"))
     with out, err:
         begin = time.monotonic()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=cwd, env=env)
         try:
-            series, high_water = _watch(process.pid, begin)
+            series, high_water, peak_disk = _watch(process.pid, begin, watched)
             ended = time.monotonic()
             moved = bytes_moved(process.pid)
         finally:
@@ -86,9 +92,10 @@ def measure(command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str
         if sync and not process.returncode:
             os.sync()
             end = time.monotonic()
+        peak_disk = max(peak_disk, disk_nbytes(watched))
         texts = [_text_of(stream) for stream in (out, err)]
     return Measurement(process.returncode, end - begin, end - ended, max(high_water, *(s.rss for s in series)),
-                       max(s.anon for s in series), moved, thinned(series), *texts)
+                       max(s.anon for s in series), moved, peak_disk, thinned(series), *texts)
 
 
 def _text_of(stream) -> str:
@@ -96,12 +103,13 @@ def _text_of(stream) -> str:
     return stream.read().decode(errors="replace")
 
 
-def _watch(pid: int, begin: float) -> tuple[list[Sample], int]:
-    """Sample until the process has ended, leaving it to be reaped: (samples, VmHWM of the process in bytes)."""
+def _watch(pid: int, begin: float, watched: Path | None) -> tuple[list[Sample], int, int]:
+    """Sample until the process has ended, leaving it to be reaped: (samples, VmHWM of the process, most bytes of disk
+    that the folder held)."""
     descriptor = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
-    series, high_water = [Sample(0.0, 0, 0)], 0
+    series, high_water, peak_disk, looked = [Sample(0.0, 0, 0)], 0, 0, begin
     try:
         while True:
             statuses = [status_of(one) for one in tree_of(pid)]
@@ -109,10 +117,22 @@ def _watch(pid: int, begin: float) -> tuple[list[Sample], int]:
             rss, anon = (sum(status.get(name, 0) for status in statuses) for name in ("VmRSS", "RssAnon"))
             if rss:
                 series.append(Sample(time.monotonic() - begin, rss, anon))
+            if time.monotonic() - looked > DISK_PERIOD:
+                peak_disk, looked = max(peak_disk, disk_nbytes(watched)), time.monotonic()
             if poll.poll(PERIOD * 1000):
-                return series, high_water
+                return series, high_water, peak_disk
     finally:
         os.close(descriptor)
+
+
+def disk_nbytes(folder: Path | None) -> int:
+    """Bytes of disk that the files below a folder take; some of them may go while they are counted."""
+    nbytes = 0
+    for parent, _, names in os.walk(folder) if folder else ():
+        for name in names:
+            with suppress(FileNotFoundError):
+                nbytes += os.lstat(os.path.join(parent, name)).st_blocks * 512
+    return nbytes
 
 
 def tree_of(pid: int) -> list[int]:

@@ -229,7 +229,8 @@ def ways(document: Document) -> Any:
 
 PICTURES: dict[str, dict[str, Callable[[Document], Any]]] = {
     "peers": {"": time_against_memory, "_memory": memory_over_time}, "growth": {"": growth}, "speed": {"": ratios},
-    "groups": {"": ratios}, "options": {"": options}, "clones": {"": ratios}, "ways": {"": ways}}
+    "groups": {"": ratios}, "options": {"": options}, "clones": {"": ratios}, "ways": {"": ways},
+    "training": {"": time_against_memory}}
 """Per section: pictures by what is added to the name of the file."""
 
 

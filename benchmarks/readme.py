@@ -21,10 +21,11 @@ _PICTURES = {
     "peers": (("_memory", "Memory over time of this tool and of others, against the limit"),
               ("", "Time against peak memory of this tool and of others")),
     "growth": (("", "Time and memory against the size of the model and against TP"),),
+    "training": (("", "Time against peak memory of a training that moves"),),
     "ways": (("", "Every way against cp and against the limit"),)}
 
 _SHOWN = ("peers", "peers_full", "ways", "ways_full", "speed", "speed_full", "groups", "options", "clones",
-          "clones_full", "growth", "growth_full")
+          "clones_full", "growth", "growth_full", "training", "training_full")
 """Results that have a section on the page, where they exist; the tables of growth are left to its picture."""
 
 

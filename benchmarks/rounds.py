@@ -49,6 +49,8 @@ class Case:
     group: Group | None = None
     counts_space: bool = False
     """Whether the file system belongs to this run alone, so that the space it uses can be told."""
+    watches_disk: bool = False
+    """Whether the space that its output and all beside it take is watched while it runs."""
     skipped: str = ""
     """Why it cannot be run."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -123,7 +125,8 @@ def _run(outcome: Outcome, number: int, plan: Plan) -> None:
         machine.settle(case.reads, case.is_warm, case.warm_up)
     before = used_nbytes(case.output.parent) if case.counts_space else 0
     command = case.group.wrap(case.command) if case.group else case.command
-    run = measure(command, cwd=ROOT, env=machine.ENVIRONMENT, sync=case.needs_sync)
+    run = measure(command, cwd=ROOT, env=machine.ENVIRONMENT, sync=case.needs_sync,
+                  watched=case.output.parent if case.watches_disk else None)
     if case.counts_space:
         outcome.used.append(used_nbytes(case.output.parent) - before)
     outcome.status = problem_of(run, case)
@@ -180,5 +183,6 @@ def as_json(outcome: Outcome, by_name: Mapping[str, Outcome]) -> dict[str, Any]:
         "limit": case.limit, "limit_ratios": ratios_of(outcome.runs, by_name.get(case.limit)),
         "seconds": [round(run.seconds, 4) for run in runs], "sync_seconds": [round(r.sync_seconds, 4) for r in runs],
         "peak_rss": [run.peak_rss for run in runs], "peak_anon": [run.peak_anon for run in runs],
-        "bytes": [asdict(run.bytes) for run in runs], "used_nbytes": outcome.used, "told": outcome.told,
+        "bytes": [asdict(run.bytes) for run in runs], "used_nbytes": outcome.used,
+        "peak_disk": [run.peak_disk for run in runs] if case.watches_disk else [], "told": outcome.told,
         "series": [[round(sample.seconds, 4), sample.rss, sample.anon] for sample in last]}

@@ -1,23 +1,21 @@
 """What is run: one function per section, each makes its cases, runs them in rounds and returns its results as JSON."""
 from __future__ import annotations
 
-import importlib.util
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.bench import MIB, Bench
+from benchmarks.bench import MIB, Bench, Peer
 from benchmarks.fits import SWEPT
 from benchmarks.groups import memory_group
 from benchmarks.images import MAKERS, mounted
-from benchmarks.rounds import ROOT, Case
+from benchmarks.rounds import Case
 from benchmarks.sources import Source
+from benchmarks.training import training
 from benchmarks.ways import ways
 
 OPTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -33,21 +31,9 @@ OPTIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """Variants of this tool: a name, flags. One whose flags the tool does not know is reported so."""
 
 
-@dataclass(frozen=True)
-class Peer:
-    """Another tool: a script in `peers/`."""
-
-    name: str
-    script: str
-    needs: tuple[str, ...]
-    """Packages."""
-    holds: float = 0.2
-    """Anonymous memory that it takes, about, as a multiple of the source."""
-
-
 PEERS = (
     Peer("safe_open().get_slice + save_file", "get_slice", ("torch", "safetensors")),
-    Peer("torch DCP consolidation (inverse job)", "consolidate", ("torch", "safetensors")),
+    Peer("torch DCP consolidation (inverse job)", "consolidate", ("torch", "safetensors"), prepares=True),
     Peer("mergekit, plain copy", "mergekit", ("torch", "mergekit")),
     Peer("transformers from_pretrained + save_pretrained", "transformers", ("torch", "transformers")),
     Peer("naive: load all, fuse, chunk, save_file", "naive", ("torch", "safetensors"), 1.2),
@@ -59,31 +45,8 @@ def peers(bench: Bench) -> dict[str, Any]:
     source = bench.sources.get(bench.shape)
     with ExitStack() as stack:
         cases = [bench.copy(source), bench.ours("stream_reshard", source)]
-        cases += [_peer(bench, source, peer, stack) for peer in PEERS]
+        cases += [bench.peer(peer, bench.input_of(peer, source, stack)) for peer in PEERS]
         return {"cases": bench.run(cases)}
-
-
-def _peer(bench: Bench, source: Source, peer: Peer, stack: ExitStack) -> Case:
-    script = (sys.executable, "-m", f"benchmarks.peers.{peer.script}")
-    skipped = _obstacle(source, peer)
-    case = Case(peer.name, (*script, str(source.path), str(bench.output)), (source.path,), bench.output,
-                source.nbytes,
-                reference="cp -r && sync", needs_sync=True, warm_up=(*script, "--help"),
-                skipped=skipped)
-    if skipped or peer.script != "consolidate":
-        return case
-    sharded = bench.scratch / "sharded"
-    stack.callback(shutil.rmtree, sharded)
-    subprocess.run([*script, str(source.path), str(sharded), "--prepare"], cwd=ROOT, check=True)
-    return replace(case, reads=(sharded,), command=(*script, str(sharded), str(bench.output)))
-
-
-def _obstacle(source: Source, peer: Peer) -> str:
-    """Why a peer cannot be run here; "" if it can."""
-    if missing := [name for name in peer.needs if importlib.util.find_spec(name) is None]:
-        return f"not installed: {', '.join(missing)}"
-    needed, there = peer.holds * source.nbytes, machine.available()
-    return f"needs {needed / 2**30:.0f} GiB of memory, {there / 2**30:.0f} are free" if needed > there else ""
 
 
 def speed(bench: Bench) -> dict[str, Any]:
@@ -167,7 +130,7 @@ def growth(bench: Bench) -> dict[str, Any]:
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "peers": peers, "speed": speed, "groups": groups, "options": options, "clones": clones, "growth": growth,
-    "ways": ways}
+    "ways": ways, "training": training}
 
 
 def document_of(name: str, bench: Bench) -> dict[str, Any]:

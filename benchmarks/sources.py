@@ -15,6 +15,7 @@ from benchmarks.synthetic import SHAPES, write_source
 NBYTES = {"llama-0.3b": 536 * 10**6, "llama-1.3b": 2691 * 10**6, "llama-2.7b": 5428 * 10**6,
           "llama-7b": 13477 * 10**6}
 """Size of each shape on disk, about, smallest first."""
+_TENSOR_FILES = {".safetensors", ".pt"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Source:
 
 def source_at(path: Path) -> Source:
     """The source in a folder."""
-    return Source(path.resolve(), sum(file.stat().st_size for file in path.rglob("*.safetensors")))
+    return Source(path.resolve(), sum(file.stat().st_size for file in path.rglob("*") if file.suffix in _TENSOR_FILES))
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,15 @@ def sources_in(root: Path, lock: Path | None) -> Iterator[Sources]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def shape_for(scratch: Path) -> str:
-    """The shape of a quick run: 1.3 B where a naive converter of it fits into memory and five of it on the disk."""
-    big = NBYTES["llama-1.3b"]
-    fits = machine.available() > 3 * big and shutil.disk_usage(scratch).free > 5 * big
-    return "llama-1.3b" if fits else "llama-0.3b"
+_ROOM = {"training": (16, 40)}
+"""Memory and disk that a section needs, as multiples of its source: a training is seven times its weights, three are
+kept, and one peer holds a whole one in memory, another two on the disk."""
+
+
+def shape_for(section: str, scratch: Path, is_full: bool) -> str:
+    """The shape of a section: 1.3 B, 7 B if full, where its most careless peer fits into memory and all of it on the
+    disk; else 0.3 B. A full run of most sections takes what it gets."""
+    big = "llama-7b" if is_full else "llama-1.3b"
+    memory, disk = _ROOM.get(section, (0, 0) if is_full else (3, 5))
+    fits = (machine.available() > memory * NBYTES[big] and shutil.disk_usage(scratch).free > disk * NBYTES[big])
+    return big if fits else "llama-0.3b"

@@ -69,6 +69,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
                   ("cloned", "nbytes_cloned"), ("copied", "nbytes_copied"), ("rearranged", "nbytes_strided"))),
                ("disk used, MiB", lambda case: mib(case["used_nbytes"]))),
     "growth": (NAME, SIZE, *COMMON[1:]),
+    "training": (NAME, SIZE, *COMMON[1:], ("disk at most, x of source", lambda case: spread(
+        [max(case["peak_disk"]) / case["source_nbytes"]]))),
     "ways": (NAME, SIZE, ("time, x of cp or cat", RATIO[1]),
              ("x of the limit", lambda case: spread(case["limit_ratios"])), *COMMON[2:]),
 }
@@ -92,7 +94,15 @@ ABOUT = {
             "`cp -r SRC OUT && sync` of the same source, of a comparison to `cat` of both; and to the limit: a bare "
             "loop that moves the same bytes, file for file, with no plan and no digests. Sources: Hugging Face, or cut "
             "for Nanotron TP=4 PP=2.",
+    "training": "A whole training of Nanotron moves to another topology: stream_reshard with --max-memory 256MiB, and "
+                "a script with torch that loads every rank file, joins, cuts and saves. The nearest thing elsewhere: "
+                "DeepSpeed's ds_to_universal, on a ZeRO-1 checkpoint of as many parameters at TP=2 DP=2. Cold source, "
+                "durable output. Ratio to `cp -r SRC OUT && sync` of the same source. Disk at most: what the output "
+                "and all beside it held while the tool ran.",
 }
+
+CONTENT = {"training": "of weights in bfloat16, moments and masters in float32"}
+"""What a source holds, where that is not bfloat16 alone."""
 
 
 def rows_of(document: Document) -> Iterator[str]:
@@ -116,7 +126,8 @@ def table_of(document: Document) -> str:
 def notes_of(document: Document) -> Iterator[str]:
     """What a reader needs to understand the table."""
     shape = "" if document["section"] == "growth" else (
-        f" {document['shape']}, {document['cases'][0]['source_nbytes'] / GB:.2f} GB of bfloat16.")
+        f" {document['shape']}, {document['cases'][0]['source_nbytes'] / GB:.2f} GB "
+        f"{CONTENT.get(document['section'], 'of bfloat16')}.")
     yield ABOUT[document["section"]] + shape
     rehearsed = "Each round begins with an unrecorded run of the references. " if document.get("is_rehearsed") else ""
     yield (f"{document['num_rounds']} interleaved rounds; ratios are taken within a round and given as min / median / "

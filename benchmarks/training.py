@@ -1,102 +1,69 @@
-"""Add the state of a training, of random bits, to a Nanotron checkpoint of this tool: input for measurements.
-
-    python benchmarks/training.py CHECKPOINT --dp 2 --zero 1
-"""
+"""Whole trainings that move to another topology, beside cp, a script with torch, and DeepSpeed's nearest thing."""
 from __future__ import annotations
 
-import argparse
-import json
-import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from benchmarks.bench import OURS, Bench, Peer
+from benchmarks.rounds import ROOT, Case
+from benchmarks.sources import Source, source_at
 
-from stream_reshard.errors import Problems
-from stream_reshard.formats.nanotron.source import NanotronSource, open_nanotron
-from stream_reshard.formats.nanotron.training.documents import optimizer_config
-from stream_reshard.formats.nanotron.training.entries import STATE, Entry
-from stream_reshard.formats.nanotron.training.files import OPTIMIZER_CONFIG_NAME, optimizer_path, scheduler_path
-from stream_reshard.formats.nanotron.training.layout import MASTERS, positions_of
-from stream_reshard.formats.nanotron.training.target import NewTrainingState
-from stream_reshard.model.topology import Topology
-from stream_reshard.storage.torch_values import StorageReference, new_tensor
-from stream_reshard.storage.torch_writer import folder_of, plan_torch_file, stream
-
-_GROUP = {"lr": 3e-4, "weight_decay": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "amsgrad": False, "maximize": False,
-          "foreach": None, "capturable": False, "differentiable": False, "fused": True, "initial_lr": 3e-4}
-_KINDS = ("exp_avg", "exp_avg_sq", MASTERS)
-_PIECE_NBYTES = 8 * 2**20
+SAVED, MOVED = "TP=2 DP=2 ZeRO-1", "TP=4 PP=2 ZeRO-0"
+LOAD_ALL = Peer(f"torch: load all, join, cut, save, to {MOVED}", "load_all", ("torch", "safetensors"), 2.0)
+UNIVERSAL = Peer("DeepSpeed ds_to_universal", "deepspeed", ("torch", "deepspeed"), 1.5, prepares=True)
+_THERE = ("--to", "nanotron", "--zero", "0")
+_BACK = ("--to", "nanotron", "--zero", "1", "--dp", "2")
 
 
-def add_training(root: Path, dp: int, zero: int) -> None:
-    """Write the optimizer, the schedule and the settings of a training with fp32 masters, in its tenth step."""
-    opened = open_nanotron(root, 2**24, None, Problems(), is_exact=False)
-    assert isinstance(opened, NanotronSource)
-    weights, tp, pp = opened.layout, opened.layout.rules.topology.tp, opened.layout.rules.topology.pp
-    topology, names = Topology(tp, pp, dp), tuple(positions_of(weights))
-    state = {"step": new_tensor("F32", ()), **{kind: new_tensor("F32", (1,)) for kind in _KINDS[:2]}}
-    entries = {name: Entry(name, _GROUP, state, {(STATE, "step"): bytes(4)}, dict.fromkeys(_KINDS, "F32"))
-               for name in names}
-    new = NewTrainingState(_Made(entries, names), weights, topology, zero)  # type: ignore[arg-type]
-    for rank in new.layout.ranks():
-        path = optimizer_path(rank, topology)
-        _write(root / path, stream(new.made(rank).file, _noise))
-    for stage, own in enumerate(new.names):
-        rates = [3e-4] * len(own)
-        schedule = {"base_lrs": rates, "last_epoch": 10, "_step_count": 11, "_last_lr": rates,
-                    "lr_lambdas": [{}] * len(own)}
-        for rank in range(tp):
-            path = scheduler_path(stage, rank, topology)
-            _write(root / path, stream(plan_torch_file(schedule, folder_of(path)), _noise))
-    shapes = [(name, new.layout.shape_of(position)) for name, position in zip(new.names[0], new.layout.stages[0])]
-    (root / OPTIMIZER_CONFIG_NAME).write_bytes(optimizer_config(topology, zero, True, shapes))
-    settings = yaml.safe_load((root / "config.yaml").read_text())
-    settings["parallelism"]["dp"], settings["optimizer"]["zero_stage"] = dp, zero
-    settings["tokens"]["batch_accumulation_per_replica"] = 64 // dp
-    (root / "config.yaml").write_text(yaml.dump(settings))
-    metadata = json.loads((root / "checkpoint_metadata.json").read_text())
-    metadata["dp"] = dp
-    (root / "checkpoint_metadata.json").write_text(json.dumps(metadata))
-    (root / "stream_reshard.json").unlink(missing_ok=True)
+def training(bench: Bench) -> dict[str, Any]:
+    """There and back, and what others do; each source has its own cp."""
+    with ExitStack() as stack:
+        saved = _saved(bench, stack)
+        moved = _moved(bench, saved, stack)
+        zero = bench.input_of(UNIVERSAL, saved, stack)
+        copies = [bench.copy(source, name=f"cp -r && sync: {name}", reference=f"cp -r && sync: {name}")
+                  for name, source in ((SAVED, saved), (MOVED, moved), ("DeepSpeed ZeRO-1", zero))]
+        of_saved, of_moved, of_zero = (copy.name for copy in copies)
+        universal = bench.peer(UNIVERSAL, zero, reference=of_zero)
+        cases = [
+            copies[0], bench.ours(f"to {MOVED}", saved, 4, 2, extra=_THERE, reference=of_saved),
+            bench.peer(LOAD_ALL, saved, reference=of_saved),
+            copies[1], bench.ours(f"to {SAVED}", moved, 2, 1, extra=_BACK, reference=of_moved),
+            *([] if universal.skipped else [copies[2]]), universal]
+        return {"cases": bench.run(_watched(case) for case in cases)}
 
 
-class _Made:
-    """As much of a source as a new state is made of."""
-
-    has_one_group = False
-    keys = ("state", "param_groups", "names", MASTERS)
-
-    def __init__(self, entries: dict[str, Entry], names: tuple[str, ...]):
-        self.entries, self.order = entries, names
-        self.layout: Any = argparse.Namespace(kinds=_KINDS)
+def _watched(case: Case) -> Case:
+    return replace(case, watches_disk=True)
 
 
-def _noise(storage: StorageReference) -> Iterator[bytes]:
-    noise, left, begin = _NOISE, storage.nbytes, 0
-    while left:
-        piece = noise[begin:begin + min(left, _PIECE_NBYTES)]
-        yield piece
-        left, begin = left - len(piece), (begin + 4099) % 2**20
+def _saved(bench: Bench, stack: ExitStack) -> Source:
+    """A training as Nanotron saves it, of random bits."""
+    path = _new(bench, "saved", stack)
+    _run(*OURS, bench.sources.get(bench.shape).path, path, "--tp", 2, "--quiet")
+    _run(sys.executable, "-m", "benchmarks.synthetic_training", path, "--dp", 2, "--zero", 1)
+    return source_at(path)
 
 
-_NOISE = os.urandom(2**20) * 9
+def _moved(bench: Bench, saved: Source, stack: ExitStack) -> Source:
+    """The same training after its move: the source of the way back."""
+    path = _new(bench, "moved", stack)
+    _run(*OURS, saved.path, path, *_THERE, "--tp", 4, "--pp", 2, "--quiet")
+    return source_at(path)
 
 
-def _write(path: Path, pieces: Iterator[bytes | memoryview]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "wb") as file:
-        for piece in pieces:
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
+def _new(bench: Bench, name: str, stack: ExitStack) -> Path:
+    """A folder that is removed at the end."""
+    path = bench.scratch / name
+    stack.callback(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--dp", type=int, default=1)
-    parser.add_argument("--zero", type=int, default=0)
-    arguments = parser.parse_args()
-    add_training(arguments.checkpoint, arguments.dp, arguments.zero)
+def _run(*words: object) -> None:
+    """A step outside the timed part."""
+    subprocess.run(list(map(str, words)), cwd=ROOT, check=True)

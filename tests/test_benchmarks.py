@@ -27,7 +27,7 @@ def python(code, *arguments):
 
 
 def run_of(seconds):
-    return Measurement(0, seconds, 0.0, 1, 1, Bytes(), ())
+    return Measurement(0, seconds, 0.0, 1, 1, Bytes(), 0, ())
 
 
 HOLD = "import time; b = bytearray(%d << 20); b[::4096] = bytes([1]) * len(b[::4096]); time.sleep(0.2)"

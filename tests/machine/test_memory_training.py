@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from benchmarks.training import add_training
+from benchmarks.synthetic_training import add_training
 from running import ROOT, peak_until_it_ends
 from trees import write_sparse_source
 
