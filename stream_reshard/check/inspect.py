@@ -13,7 +13,7 @@ from stream_reshard.destination.journal import JOURNAL_NAME
 from stream_reshard.destination.manifest import MANIFEST_NAME, Manifest, read_manifest
 from stream_reshard.errors import Problems, SourceError, explained, quoted
 from stream_reshard.formats.causes import above, no_checkpoint
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME
+from stream_reshard.formats.config_json import CONFIG_NAME
 from stream_reshard.formats.hugging_face.folder import open_folder
 from stream_reshard.formats.layout import Layout
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from stream_reshard.destination.staging import staging_of
 from stream_reshard.errors import Cause, SourceError, StreamReshardError, quoted, shell_word
-from stream_reshard.formats.hugging_face.config import (
-    CONFIG_NAME, INDEX_NAME, PICKLED_INDEX_NAME, PICKLED_NAME, SINGLE_NAME)
+from stream_reshard.formats.config_json import CONFIG_NAME, INDEX_NAME, PICKLED_INDEX_NAME, PICKLED_NAME, SINGLE_NAME
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
 from stream_reshard.storage.small_files import dangling, read_capped, read_error, read_json
 

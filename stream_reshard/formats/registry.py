@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stream_reshard.errors import Cause, Problems, UsageError, quoted
 from stream_reshard.formats.base import Described
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME
+from stream_reshard.formats.config_json import CONFIG_NAME
 from stream_reshard.formats.hugging_face.source import open_hugging_face
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
 from stream_reshard.formats.nanotron.source import open_nanotron

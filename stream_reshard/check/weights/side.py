@@ -15,7 +15,7 @@ from stream_reshard.check.weights.token_ids import with_ids_of
 from stream_reshard.destination.manifest import StoredManifest, open_manifest
 from stream_reshard.errors import Problems, explained
 from stream_reshard.formats.causes import no_checkpoint
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME
+from stream_reshard.formats.config_json import CONFIG_NAME
 from stream_reshard.formats.nanotron.rules import STAGES
 from stream_reshard.formats.registry import is_nanotron
 from stream_reshard.model.truncation import Truncate, recorded, truncated_like, untruncated

@@ -10,8 +10,8 @@ from typing import Any
 
 from stream_reshard.errors import Problems, UsageError
 from stream_reshard.formats.base import Described, NextStep, Source, Target, with_router_dtype
+from stream_reshard.formats.config_json import CONFIG_NAME, INDEX_NAME
 from stream_reshard.formats.hugging_face.card import CARD_NAME, model_card
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME
 from stream_reshard.formats.hugging_face.planned import DEFAULT_MAX_SHARD_NBYTES, HuggingFaceTarget
 from stream_reshard.formats.unsupported import Unsupported
 from stream_reshard.machine.memory import human
