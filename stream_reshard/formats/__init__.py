@@ -1,6 +1,6 @@
 """Formats: one folder each; any source goes with any target.
 
-- hugging_face, nanotron: the formats; neither imports the other
+- hugging_face, nanotron, meta: the formats; none imports another
 - registry:           recognizing the format of a folder, and opening it
 - base:               Described, Source, Target
 - layout:             Slice, Fill, Group, Layout: the terms in which every format states what is where
