@@ -12,8 +12,7 @@ import json
 import os
 from pathlib import Path
 
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME, read_config
-from stream_reshard.formats.hugging_face.config import INDEX_NAME
+from stream_reshard.formats.config_json import CONFIG_NAME, INDEX_NAME, read_config
 from stream_reshard.model.architectures import FAMILIES, build_model
 from stream_reshard.model.parameters import Parameter
 from stream_reshard.storage.dtypes import ITEMSIZE, SAFETENSORS_DTYPES

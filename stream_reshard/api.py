@@ -242,7 +242,7 @@ def run_forward(plan: ForwardPlan, progress: Progress | bool = False, stop: Stop
 
 @_public
 def inspect(folder: Folder, *, values: bool = False, stop: Stop | None = None) -> Report:
-    """Contents of a checkpoint folder of either format: family, sizes, dtypes, topology, stages, versions, faults. With
+    """Contents of a checkpoint folder of any format: family, sizes, dtypes, topology, stages, versions, faults. With
     `values` every weight is read, and NaN and infinities are counted. Raises SourceError."""
     from stream_reshard.check.inspect import inspect as contents
     from stream_reshard.check.inspect_lines import lines

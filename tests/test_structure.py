@@ -7,7 +7,7 @@ from pathlib import Path
 from stream_reshard import WINGS
 
 PACKAGE = Path(__file__).parents[1] / "stream_reshard"
-FORMATS = ("hugging_face", "nanotron")
+FORMATS = ("hugging_face", "nanotron", "meta")
 
 
 def modules():

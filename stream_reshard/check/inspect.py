@@ -1,4 +1,4 @@
-"""Inspect: the contents of a checkpoint folder of either format, from its headers; on request its values too."""
+"""Inspect: the contents of a checkpoint folder of any format, from its headers; on request its values too."""
 from __future__ import annotations
 
 import os
@@ -13,9 +13,11 @@ from stream_reshard.destination.journal import JOURNAL_NAME
 from stream_reshard.destination.manifest import MANIFEST_NAME, Manifest, read_manifest
 from stream_reshard.errors import Problems, SourceError, explained, quoted
 from stream_reshard.formats.causes import above, no_checkpoint
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME
+from stream_reshard.formats.config_json import CONFIG_NAME
 from stream_reshard.formats.hugging_face.folder import open_folder
 from stream_reshard.formats.layout import Layout
+from stream_reshard.formats.meta.folder import is_meta
+from stream_reshard.formats.meta.folder import open_folder as open_parts
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME, NanotronModelConfig, read_model_config
 from stream_reshard.formats.nanotron.folder import litter_notes
 from stream_reshard.formats.nanotron.layout import NanotronLayout
@@ -48,6 +50,8 @@ def inspect(root: Path, values: bool = False, stop: Stop | None = None) -> dict[
     check_readable(root)
     if is_nanotron(root):
         facts, tensors = _inspect_nanotron(root)
+    elif is_meta(root):
+        facts, tensors = _inspect_meta(root)
     elif os.path.isfile(root / CONFIG_NAME):
         facts, tensors = _inspect_hugging_face(root)
     else:
@@ -64,6 +68,17 @@ def _inspect_hugging_face(root: Path) -> tuple[dict[str, Any], Iterator[StoredTe
              "dtypes": layout.count_dtypes(), "num_files": layout.num_files, "nbytes": layout.nbytes,
              "ignored": dict(layout.ignored), "has_manifest": (root / MANIFEST_NAME).is_file(), "faults": [],
              "notes": [*config.notes, *layout.notes]}
+    return facts, layout.tensors()
+
+
+def _inspect_meta(root: Path) -> tuple[dict[str, Any], Iterator[StoredTensor]]:
+    problems = Problems()
+    found, _, opened = open_parts(root, MAX_HEADER_NBYTES, problems)
+    config, layout = problems.required(found), problems.required(opened)
+    facts = {"checkpoint": "Meta", **_model_facts(config.model, layout), "vocab_size": config.model.vocab_size,
+             "rope_interleaved": True, "dtypes": dict(Counter(tensor.dtype for tensor in layout.tensors())),
+             "num_files": layout.num_files, "nbytes": layout.nbytes, "ignored": dict(layout.ignored),
+             "has_manifest": False, "faults": [], "notes": list(config.notes)}
     return facts, layout.tensors()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from stream_reshard.check.weights import verify
 from stream_reshard.convert.conversion import plan_conversion, run_conversion
 from stream_reshard.errors import DestinationError, quoted, shell_word
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME, SINGLE_NAME, read_config
+from stream_reshard.formats.config_json import CONFIG_NAME, SINGLE_NAME, read_config
 from stream_reshard.machine.stop import Stop
 from stream_reshard.model.architectures import FAMILIES, build_model
 from stream_reshard.options import Options

@@ -30,15 +30,15 @@ _OPTIONS: dict[str, tuple[type[Declared], ...]] = {
     "convert": (Options,), "plan": (Options,), "verify": (VerifyOptions, ForwardOptions)}
 """The options of each command; of two with one name the first is taken."""
 
-_SOURCE = ("source", "SRC", "a folder of Hugging Face shards (safetensors, or pytorch_model*.bin), or a Nanotron "
-           "checkpoint")
+_SOURCE = ("source", "SRC", "a folder of Hugging Face shards (safetensors, or pytorch_model*.bin), of Meta's parts "
+           "(consolidated.*.pth), or a Nanotron checkpoint")
 _FOLDERS = {
     "convert": [_SOURCE, ("destination", "DST", "the folder to be made; it must be absent or empty")],
     "plan": [_SOURCE, ("destination", "DST", "the folder that would be made")],
-    "verify": [("source", "SRC", "the checkpoint that is right, of either format"),
-               ("destination", "DST", "the checkpoint to compare with it, of either format")],
-    "inspect": [("source", "DIR", "a checkpoint folder of either format")],
-    "diff": [("source", "A", "a checkpoint folder of either format"),
+    "verify": [("source", "SRC", "the checkpoint that is right, of any format"),
+               ("destination", "DST", "the checkpoint to compare with it, of any format")],
+    "inspect": [("source", "DIR", "a checkpoint folder of any format")],
+    "diff": [("source", "A", "a checkpoint folder of any format"),
              ("destination", "B", "another one of the same model")]}
 """(name, metavar, meaning) of the folders of each command."""
 

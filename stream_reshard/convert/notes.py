@@ -50,6 +50,7 @@ def notes_of(options: Options, source: Source, target: Target[Any], plan: Plan,
     yield from too_many_ids(companions, source.config.vocab_size)
     if plan.target.format == "Nanotron":
         yield from rounded(plan)
+        yield from bare_tokenizer(companions)
     yield from target.notes(source, plan.target)
 
 
@@ -74,6 +75,13 @@ def rounded(plan: Plan) -> Iterator[str]:
         verb = "loads them as that" if dtype == "float32" else "rounds them when it loads"
         yield (f"{len(numbers)} tensors such as {model.parameter(numbers[0]).hugging_face} are {other}, config.yaml "
                f"says {dtype}: Nanotron {verb}")
+
+
+def bare_tokenizer(companions: Mapping[str, Companion]) -> Iterator[str]:
+    """A note on a tokenizer of Meta's, of which transformers does not know the class."""
+    if "tokenizer.model" in companions and not {"tokenizer.json", CONFIG_NAME} & companions.keys():
+        yield (f"tokenizer.model alone: transformers, with which Nanotron reads a tokenizer, needs tokenizer.json or "
+               f"{CONFIG_NAME} beside it; --tokenizer takes them from another folder of the model")
 
 
 def too_many_ids(companions: Mapping[str, Companion], num_rows: int) -> Iterator[str]:

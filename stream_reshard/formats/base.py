@@ -33,7 +33,7 @@ class Described:
     notes: tuple[str, ...] = ()
     """Remarks about the checkpoint for the user."""
     rope_interleaved: bool = False
-    """Heads are stored as (pair, half)."""
+    """A Nanotron checkpoint stores heads as (pair, half), and keeps that at another topology."""
     config_class: str | None = None
     """Nanotron's config class; None where the checkpoint names none."""
     identities: Mapping[str, Identity] = field(default_factory=dict)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from stream_reshard.destination.staging import staging_of
 from stream_reshard.errors import Cause, SourceError, StreamReshardError, quoted, shell_word
-from stream_reshard.formats.hugging_face.config import (
-    CONFIG_NAME, INDEX_NAME, PICKLED_INDEX_NAME, PICKLED_NAME, SINGLE_NAME)
+from stream_reshard.formats.config_json import CONFIG_NAME, INDEX_NAME, PICKLED_INDEX_NAME, PICKLED_NAME, SINGLE_NAME
+from stream_reshard.formats.meta.params import PARAMS_NAME
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
 from stream_reshard.storage.small_files import dangling, read_capped, read_error, read_json
 
-_MARKERS = (CONFIG_NAME, MODEL_CONFIG_NAME)
-"""Files that make a folder a checkpoint of either format."""
+_MARKERS = (CONFIG_NAME, MODEL_CONFIG_NAME, PARAMS_NAME)
+"""Files that make a folder a checkpoint of any format."""
 
 _HUB_ID = re.compile(r"(?:(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/+)?"
                      r"([A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}?)(?:/(?:tree|resolve|blob)/.*)?", re.ASCII)
@@ -52,13 +52,13 @@ _MAX_NAMES = 10**5
 
 
 def no_checkpoint(root: Path) -> SourceError:
-    """Reason why `root` is no checkpoint of either format."""
+    """Reason why `root` is no checkpoint of any format."""
     if not os.path.isdir(root):
         return _no_folder(root)
     names = _names(root)
     return (dangling(root, CONFIG_NAME) or _cache_folder(root) or _foreign(root, names) or _elsewhere(root, names) or
             SourceError(f"{quoted(root)} holds neither {' nor '.join(_MARKERS)}: it is not a Hugging Face checkpoint, "
-                        f"and not a committed checkpoint of Nanotron"))
+                        f"not a committed checkpoint of Nanotron, and not Meta's"))
 
 
 def no_weights(root: Path) -> SourceError:
@@ -158,12 +158,6 @@ def _foreign(root: Path, names: list[str]) -> Cause | None:
     """The cause where the names in a folder are those of a LoRA adapter, or of weights in another format; else None."""
     if _ADAPTER_CONFIG in names:
         return _adapter(root)
-    consolidated = next((name for name in names if fnmatch(name, "consolidated*.pth")), None)
-    if consolidated:
-        return above(root) or Cause(
-            f"{quoted(root)} holds the original format of Meta ({quoted(consolidated)}); take the repository in the "
-            f"format of Hugging Face (of Llama 2 its name ends in -hf), or convert it with "
-            f"convert_llama_weights_to_hf.py of transformers' repository (--input_dir SRC --output_dir NEW)")
     if any(fnmatch(name, "consolidated*.safetensors") for name in names):
         return above(root) or Cause(
             f"{quoted(root)} holds the original format of Mistral (consolidated.safetensors, params.json); download "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from stream_reshard.model.box import Box
-from stream_reshard.model.parameters import Model
+from stream_reshard.model.parameters import Model, Parameter
 from stream_reshard.storage.header import StoredTensor, TensorFile
 
 
@@ -22,6 +22,15 @@ def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
 def offset_in(shape: tuple[int, ...], index: tuple[int, ...]) -> int:
     """Elements before `index` in a C-contiguous array of this shape."""
     return sum(a * step for a, step in zip(index, strides_of(shape)))
+
+
+def interleaved(parameter: Parameter) -> tuple[tuple[int, ...], ...]:
+    """`Slice.order` of a parameter where rotary embedding interleaves: a head is stored as (pair, half)."""
+    if "half" not in parameter.dims:
+        return parameter.matrix
+    half, pair = parameter.dims.index("half"), parameter.dims.index("pair")
+    swap = {half: pair, pair: half}
+    return tuple(tuple(swap.get(dim, dim) for dim in group) for group in parameter.matrix)
 
 
 @dataclass(frozen=True)

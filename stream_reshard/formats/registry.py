@@ -1,4 +1,4 @@
-"""The format of a folder, and opening a checkpoint of either format."""
+"""The format of a folder, and opening a checkpoint of any format."""
 from __future__ import annotations
 
 import os
@@ -6,8 +6,11 @@ from pathlib import Path
 
 from stream_reshard.errors import Cause, Problems, UsageError, quoted
 from stream_reshard.formats.base import Described
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME
+from stream_reshard.formats.config_json import CONFIG_NAME
 from stream_reshard.formats.hugging_face.source import open_hugging_face
+from stream_reshard.formats.meta.folder import is_meta
+from stream_reshard.formats.meta.params import PARAMS_NAME
+from stream_reshard.formats.meta.source import open_meta
 from stream_reshard.formats.nanotron.config import MODEL_CONFIG_NAME
 from stream_reshard.formats.nanotron.source import open_nanotron
 from stream_reshard.model.truncation import Truncate, untruncated
@@ -16,13 +19,15 @@ from stream_reshard.storage.small_files import check_readable, dangling, misplac
 
 def open_any(root: Path, max_nbytes: int, vocab_size: int | None, problems: Problems,
              is_exact: bool = True, truncate: Truncate = untruncated, keeps_rows: bool = False) -> Described | None:
-    """Open a checkpoint of either format, or the layers of it that `truncate` takes; see `open_nanotron`. Raises
+    """Open a checkpoint of any format, or the layers of it that `truncate` takes; see `open_nanotron`. Raises
     SourceError for a folder that may not be read."""
     check_readable(root)
     if is_nanotron(root):
         return open_nanotron(root, max_nbytes, vocab_size, problems, is_exact, truncate, keeps_rows)
-    if vocab_size is not None and os.path.isfile(root / CONFIG_NAME):
-        problems.append(UsageError("--vocab-size is for a Nanotron source only; config.json gives vocab_size"))
+    if vocab_size is not None and any(os.path.isfile(root / name) for name in (CONFIG_NAME, PARAMS_NAME)):
+        problems.append(UsageError("--vocab-size is for a Nanotron source only; of any other the size is known"))
+    if is_meta(root):
+        return open_meta(root, max_nbytes, problems, truncate)
     return open_hugging_face(root, max_nbytes, problems, truncate)
 
 
@@ -50,7 +55,7 @@ def followed(root: Path, is_copy: bool = False) -> tuple[Path, list[str]]:
     if not os.path.isdir(root):
         return root, []
     has_nanotron = is_nanotron(root)
-    is_checkpoint = has_nanotron or os.path.isfile(root / CONFIG_NAME)
+    is_checkpoint = has_nanotron or is_meta(root) or os.path.isfile(root / CONFIG_NAME)
     if is_checkpoint and (is_copy or not has_nanotron):
         return root, []
     if not os.path.exists(root / LATEST_NAME):

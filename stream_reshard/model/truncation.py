@@ -1,6 +1,7 @@
 """Truncation: the first layers of a model in place of all, by which a conversion of a large model is tried."""
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ from stream_reshard.model.parameters import ModelConfig
 WHOLE = "whole_num_hidden_layers"
 """Key of `ModelConfig.whole_num_hidden_layers` in a config.json and in a manifest. transformers keeps keys that it does
 not know; Nanotron's configs refuse them."""
+
+_LAYER = re.compile(r"(?:model\.)*layers\.(0|[1-9]\d{0,11})\.", re.ASCII)
 
 Truncate = Callable[[ModelConfig], ModelConfig]
 """The config of the layers to take, from that of a checkpoint."""
@@ -55,6 +58,11 @@ def recorded(config: ModelConfig, facts: Mapping[str, Any]) -> ModelConfig:
 def left_out(config: ModelConfig, taken: ModelConfig) -> range:
     """The layers of a checkpoint that are not taken. `config`: of the checkpoint; `taken`: of the layers to take."""
     return range(taken.num_hidden_layers, config.num_hidden_layers)
+
+
+def is_in_layers(key: str, layers: range) -> bool:
+    """True for the name of a tensor in one of these layers."""
+    return bool(layers and (match := _LAYER.match(key)) and int(match[1]) in layers)
 
 
 def layers_text(number: int, whole: int | None) -> str:

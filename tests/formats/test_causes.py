@@ -72,7 +72,7 @@ IN_PLACE = [
      ["LoRA adapter of 'org/base'", "merge_and_unload()"]),
     ("adapter without config", without_config(("adapter_config.json", "{"), ("adapter_model.bin", "")), ["LoRA adapter"]),
     ("Meta", without_config(("consolidated.00.pth", "PK"), ("params.json", "{}")),
-     ["original format of Meta", "-hf", "convert_llama_weights_to_hf.py"]),
+     ["'consolidated.00.pth' in ", "is text, not weights ('PK')"]),
     ("Mistral", without_config(("consolidated.safetensors", ""), ("params.json", "{}")), ["original format of Mistral"]),
     ("GGUF alone", without_config(("llama-Q4_K_M.gguf", "GGUF")), ["GGUF", "gguf_file"]),
     ("TensorFlow", instead(("tf_model.h5", "")), ["TensorFlow", "from_tf"]),

@@ -14,7 +14,7 @@ import pytest
 
 from stream_reshard.convert.conversion import Options, plan_conversion, run_conversion
 from stream_reshard.errors import Refused, StreamReshardError
-from stream_reshard.formats.hugging_face.config import read_config
+from stream_reshard.formats.config_json import read_config
 from stream_reshard.formats.hugging_face.folder import HuggingFaceLayout
 from stream_reshard.formats.nanotron import ranks as nanotron_ranks
 from stream_reshard.formats.nanotron.layout import NanotronLayout

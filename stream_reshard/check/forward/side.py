@@ -12,7 +12,7 @@ from stream_reshard.check.forward.hugging_face_tensors import HuggingFaceTensors
 from stream_reshard.check.forward.nanotron_config import NanotronConfig, read_nanotron_config
 from stream_reshard.check.forward.nanotron_tensors import NanotronTensors
 from stream_reshard.destination.manifest import open_manifest
-from stream_reshard.errors import Problems
+from stream_reshard.errors import Problems, SourceError, quoted
 from stream_reshard.formats.causes import no_checkpoint
 from stream_reshard.model.truncation import WHOLE
 
@@ -88,11 +88,20 @@ def open_side(root: Path, max_nbytes: int, allow: Collection[str] = (), copy: Si
     if (root / "model" / "model").is_dir():
         may_be_moved = MOVED_STAGES in {*allow, *facts["allowed"]}
         side = problems.collect(_open_nanotron, root, max_nbytes, problems, facts, may_be_moved, copy)
+    elif _holds_meta(root):
+        problems.append(SourceError(f"{quoted(root)} holds Meta's parts, whose forward pass is not run; verify without "
+                                    f"--forward compares the weights"))
     elif (root / CONFIG_NAME).is_file():
         side = problems.collect(_open_hugging_face, root, max_nbytes, problems, facts, copy)
     else:
         problems.append(no_checkpoint(root))
     return problems.required(side)
+
+
+def _holds_meta(root: Path) -> bool:
+    """True for a folder of Meta's parts without shards of Hugging Face."""
+    return any(root.glob("consolidated*.pth")) and not any(
+        any(root.glob(pattern)) for pattern in ("model*.safetensors*", "pytorch_model*.bin*"))
 
 
 def _open_hugging_face(root: Path, max_nbytes: int, problems: Problems, facts: Mapping[str, Any],

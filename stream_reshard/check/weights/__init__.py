@@ -2,6 +2,7 @@
 
 - checkpoint:   a checkpoint as matrices that can be read in blocks
 - hugging_face: a Hugging Face folder as such a checkpoint
+- meta:         a folder of Meta's parts as such a checkpoint
 - groups:       the files of one Nanotron parameter, by Nanotron's own rules
 - nanotron:     a Nanotron folder as such a checkpoint, through the slice metadata in its own headers
 - compare:      one parameter of both checkpoints, element by element
@@ -12,7 +13,7 @@
 - structure:    everything but the values of weights
 - start:        weights from which a training by config.yaml starts
 - training:     config.yaml against the weights beside it
-- side:         one of the two folders, of either format
+- side:         one of the two folders, of any format
 - tasks:        the parts of the comparison that read files, and their execution
 - states:       the training state beside the weights: moments, masters, schedule
 

@@ -11,7 +11,7 @@ from stream_reshard.check.weights.nanotron import MAX_LISTED
 from stream_reshard.destination.manifest import MANIFEST_NAME, FileDone
 from stream_reshard.errors import DifferenceError, quoted
 from stream_reshard.formats.base import routers
-from stream_reshard.formats.hugging_face.unsupported import QUANTIZATION
+from stream_reshard.formats.config_json_limits import QUANTIZATION
 from stream_reshard.formats.nanotron.config import NEUTRAL
 from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML
 from stream_reshard.model.parameters import TOKEN_IDS, ModelConfig

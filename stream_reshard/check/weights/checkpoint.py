@@ -1,4 +1,4 @@
-"""A checkpoint of either format, as `verify` reads it: matrices that can be read by rows.
+"""A checkpoint of any format, as `verify` reads it: matrices that can be read by rows.
 
 Every parameter is the matrix that Hugging Face stores (a vector is one column), in Hugging Face's order of rows. Its
 pieces map it to the stored tensors: a box of the matrix, and the box of a tensor that holds it. The planner's slices
@@ -152,7 +152,7 @@ class Checkpoint:
     dtype: str | None = None
     """The dtype in which transformers loads the weights by the config, under torch's name; None if it states none."""
     topology: Topology | None = None
-    """The topology in the names of the files; None for a Hugging Face checkpoint."""
+    """The topology in the names of the files; None for any other checkpoint."""
     interleaved: bool = False
     """True if rotary embedding interleaves the rows of a head."""
     interleaved_by_default: bool = False

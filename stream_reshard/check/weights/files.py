@@ -14,7 +14,7 @@ from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.nanotron import MAX_LISTED
 from stream_reshard.destination.manifest import MANIFEST_NAME, FileDone, StoredManifest
 from stream_reshard.errors import DifferenceError, quoted
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME, PICKLED_INDEX_NAME, SINGLE_NAME
+from stream_reshard.formats.config_json import CONFIG_NAME, INDEX_NAME, PICKLED_INDEX_NAME, SINGLE_NAME
 from stream_reshard.formats.nanotron.config import METADATA_NAME, MODEL_CONFIG_NAME
 from stream_reshard.formats.nanotron.yaml_text import CONFIG_YAML
 from stream_reshard.storage.small_files import files_below

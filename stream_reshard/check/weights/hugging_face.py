@@ -7,9 +7,9 @@ from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint, Piece, Weight, Weights, matrix_of
 from stream_reshard.errors import Problems, SourceError
+from stream_reshard.formats.config_json_limits import quantization_settings, unsupported_settings
 from stream_reshard.formats.hugging_face.folder import open_folder
 from stream_reshard.formats.hugging_face.layout import HuggingFaceLayout
-from stream_reshard.formats.hugging_face.unsupported import quantization_settings, unsupported_settings
 from stream_reshard.model.box import Box
 from stream_reshard.model.truncation import Truncate, untruncated
 from stream_reshard.storage.source_file import same_bytes

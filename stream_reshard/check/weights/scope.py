@@ -47,7 +47,7 @@ def with_vocabulary(source: Checkpoint, options: VerifyOptions) -> Checkpoint:
     if size is None:
         return source
     if not source.is_nanotron:
-        raise UsageError("--vocab-size is for a Nanotron SRC; a Hugging Face config states the size itself")
+        raise UsageError("--vocab-size is for a Nanotron SRC; of any other the size is known")
     if source.vocab_size not in (None, size):
         raise UsageError(f"--vocab-size {size}: the manifest of {quoted(source.root)} states {source.vocab_size}")
     if not 0 < size <= source.config.vocab_size:

@@ -1,4 +1,4 @@
-"""One of the two folders that are compared: its manifest, and its checkpoint of either format."""
+"""One of the two folders that are compared: its manifest, and its checkpoint of any format."""
 from __future__ import annotations
 
 import os
@@ -10,12 +10,14 @@ from typing import Any
 
 from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.hugging_face import open_hugging_face
+from stream_reshard.check.weights.meta import open_meta
 from stream_reshard.check.weights.nanotron import open_nanotron
 from stream_reshard.check.weights.token_ids import with_ids_of
 from stream_reshard.destination.manifest import StoredManifest, open_manifest
 from stream_reshard.errors import Problems, explained
 from stream_reshard.formats.causes import no_checkpoint
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME
+from stream_reshard.formats.config_json import CONFIG_NAME
+from stream_reshard.formats.meta.folder import is_meta
 from stream_reshard.formats.nanotron.rules import PADDING, STAGES
 from stream_reshard.formats.registry import is_nanotron
 from stream_reshard.model.truncation import Truncate, recorded, truncated_like, untruncated
@@ -81,6 +83,8 @@ def _opened(root: Path, max_nbytes: int, problems: Problems, allow: Collection[s
                                    manifest.files if manifest and is_copy else None,
                                    lambda config: truncate(recorded(config, facts)))
         return Side(root, manifest, checkpoint and with_ids_of(manifest, checkpoint))
+    if is_meta(root):
+        return Side(root, manifest, open_meta(root, max_nbytes, problems, truncate))
     if os.path.isfile(root / CONFIG_NAME):
         return Side(root, manifest, open_hugging_face(root, max_nbytes, problems, truncate))
     problems.append(no_checkpoint(root))

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from stream_reshard.errors import Cause, StreamReshardError, quoted
-from stream_reshard.formats.hugging_face.config import SourceConfig, class_name_of
-from stream_reshard.formats.hugging_face.index import Shards, is_in_layers
+from stream_reshard.formats.config_json import SourceConfig, class_name_of, quantization_of
+from stream_reshard.formats.hugging_face.index import Shards
 from stream_reshard.formats.hugging_face.pickled import read_weights
 from stream_reshard.model.architectures import has_language_model_head
 from stream_reshard.model.parameters import Model
+from stream_reshard.model.truncation import is_in_layers
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.header import StoredTensor
 
@@ -39,25 +39,12 @@ _METHODS = (
     ("scales", "MLX"))
 """(last part of a name, quantisation method) for names that only quantised weights have; the surest first."""
 
-_CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
-"""Keys of config.json for quantised weights: of transformers, of old compressed-tensors, of MLX."""
-
 _CURES = {"_orig_mod": "torch.compile adds it: save model._orig_mod",
           "base_model": "PEFT adds it: save model.merge_and_unload()",
           "module": "DistributedDataParallel adds it: save model.module",
           "_fsdp_wrapped_module": "FSDP adds it: save the model's full state_dict",
           "language_model": "it is the text part of a larger model: save that part alone"}
 """Cures by a part of the names."""
-
-
-def quantization_of(raw: Mapping[str, Any]) -> str | None:
-    """The quantisation method that a config.json gives; None where it gives none."""
-    for key in _CONFIG_KEYS:
-        if value := raw.get(key):
-            settings = value if isinstance(value, dict) else {}
-            bits = f"{settings['bits']} bits" if "bits" in settings else key
-            return str(settings.get("quant_method") or settings.get("format") or bits)
-    return None
 
 
 @dataclass

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from stream_reshard.errors import Problems, SourceError, explained, quoted
 from stream_reshard.formats.causes import no_checkpoint
+from stream_reshard.formats.config_json import CONFIG_NAME, SourceConfig, read_config
 from stream_reshard.formats.hugging_face.causes import cause_of
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME, SourceConfig, read_config
-from stream_reshard.formats.hugging_face.index import MAX_PROBLEMS, Index, Shards, is_in_layers, open_shards
+from stream_reshard.formats.hugging_face.index import MAX_PROBLEMS, Index, Shards, open_shards
 from stream_reshard.formats.hugging_face.layout import CODES, SPELLING, TRANSPOSED, HuggingFaceLayout
 from stream_reshard.formats.hugging_face.pickled import is_transposed, read_weights, strides_of
 from stream_reshard.model.architectures import build_model
 from stream_reshard.model.parameters import Model
-from stream_reshard.model.truncation import Truncate, left_out, untruncated
+from stream_reshard.model.truncation import Truncate, is_in_layers, left_out, untruncated
 from stream_reshard.storage.dtypes import TORCH_DTYPES
 from stream_reshard.storage.header import MAX_HEADER_NBYTES, NO_HEADER, StoredTensor, TensorFile
 from stream_reshard.storage.small_files import MAX_JSON_NBYTES

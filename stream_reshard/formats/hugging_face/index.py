@@ -21,6 +21,7 @@ from stream_reshard.formats.causes import no_weights, unfinished
 from stream_reshard.formats.hugging_face.pickled import SAFETENSORS, Kind, kind_of, read_weights
 from stream_reshard.model.box import has_duplicates
 from stream_reshard.model.parameters import Model
+from stream_reshard.model.truncation import is_in_layers
 from stream_reshard.storage.header import MAX_HEADER_NBYTES, TensorFile
 from stream_reshard.storage.json_stream import JsonReader, TooLong
 from stream_reshard.storage.small_files import (
@@ -74,14 +75,6 @@ class Shards:
     kind: Kind = SAFETENSORS
     left_out: range = range(0)
     """Layers whose tensors are passed over."""
-
-
-_LAYER = re.compile(r"(?:model\.)*layers\.(0|[1-9]\d{0,11})\.", re.ASCII)
-
-
-def is_in_layers(key: str, layers: range) -> bool:
-    """True for the name of a tensor in one of these layers."""
-    return bool(layers and (match := _LAYER.match(key)) and int(match[1]) in layers)
 
 
 def open_shards(root: Path, model: Model | None, max_nbytes: int = MAX_HEADER_NBYTES,

@@ -13,7 +13,7 @@ from heapq import nsmallest
 from pathlib import Path
 
 from stream_reshard.errors import quoted
-from stream_reshard.formats.hugging_face.config import INDEX_NAME, PICKLED_INDEX_NAME, PICKLED_NAME, SINGLE_NAME
+from stream_reshard.formats.config_json import INDEX_NAME, PICKLED_INDEX_NAME, PICKLED_NAME, SINGLE_NAME
 from stream_reshard.storage.header import SHARD_NAME, StoredTensor, TensorFile, read_header
 from stream_reshard.storage.small_files import names_in
 from stream_reshard.storage.torch_file import read_torch_file

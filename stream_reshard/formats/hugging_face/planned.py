@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from stream_reshard.formats.hugging_face.config import SINGLE_NAME
+from stream_reshard.formats.config_json import SINGLE_NAME
 from stream_reshard.formats.layout import Group, Layout, Slice
 from stream_reshard.model.box import Box
 from stream_reshard.storage.dtypes import ITEMSIZE

@@ -6,14 +6,13 @@ from pathlib import Path
 
 from stream_reshard.errors import Problems, SourceError, StreamReshardError, quoted
 from stream_reshard.formats.base import Described, Source, router_dtype_of
-from stream_reshard.formats.hugging_face.causes import quantization_of
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME
+from stream_reshard.formats.config_json import CONFIG_NAME, quantization_of
+from stream_reshard.formats.config_json_limits import dropped, unsupported_settings
 from stream_reshard.formats.hugging_face.folder import open_folder
 from stream_reshard.formats.hugging_face.hub import origin_of
 from stream_reshard.formats.hugging_face.index import Shards
 from stream_reshard.formats.hugging_face.layout import HuggingFaceLayout
 from stream_reshard.formats.hugging_face.pickled import file_notes, kind_of
-from stream_reshard.formats.hugging_face.unsupported import dropped, unsupported_settings
 from stream_reshard.model.truncation import Truncate, untruncated
 from stream_reshard.storage.identity import identities_of
 from stream_reshard.storage.source_file import same_bytes

@@ -10,8 +10,8 @@ from typing import Any
 
 from stream_reshard.errors import Problems, UsageError
 from stream_reshard.formats.base import Described, NextStep, Source, Target, with_router_dtype
+from stream_reshard.formats.config_json import CONFIG_NAME, INDEX_NAME
 from stream_reshard.formats.hugging_face.card import CARD_NAME, model_card
-from stream_reshard.formats.hugging_face.config import CONFIG_NAME, INDEX_NAME
 from stream_reshard.formats.hugging_face.planned import DEFAULT_MAX_SHARD_NBYTES, HuggingFaceTarget
 from stream_reshard.formats.unsupported import Unsupported
 from stream_reshard.machine.memory import human
@@ -44,11 +44,11 @@ class ToHuggingFace(Target[HuggingFaceTarget]):
         return cls(options.max_shard_size, source.router_dtype if options.dtype == "keep" else None)
 
     def unsupported(self, source: Described) -> Iterator[Unsupported]:
-        """The source's unsupported settings. Of a Hugging Face source `--allow` accepts none: a new config.json would
-        silently lose the setting."""
-        is_hugging_face = source.config_name == CONFIG_NAME
+        """The source's unsupported settings. `--allow` accepts them of a Nanotron source only, which has no effect of
+        them: of any other a new config.json would silently lose the setting."""
+        is_nanotron = source.config_class is not None
         for setting in source.unsupported:
-            yield replace(setting, name=f"{setting.name} in a new config.json") if is_hugging_face else setting
+            yield setting if is_nanotron else replace(setting, name=f"{setting.name} in a new config.json")
 
     def notes(self, source: Source, layout: HuggingFaceTarget) -> Iterator[str]:
         """A remark on token ids, where the source does not hold all of them."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from stream_reshard.formats.layout import interleaved
 from stream_reshard.formats.nanotron.rules import NanotronRules
 from stream_reshard.model.box import Box
 from stream_reshard.model.parameters import Parameter
@@ -119,7 +120,7 @@ def _parts(fused: Sequence[Parameter], tp: int, rules: NanotronRules) -> Iterato
         local = unsharded.seen_from(unsharded)
         num_rows = _matrix_box(parameter, region, parameter.shape).shape[0]
         yield RankPart(region, _moved_down(local, local_row), _moved_down(unsharded, unsharded_row), num_rows,
-                       _order(parameter, rules))
+                       interleaved(parameter) if rules.rope_interleaved else parameter.matrix)
         local_row += local.stop[0]
         unsharded_row += _matrix_box(parameter, Box.whole(padded), padded).stop[0]
 
@@ -134,15 +135,6 @@ def _matrix_box(parameter: Parameter, region: Box, shape: tuple[int, ...]) -> Bo
 
 def _moved_down(box: Box, rows: int) -> Box:
     return box.with_extent(0, box.start[0] + rows, box.stop[0] + rows)
-
-
-def _order(parameter: Parameter, rules: NanotronRules) -> tuple[tuple[int, ...], ...]:
-    """`Slice.order` of a parameter: with interleaved rotary embedding a head is stored as (pair, half)."""
-    if not rules.rope_interleaved or "half" not in parameter.dims:
-        return parameter.matrix
-    half, pair = parameter.dims.index("half"), parameter.dims.index("pair")
-    swap = {half: pair, pair: half}
-    return tuple(tuple(swap.get(dim, dim) for dim in group) for group in parameter.matrix)
 
 
 def _unsharded_shape(fused: Sequence[Parameter], rules: NanotronRules) -> tuple[int, ...]:

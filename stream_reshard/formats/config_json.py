@@ -1,7 +1,7 @@
 """Settings of the model in a Hugging Face config.json, whether transformers 4 or 5 wrote it."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,10 @@ UNDERSTOOD = frozenset("""
 """Keys that are read here, for some family."""
 
 
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+"""Keys of config.json for quantised weights: of transformers, of old compressed-tensors, of MLX."""
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """A config.json, and the settings in it."""
@@ -43,6 +47,8 @@ class SourceConfig:
     """`rope_parameters` of transformers 5 and `rope_scaling` of transformers 4 in one; empty where both are absent."""
     notes: tuple[str, ...]
     """Remarks for the user on doubtful settings."""
+    name: str = CONFIG_NAME
+    """Name of the file, for messages."""
 
 
 def read_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
@@ -50,11 +56,17 @@ def read_config(root: Path, max_nbytes: int = MAX_JSON_NBYTES) -> SourceConfig:
     raw, doubts = read_json_with_notes(root, CONFIG_NAME, max_nbytes, UNDERSTOOD)
     if message := answer(raw, "hidden_size"):
         raise Cause(f"{quoted(CONFIG_NAME)} in {quoted(root)} {message}")
-    family, notes = family_of(raw)
-    reader = ConfigReader(raw, CONFIG_NAME, family.defaults)
+    return parse_config(raw, CONFIG_NAME, doubts)
+
+
+def parse_config(raw: Mapping[str, Any], name: str, notes: Iterable[str] = ()) -> SourceConfig:
+    """The settings in the keys of a config.json. `name`: of the file, for messages. Raises SourceError, or Refused with
+    all problems."""
+    family, remarks = family_of(raw)
+    reader = ConfigReader(raw, name, family.defaults)
     config = reader.model_config(family)
     reader.problems.raise_if_any()
-    return SourceConfig(raw, family, config, reader.rope, (*notes, *doubts))
+    return SourceConfig(raw, family, config, reader.rope, (*remarks, *notes), name)
 
 
 def class_name_of(raw: Mapping[str, Any]) -> str | None:
@@ -85,6 +97,16 @@ def family_of(raw: Mapping[str, Any]) -> tuple[Family, list[str]]:
         return family, []
     return family, [f"config.json: model_type is {quoted(model_type)}, architectures names {quoted(name)}; model_type "
                     f"decides, as in transformers"]
+
+
+def quantization_of(raw: Mapping[str, Any]) -> str | None:
+    """The quantisation method that a config.json gives; None where it gives none."""
+    for key in _QUANTIZATION_KEYS:
+        if value := raw.get(key):
+            settings = value if isinstance(value, dict) else {}
+            bits = f"{settings['bits']} bits" if "bits" in settings else key
+            return str(settings.get("quant_method") or settings.get("format") or bits)
+    return None
 
 
 def _known() -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stream_reshard.errors import quoted
-from stream_reshard.formats.hugging_face.causes import quantization_of
-from stream_reshard.formats.hugging_face.config import UNDERSTOOD, SourceConfig
+from stream_reshard.formats.config_json import UNDERSTOOD, SourceConfig, quantization_of
 from stream_reshard.formats.unsupported import Unsupported
 
 QUANTIZATION = "quantization"
