@@ -78,10 +78,11 @@ def rounded(plan: Plan) -> Iterator[str]:
 
 
 def bare_tokenizer(companions: Mapping[str, Companion]) -> Iterator[str]:
-    """A note on a tokenizer of Meta's, of which transformers does not know the class."""
+    """A note on a tokenizer of Meta's, which does not tell its class and its special tokens."""
     if "tokenizer.model" in companions and not {"tokenizer.json", CONFIG_NAME} & companions.keys():
-        yield (f"tokenizer.model alone: transformers, with which Nanotron reads a tokenizer, needs tokenizer.json or "
-               f"{CONFIG_NAME} beside it; --tokenizer takes them from another folder of the model")
+        yield (f"tokenizer.model alone, without tokenizer.json and {CONFIG_NAME}: transformers, with which Nanotron "
+               f"reads a tokenizer, may refuse it or not know its special tokens; --tokenizer takes that of another "
+               f"folder")
 
 
 def too_many_ids(companions: Mapping[str, Companion], num_rows: int) -> Iterator[str]:
