@@ -74,7 +74,7 @@ def sources_in(root: Path, lock: Path | None) -> Iterator[Sources]:
 
 _ROOM = {"training": (16, 40)}
 """Memory and disk that a section needs, as multiples of its source: a training is seven times its weights, three are
-kept, and one peer holds a whole one in memory, another two on the disk."""
+kept, and one peer holds two in memory, another two on the disk."""
 
 
 def shape_for(section: str, scratch: Path, is_full: bool) -> str:

@@ -73,11 +73,11 @@ def write_source(root: Path, config: dict, max_shard_nbytes: int = 5 * 10**9) ->
 
 
 def _write_shard(path: Path, parameters: list[Parameter], dtype: str) -> None:
-    noise = os.urandom(2**20) * 17
+    noise, begin = os.urandom(2**20) * 17, 0
     with open(path, "wb") as stream:
         stream.write(pack_header([(p.hugging_face, dtype, p.matrix_shape) for p in parameters], {"format": "pt"}))
         for parameter in parameters:
-            left, begin = parameter.num_elements * ITEMSIZE[dtype], 0
+            left = parameter.num_elements * ITEMSIZE[dtype]
             while left:
                 piece = noise[begin:begin + min(left, 16 * 2**20)]
                 stream.write(piece)

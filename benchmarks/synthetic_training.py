@@ -6,8 +6,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
+import struct
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +39,7 @@ def add_training(root: Path, dp: int, zero: int) -> None:
     opened = open_nanotron(root, 2**24, None, Problems(), is_exact=False)
     assert isinstance(opened, NanotronSource)
     weights, tp, pp = opened.layout, opened.layout.rules.topology.tp, opened.layout.rules.topology.pp
-    topology, names = Topology(tp, pp, dp), tuple(positions_of(weights))
+    topology, names = Topology(tp, pp, dp), tuple(sorted(positions_of(weights), key=_layer_of))
     state = {"step": new_tensor("F32", ()), **{kind: new_tensor("F32", (1,)) for kind in _KINDS[:2]}}
     entries = {name: Entry(name, _GROUP, state, {(STATE, "step"): bytes(4)}, dict.fromkeys(_KINDS, "F32"))
                for name in names}
@@ -62,6 +66,12 @@ def add_training(root: Path, dp: int, zero: int) -> None:
     (root / "stream_reshard.json").unlink(missing_ok=True)
 
 
+def _layer_of(name: str) -> float:
+    """The layer of a parameter: Nanotron counts them layer by layer, the embedding first and the head last."""
+    layer = re.search(r"decoder\.(\d+)\.", name)
+    return int(layer[1]) if layer else -1 if "embedding" in name else math.inf
+
+
 class _Made:
     """As much of a source as a new state is made of."""
 
@@ -74,7 +84,12 @@ class _Made:
 
 
 def _noise(storage: StorageReference) -> Iterator[bytes]:
-    noise, left, begin = _NOISE, storage.nbytes, 0
+    """The step, the only scalar, is the same everywhere. Each other storage begins elsewhere in the noise, so that no
+    two are equal."""
+    if storage.nbytes == len(_STEP):
+        yield _STEP
+        return
+    noise, left, begin = _NOISE, storage.nbytes, next(_STARTS)
     while left:
         piece = noise[begin:begin + min(left, _PIECE_NBYTES)]
         yield piece
@@ -82,6 +97,8 @@ def _noise(storage: StorageReference) -> Iterator[bytes]:
 
 
 _NOISE = os.urandom(2**20) * 9
+_STEP = struct.pack("<f", 10)
+_STARTS = (number * 4099 % 2**20 for number in count())
 
 
 def _write(path: Path, pieces: Iterator[bytes | memoryview]) -> None:

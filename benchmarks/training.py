@@ -31,9 +31,9 @@ def training(bench: Bench) -> dict[str, Any]:
         of_saved, of_moved, of_zero = (copy.name for copy in copies)
         universal = bench.peer(UNIVERSAL, zero, reference=of_zero)
         cases = [
-            copies[0], bench.ours(f"to {MOVED}", saved, 4, 2, extra=_THERE, reference=of_saved),
+            copies[0], bench.ours(f"stream_reshard to {MOVED}", saved, 4, 2, extra=_THERE, reference=of_saved),
             bench.peer(LOAD_ALL, saved, reference=of_saved),
-            copies[1], bench.ours(f"to {SAVED}", moved, 2, 1, extra=_BACK, reference=of_moved),
+            copies[1], bench.ours(f"stream_reshard to {SAVED}", moved, 2, 1, extra=_BACK, reference=of_moved),
             *([] if universal.skipped else [copies[2]]), universal]
         return {"cases": bench.run(_watched(case) for case in cases)}
 

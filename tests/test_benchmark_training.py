@@ -104,7 +104,7 @@ def test_files_that_come_and_go_count_on_the_disk(tmp_path):
     """A tool that keeps a second copy while it runs needs the room for it."""
     code = ("import os, sys, time; os.chdir(sys.argv[1])\n"
             "for name in 'ab': open(name, 'wb').write(bytes(1 << 20))\n"
-            "time.sleep(0.5); os.unlink('a')")
+            "time.sleep(0.5); os.unlink('a'); time.sleep(0.5)")
     run = measure([sys.executable, "-S", "-c", code, str(tmp_path)], watched=tmp_path)
     assert 2 * 2**20 <= run.peak_disk < 2.1 * 2**20 and 2**20 <= disk_nbytes(tmp_path) < 1.1 * 2**20
 
