@@ -183,7 +183,7 @@ def _run_plan(work: Work, options: RunOptions, staging: Staging, lanes: Lanes) -
 
 def _note(staging: Staging, done: JobDone) -> None:
     """Keep in the journal what a job has made durable."""
-    if done.crcs and done.index not in staging.journal.crcs:
+    if done.crcs and tuple(staging.journal.crcs.get(done.index, ())) != done.crcs:
         staging.journal.add_crcs(done.index, done.crcs)
     for file in done.files:
         if staging.journal.done.get(file.path) != file:

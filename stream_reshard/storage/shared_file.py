@@ -52,7 +52,10 @@ class SharedFile(NewTensorFile):
             return os.open(self.path, flags, self.mode, dir_fd=self.folder.descriptor)
 
     def _reserve(self) -> None:
-        if os.fstat(self._descriptor).st_size != self.nbytes:
+        size = os.fstat(self._descriptor).st_size
+        if size > self.nbytes:  # Left so by somebody else; fallocate makes no file shorter.
+            os.ftruncate(self._descriptor, self.nbytes)
+        elif size < self.nbytes:
             super()._reserve()
 
     def _write_begin(self) -> None:

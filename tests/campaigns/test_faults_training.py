@@ -88,14 +88,40 @@ def moved(case, capsys):
     return facts["nbytes_cloned"] + facts["nbytes_copied"] + facts["nbytes_strided"]
 
 
-def test_a_part_that_was_damaged_meanwhile_is_written_again(tmp_path):
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+def lengthen(path):
+    path.write_bytes(path.read_bytes() + b"more")
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def change_sums(path):
+    """The CRC-32 of the first tensor that each job wrote is another one."""
+    records = [json.loads(line) for line in path.read_bytes().splitlines()]
+    for record in records:
+        if "job" in record:
+            record["crc32"][0] ^= 1
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize("damage, names", [
+    (flip, "optimizer/*.pt"), (lengthen, "optimizer/*.pt"), (shorten, "optimizer/*.pt"),
+    (change_sums, "stream_reshard.journal")])
+def test_what_was_damaged_meanwhile_is_written_again(tmp_path, damage, names):
     case = make(tmp_path)
     case.clear()
     case.run(kill(len(case.operations) // 3, False))
     partial = case.destination.with_name(case.destination.name + ".partial")
-    for path in partial.glob("optimizer/*.pt"):
-        content = bytearray(path.read_bytes())
-        content[len(content) // 3] ^= 1
-        path.write_bytes(content)
+    paths = list(partial.glob(names))
+    assert paths and '"job"' in (partial / "stream_reshard.journal").read_text()
+    for path in paths:
+        damage(path)
     assert call(case.source, case.destination, *FLAGS[:-4]) == 0
     assert case.tree() == case.wanted

@@ -138,8 +138,8 @@ def test_a_schedule_is_told_by_its_rates_too():
     exact = [exact_group(group, "") for group in groups]
     assert schedule_of(exact_schedule(state), exact, 5) == "exact"
     flat = {"last_epoch": 4, "_last_lr": [0.1]}
-    assert schedule_of(flat, [{"lr": 0.1}], 4) == "saved"
-    assert schedule_of(exact_schedule(flat), [{"lr": 0.1}], 4) == "exact"
+    assert schedule_of(flat, [{"lr": 0.1, "initial_lr": 0.1}], 4) == "saved"
+    assert schedule_of(exact_schedule(flat), [{"lr": 0.1, "initial_lr": 0.1}], 4) == "exact"
 
 
 def test_the_exact_schedule_needs_the_initial_rate():

@@ -23,7 +23,7 @@ EXACT = ("the schedule is written so that Nanotron goes on exactly where it stop
 
 def state_differences(source: TrainingState, copy: TrainingState) -> Iterator[DifferenceError]:
     """An error for each difference; of one kind the first MAX_LISTED."""
-    ignored = _OF_SCHEDULE if source.is_exact != copy.is_exact else set()
+    ignored = _OF_SCHEDULE if _is_other_kind(source, copy) else set()
     if source.kinds != copy.kinds:
         yield DifferenceError(f"the optimizer in {quoted(copy.root)} keeps {', '.join(copy.kinds)}, in the source "
                               f"{', '.join(source.kinds)}")
@@ -36,6 +36,12 @@ def state_differences(source: TrainingState, copy: TrainingState) -> Iterator[Di
         yield from islice(differences, MAX_LISTED)
         if num_more := sum(1 for _ in differences):
             yield DifferenceError(f"and {num_more} more of the settings of the training differ")
+
+
+def _is_other_kind(source: TrainingState, copy: TrainingState) -> bool:
+    """True if one of two equal schedules is written exactly, and the other as Nanotron saves it."""
+    steps = [state.schedule.last_epoch + state.is_exact for state in (source, copy)]
+    return source.is_exact != copy.is_exact and steps[0] == steps[1]
 
 
 def _compared(place: str, copy: Mapping[str, Any], source: Mapping[str, Any], ignored: Collection[str] = ()
@@ -107,7 +113,7 @@ def _random_differences(source: TrainingState, copy: TrainingState) -> Iterator[
 
 def state_notes(source: TrainingState, copy: TrainingState) -> Iterator[str]:
     """Remarks on what is meant to differ."""
-    if source.is_exact != copy.is_exact:
+    if _is_other_kind(source, copy):
         yield f"{quoted((copy if copy.is_exact else source).root)}: {EXACT}"
 
 

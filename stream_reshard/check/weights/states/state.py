@@ -116,8 +116,12 @@ class TrainingState:
     def is_exact(self) -> bool:
         """True if the schedule is written so that Nanotron goes on where it stopped: its loader sets each learning
         rate anew from the first one, and counts a step more (nanotron/serialize/optimizer.py, helpers.py)."""
-        return self.schedule.last_epoch == self.metas["last_train_step"] - 1 and all(
-            settings.get("lr") == settings.get("initial_lr") for _, _, settings in self.groups())
+        if any(settings.get("lr") != settings.get("initial_lr") for _, _, settings in self.groups()):
+            return False
+        # A trainer that was resumed is ahead of its steps, and still so after one step less.
+        return bool(self.schedule.last_epoch < self.metas["last_train_step"]) or any(
+            self.files[stage, 0, 0].groups[index].get("lr") != entries.get("_last_lr")
+            for (stage, index), entries in self.schedule.entries.items())
 
 
 def has_state(root: Path) -> bool:

@@ -19,7 +19,8 @@ from stream_reshard.formats.nanotron.training.files import (
     OPTIMIZER_CONFIG_NAME, SINGLE_SCHEDULER_NAME, StateRank, random_path, scheduler_path, state_ranks)
 from stream_reshard.formats.nanotron.training.fitness import batch_fault, fitness_notes, fitness_problems
 from stream_reshard.formats.nanotron.training.layout import MASTERS
-from stream_reshard.formats.nanotron.training.schedule import exact_group, exact_schedule, moved_schedule
+from stream_reshard.formats.nanotron.training.schedule import (
+    check_schedules, exact_group, exact_schedule, moved_schedule, rates_of, saved_group, saved_schedule, schedule_of)
 from stream_reshard.formats.nanotron.training.source import TrainingState, open_state
 from stream_reshard.formats.nanotron.training.target import NewTrainingState
 from stream_reshard.machine.memory import counted, human
@@ -67,8 +68,8 @@ class WithTraining(ToNanotron):
         state = problems.collect(open_state, source.root, source.layout, min(max_nbytes, MAX_PICKLE_NBYTES))
         if papers:
             problems.extend(fitness_problems(papers, options.topology, options.allow))
-        if state and options.schedule == "exact":
-            state = problems.collect(_exact, state)
+        if state and papers:
+            state = problems.collect(_with_schedule, state, options.schedule, papers.num_steps)
         state, papers = problems.required(state), problems.required(papers)
         zero = state.zero if options.zero is None else options.zero
         return cls(rules, state, source, papers, zero, options.schedule)
@@ -111,14 +112,10 @@ class WithTraining(ToNanotron):
     def _schedules(self, state: NewTrainingState) -> dict[str, bytes]:
         """The files of the schedule, by path; the ranks of a stage have the same."""
         original, topology, found = self.original, self.rules.topology, {}
-        names, new_names = original.names, state.names
-        if original.has_one_group:  # The lists of a schedule have an entry per group.
-            names, new_names = ((("",),) * len(stages) for stages in (names, new_names))
-        schedules = moved_schedule(original.schedules, names, new_names)
+        schedules = moved_schedule(original.schedules, original.groups_of(original.names),
+                                   original.groups_of(state.names))
         is_single = original.schedules[0].path == SINGLE_SCHEDULER_NAME
         for stage, contents in enumerate(schedules[:1] if is_single else schedules):
-            if self.schedule == "exact":
-                contents = exact_schedule(contents)
             for tp in range(1 if is_single else topology.tp):
                 path = SINGLE_SCHEDULER_NAME if is_single else scheduler_path(stage, tp, topology)
                 found[path] = b"".join(stream(plan_torch_file(contents, folder_of(path)), lambda storage: ()))
@@ -187,8 +184,19 @@ def _with_rows(options: Options, source: NanotronSource, papers: TrainingDocumen
             replace(rules, pad_row=rows - 1 if has_pad_row else None))
 
 
-def _exact(state: TrainingState) -> TrainingState:
-    """A state with which Nanotron makes the schedule that the training had. Raises SourceError."""
-    where = quoted(str(state.layout.root / "optimizer"))
-    return replace(state, entries={name: replace(entry, group=exact_group(entry.group, where))
-                                   for name, entry in state.entries.items()})
+def _with_schedule(state: TrainingState, kind: str, num_steps: int) -> TrainingState:
+    """A state with this kind of schedule, "saved" or "exact", whichever it has. Raises SourceError."""
+    files, names = state.schedules, state.groups_of(state.names)
+    check_schedules(files, names)
+    groups = {name: entry.group for name, entry in state.entries.items()}
+    if schedule_of(files[0].contents, map(groups.__getitem__, state.names[0]), num_steps) == kind:
+        return state
+    if kind == "exact":
+        where, changed = quoted(str(state.layout.root / "optimizer")), exact_schedule
+        groups = {name: exact_group(group, where) for name, group in groups.items()}
+    else:
+        rates, changed = rates_of(files, names), saved_schedule
+        groups = {name: saved_group(group, rates["" if state.has_one_group else name])
+                  for name, group in groups.items()}
+    return replace(state, entries={name: replace(entry, group=groups[name]) for name, entry in state.entries.items()},
+                   schedules=tuple(replace(file, contents=changed(file.contents)) for file in files))

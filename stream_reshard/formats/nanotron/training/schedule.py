@@ -17,8 +17,19 @@ from typing import Any
 from stream_reshard.errors import SourceError, quoted
 from stream_reshard.storage.torch_file import TorchFile
 
-_PER_PARAMETER = ("base_lrs", "_last_lr")
+_RATES = "_last_lr"
+"""List of the learning rates of the last step."""
+
+_PER_PARAMETER = ("base_lrs", _RATES)
 """Lists that every scheduler's file has."""
+
+
+def check_schedules(files: Sequence[TorchFile], names: Sequence[Sequence[str]]) -> None:
+    """Raises SourceError for files that are not of one schedule, or not of these stages; see `moved_schedule`."""
+    for file, stage in zip(files, names):
+        _check(file, len(stage))
+    for file, stage in zip(files[1:], names[1:]):
+        _check_same(files[0], len(names[0]), file, len(stage))
 
 
 def moved_schedule(files: Sequence[TorchFile], names: Sequence[Sequence[str]], new_names: Sequence[Sequence[str]]
@@ -29,11 +40,8 @@ def moved_schedule(files: Sequence[TorchFile], names: Sequence[Sequence[str]], n
     `new_names`: the parameters of each stage in their order. Entries go with their parameter; all other values stay the
     objects that they are, as a pickle writes what is one object once. Raises SourceError.
     """
-    for file, stage in zip(files, names):
-        _check(file, len(stage))
+    check_schedules(files, names)
     first, num_first = files[0].contents, len(names[0])
-    for file, stage in zip(files[1:], names[1:]):
-        _check_same(files[0], num_first, file, len(stage))
     keys = [key for key, value in first.items() if _is_per_parameter(value, num_first)]
     entries = {key: _entries(key, files, names) for key in keys}
     # A copy of a dict, where a parameter is in two stages: in each it is an object of its own.
@@ -55,11 +63,28 @@ def exact_group(group: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**group, "lr": group["initial_lr"]}
 
 
+def saved_schedule(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents from which `exact_schedule` made these."""
+    return {**state, "last_epoch": state["last_epoch"] + 1}
+
+
+def saved_group(group: Mapping[str, Any], rate: Any) -> dict[str, Any]:
+    """The group from which `exact_group` made this one; `rate`: its learning rate in `rates_of`."""
+    return {**group, "lr": rate}
+
+
+def rates_of(files: Sequence[TorchFile], names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The learning rate of the last step by the name of the parameter. Raises SourceError."""
+    return _entries(_RATES, files, names)
+
+
 def schedule_of(state: Mapping[str, Any], groups: Iterable[Mapping[str, Any]], num_steps: int) -> str:
     """"exact" or "saved": the kind of schedule in a scheduler's file and the groups beside it, after so many steps. A
     trainer saves the learning rate of each group in both files, and is never behind the steps that are done."""
-    is_exact = state["last_epoch"] < num_steps or any(
-        group.get("lr") != rate for group, rate in zip(groups, state["_last_lr"]))
+    groups = list(groups)
+    is_exact = all(group.get("lr") == group.get("initial_lr") for group in groups) and (
+        state["last_epoch"] < num_steps or any(
+            group.get("lr") != rate for group, rate in zip(groups, state[_RATES])))
     return "exact" if is_exact else "saved"
 
 

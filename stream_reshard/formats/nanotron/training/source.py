@@ -52,6 +52,11 @@ class TrainingState:
     identities: Mapping[str, Identity]
     """Of all files of the state, by path, each taken before it was read."""
 
+    def groups_of(self, stages: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+        """The names of the groups of parameters of each stage, which the lists of a schedule have an entry for: those
+        of its parameters, or "" alone."""
+        return (("",),) * len(stages) if self.has_one_group else stages
+
     @property
     def zero(self) -> int:
         """Stage of ZeRO."""
