@@ -9,6 +9,8 @@ from torch_files import read, without_id
 
 from real import launch, trees
 
+pytestmark = pytest.mark.heavy
+
 VOCAB = 323
 PLACES = {"plain": ("--tp", 2, "--pp", 2), "zero": ("--zero", 1), "stages": ("--pp", 4)}
 """Flags for Nanotron; what remains of four processes is dp."""
