@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -22,7 +21,6 @@ from stream_reshard.destination.refusals import disk_free, num_kept_in, occupati
 from stream_reshard.destination.staging import lock_of
 from stream_reshard.errors import DestinationError, Problems, UsageError, quoted
 from stream_reshard.formats.base import Source, Target
-from stream_reshard.formats.nanotron.documents import yaml_string
 from stream_reshard.formats.nanotron.names import NAMING
 from stream_reshard.formats.nanotron.training.target import NewTrainingState
 from stream_reshard.machine import memory
@@ -43,6 +41,9 @@ from stream_reshard.storage.target_file import Transport
 
 if TYPE_CHECKING:
     from stream_reshard.convert.estimate import Estimate
+
+_ANYWHERE = Path("/anywhere")
+"""A destination, for a digest of documents that does not depend on the true one."""
 
 _SMALL_FILES_NBYTES = 2**20
 """Bytes on disk for documents, manifest and folders beside the weights."""
@@ -130,7 +131,9 @@ class Conversion(Reported):
         if options.destination is None:
             raise UsageError("the plan has no destination, so it cannot be run; give one to api.plan")
         destination = real_path(options.destination)
-        texts = self.target.documents(self.source, self.plan.target, self.dtype, destination, self.companions)
+        documents = partial(self.target.documents, self.source, self.plan.target, self.dtype,
+                            companions=self.companions)
+        digest = hashlib.sha256(repr(sorted(documents(destination=_ANYWHERE).items())).encode()).hexdigest()
         accepted = {*options.allow, *self.target.accepted_differences(self.plan.target)}
         dtype = self.dtype if options.template and self.plan.casts else options.dtype
         config = self.source.config
@@ -141,7 +144,7 @@ class Conversion(Reported):
                  "router_dtype": self.source.router_dtype if dtype == "keep" else None,
                  **({WHOLE: whole} if whole else {}), **({"from_masters": True} if options.from_masters else {}),
                  **({"origin": dict(self.source.origin)} if self.source.origin else {})}
-        return Output(self.plan, destination, texts, self.target.marker, _digest(texts, destination), NAMING,
+        return Output(self.plan, destination, documents(destination=destination), self.target.marker, digest, NAMING,
                       self.companions, self.identities, facts, self.states)
 
     @property
@@ -224,14 +227,6 @@ def _check_destination(conversion: Conversion, problems: Problems) -> None:
 def _num_kept(conversion: Conversion) -> int:
     """Files that an earlier attempt has left for this run. Raises DestinationError where another run has left some."""
     return 0 if conversion.options.restart else num_kept_in(conversion.output.destination, conversion.output.record)
-
-
-def _digest(documents: Mapping[str, bytes], destination: Path) -> str:
-    """A digest of documents that does not depend on the path of the destination."""
-    begin, plain = yaml_string(str(destination))[:-1].encode(), re.escape(os.fsencode(destination))
-    bare = re.compile(rb"(?<= )" + plain + rb"(?=(-training)?\n)")
-    texts = sorted((name, bare.sub(b"", text.replace(begin, b'"'))) for name, text in documents.items())
-    return hashlib.sha256(repr(texts).encode()).hexdigest()
 
 
 def run_conversion(conversion: Conversion, progress: Callable[[Job], None] = lambda job: None,

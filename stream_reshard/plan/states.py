@@ -49,7 +49,7 @@ def make_state_plan(source: StateLayout, target: StateLayout, values_digest: str
         raise StreamReshardError("this is a fault of stream_reshard, nothing was written: "
                                  + "; ".join(faults[:5]) + "; please report it")
     order = array("I", sorted(range(len(spans)), key=spans.__getitem__))
-    return Plan(source, target, order, array("I", range(len(order))), sum(sizes), max(sizes), {}, dict(dtypes),
+    return Plan(source, target, order, array("I", range(len(order))), target.nbytes, max(sizes), {}, dict(dtypes),
                 digest.hexdigest())
 
 

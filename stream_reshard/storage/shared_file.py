@@ -22,7 +22,7 @@ from stream_reshard.storage.target_file import NewTensorFile, Transport
 
 @dataclass(frozen=True)
 class FilePart(TensorFile):
-    """Tensors of a file that holds others as well."""
+    """Tensors of a file that holds others as well, in the order of their bytes."""
 
     size: int = 0
     """Size of the whole file, in bytes."""

@@ -6,8 +6,12 @@ import pytest
 from faults import Case, campaign, kill
 from running import call
 from test_faults import CODES, failed, killed, killed_at_random, sample
+from test_faults_source import pool
 from test_power_cut import Disk, cut, remove_above
 from training import make_training
+
+from stream_reshard.convert.conversion import Options, plan_conversion
+from stream_reshard.run.writing import RunOptions, run
 
 FLAGS = ("--to", "nanotron", "--tp", "2", "--dp", "2", "--zero", "1", "--quiet", "--workers", "1", "--max-memory",
          "4GiB")
@@ -125,3 +129,14 @@ def test_what_was_damaged_meanwhile_is_written_again(tmp_path, damage, names):
         damage(path)
     assert call(case.source, case.destination, *FLAGS[:-4]) == 0
     assert case.tree() == case.wanted
+
+
+def test_workers_in_processes_write_one_file_together(tmp_path):
+    case = make(tmp_path)
+    wanted = case.tree()
+    case.clear()
+    planned = plan_conversion(Options(case.source, case.destination, to="nanotron", tp=2, dp=2, zero=1,
+                                      max_memory=2**32))
+    with pool() as executor:
+        run(planned.output, RunOptions(planned.memory.block_nbytes, executor))
+    assert case.tree() == wanted

@@ -7,7 +7,9 @@ import subprocess
 import pytest
 from attempts import kill_in_the_middle, num_kept, weights_of
 from faults import Case, clean_error, manifest_of, tree_of
+from running import call
 from sources import INDEX, make_source
+from training import make_training
 
 from stream_reshard import api
 from stream_reshard.destination.staging import staging_of
@@ -81,6 +83,20 @@ def test_a_destination_that_is_mounted_elsewhere_goes_on_and_names_its_new_place
     assert f'"{case.destination}"' in (case.destination / "config.yaml").read_text()
     assert {path: digest for path, digest in case.tree().items() if path.startswith("model/")} == {
         path: digest for path, digest in case.wanted.items() if path.startswith("model/")}
+
+
+@pytest.mark.parametrize("name", ["moved", "a: b", "\xe4", "a long name of many words " * 4])
+def test_a_training_that_was_renamed_is_known(tmp_path, capsys, name):
+    """However YAML writes the path."""
+    source, flags = make_training(tmp_path / "source"), ("--quiet", "--to", "nanotron")
+    assert call(source, tmp_path / "first", *flags) == 0
+    (tmp_path / "first").rename(tmp_path / name)
+    assert call(source, tmp_path / name, *flags) == 4
+    assert "complete, but was made at another place, which config.yaml names" in capsys.readouterr().err
+    assert call(source, tmp_path / name, *flags, "--overwrite") == 0
+    (tmp_path / name).rename(tmp_path / "second")
+    assert call(source, tmp_path / "second", *flags) == 4
+    assert "made at another place" in capsys.readouterr().err
 
 
 def test_a_finished_destination_that_moved_is_not_called_done(done):

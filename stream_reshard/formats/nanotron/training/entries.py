@@ -52,7 +52,7 @@ class Entry:
 
 
 def kinds_of(entry: Entry) -> tuple[str, ...]:
-    """The kinds of state, in the order of their bytes in a file."""
+    """The kinds of state, masters last."""
     return tuple(entry.dtypes)
 
 

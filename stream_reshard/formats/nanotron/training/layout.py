@@ -99,7 +99,7 @@ class StateLayout(Layout):
     zero: int
     """Stage of ZeRO: 1 if each data-parallel rank keeps a part of each state, else 0."""
     kinds: tuple[str, ...]
-    """Kinds of state, in the order of their bytes in a file."""
+    """Kinds of state, masters last."""
     stages: tuple[tuple[int, ...], ...]
     """The groups of each stage by their positions among the groups of weights, in the order of the stage's parameters.
     A tied embedding is in two stages where there are several."""
@@ -250,7 +250,10 @@ class StateLayout(Layout):
         last = len(self.kinds) - 1
         return replace(self, model=self.weights.model, kinds=(MASTERS,),
                        dtypes={position: (names[last],) for position, names in self.dtypes.items()},
-                       begins=lambda rank, number, kind: self.begins(rank, number, last), _known={})
+                       begins=self._begin_of_master, _known={})
+
+    def _begin_of_master(self, rank: StateRank, number: int, kind: int) -> int:
+        return self.begins(rank, number, len(self.kinds) - 1)
 
     def files_of(self, group: Group) -> tuple[FilePart, ...]:
         """The part of each file that the group's states take."""
@@ -259,10 +262,11 @@ class StateLayout(Layout):
     def _file_part(self, holder: Holder, position: int) -> FilePart:
         num_elements = holder.stop - holder.start
         path = optimizer_path(holder.rank, self.topology)
-        tensors = tuple(StoredTensor(path, name, self.dtypes[position][kind], (num_elements,),
-                                     self.begins(holder.rank, holder.place.number, kind))
-                        for kind, name in enumerate(self.kinds))
-        return FilePart(path, tensors, (), self.sizes(holder.rank))
+        tensors = [StoredTensor(path, name, self.dtypes[position][kind], (num_elements,),
+                                self.begins(holder.rank, holder.place.number, kind))
+                   for kind, name in enumerate(self.kinds)]
+        tensors.sort(key=lambda tensor: tensor.begin)
+        return FilePart(path, tuple(tensors), (), self.sizes(holder.rank))
 
     def paths_of(self, group: Group) -> list[str]:
         return [optimizer_path(holder.rank, self.topology) for holder in self.holders_of(group.position)]

@@ -18,7 +18,7 @@ from stream_reshard.formats.nanotron.training.entries import (
 from stream_reshard.formats.nanotron.training.files import (
     OPTIMIZER_CONFIG_NAME, OPTIMIZER_FOLDER, SINGLE_SCHEDULER_NAME, StateRank, optimizer_path, random_path,
     scheduler_path, state_ranks)
-from stream_reshard.formats.nanotron.training.layout import StateLayout, positions_of, shape_at, state_model
+from stream_reshard.formats.nanotron.training.layout import MASTERS, StateLayout, positions_of, shape_at, state_model
 from stream_reshard.model.topology import Topology
 from stream_reshard.storage.identity import Identity, identities_of
 from stream_reshard.storage.small_files import files_below, is_litter, read_json
@@ -199,6 +199,9 @@ class _Reader:
                 if kinds_of(entry) != self._kinds:
                     raise ValueError(f"{quoted(entry.name)} has the states {', '.join(kinds_of(entry))}, others have "
                                      f"{', '.join(self._kinds)}")
+        if len(dtypes := {entry.dtypes.get(MASTERS) for entry in self.entries.values()}) > 1:
+            raise ValueError(f"its masters have the dtypes {', '.join(sorted(map(str, dtypes)))}, and Nanotron keeps "
+                             f"all of them in one storage")
 
     def layout(self) -> StateLayout:
         """The layout of all files that were read."""

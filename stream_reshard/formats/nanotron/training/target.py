@@ -66,10 +66,13 @@ class NewTrainingState(SharedFiles):
             self.weights.root, state_model(self.weights.model, source.kinds), self.weights, self.topology, self.zero,
             source.kinds, tuple(tuple(positions[name] for name in names) for names in self.names),
             {positions[name]: tuple(entry.dtypes.values()) for name, entry in self.source.entries.items()},
-            self._begin_of, lambda rank: self.places_in(rank).nbytes)
+            self._begin_of, self._size_of)
 
     def _begin_of(self, rank: StateRank, number: int, kind: int) -> int:
         return self.places_in(rank).begins[number * len(self.source.layout.kinds) + kind]
+
+    def _size_of(self, rank: StateRank) -> int:
+        return self.places_in(rank).nbytes
 
     def places_in(self, rank: StateRank) -> Places:
         """The places in the file of a rank. Offsets depend on the length of its name, which its records repeat."""
