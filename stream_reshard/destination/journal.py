@@ -1,4 +1,5 @@
-"""The journal: files that an unfinished run has written. One JSON line identifies the run, then one line per file."""
+"""The journal: what an unfinished run has written. One JSON line identifies the run, then one line tells of each file,
+or of each job that wrote parts of files."""
 from __future__ import annotations
 
 import json
@@ -51,6 +52,14 @@ class Record:
     only listed files may be removed."""
     max_files: int
     """Upper limit on the number of files in the folder."""
+    max_crcs: int = 0
+    """Upper limit on the number of tensors in files that jobs write together."""
+
+    @property
+    def max_nbytes(self) -> int:
+        """Upper limit on the length of the journal."""
+        return (2 * MAX_FIRST_LINE_NBYTES + (self.max_files + 8) * MAX_FILE_NBYTES
+                + self.max_crcs * len(f"{2**32 - 1}, "))
 
 
 @dataclass
@@ -168,7 +177,7 @@ def read_done(staging: Path, record: Record) -> Written:
     path, done, is_first = staging / JOURNAL_NAME, Written(), True
     if not os.path.lexists(path):
         return done
-    if path.stat().st_size > 2 * MAX_FIRST_LINE_NBYTES + (record.max_files + 8) * MAX_FILE_NBYTES:
+    if path.stat().st_size > record.max_nbytes:
         raise DestinationError(f"{quoted(path)} is longer than any journal of this run; --restart removes it")
     for value in _records(path):
         if value == _FAILED:

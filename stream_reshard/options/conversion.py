@@ -91,7 +91,8 @@ class Options(Folders, Resources):
     io: Io = option("auto", "way in which SRC is read: pread reads into buffers, mmap writes from a mapping; auto: "
                     "pread, which measured faster", group=RUN)
     digests: Digests = option("auto", "tensor files that get a digest in the manifest; auto: all but files that share "
-                              "blocks with SRC, which are not read; all: these too, by reading them back", group=RUN)
+                              "blocks with SRC, which are not read, and those of the optimizer, which hold checksums; "
+                              "all: these too, by reading them back", group=RUN)
     overwrite: bool = option(False, "replace the checkpoint at DST, or a folder that this tool made there, once the "
                              "new one is complete; no other folder is ever replaced", group=SAFETY)
     restart: bool = option(False, "delete the files that an interrupted run left in DST.partial; a file that no run "

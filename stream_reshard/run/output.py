@@ -77,7 +77,8 @@ class Output:
     def record(self) -> Record:
         """The beginning of its journal."""
         tensor_files = [path for path in self.paths if not self.naming.is_weights(path)]
-        return Record(self.run, self.marker, [*self.documents, *self.companions, *tensor_files], self.max_files)
+        return Record(self.run, self.marker, [*self.documents, *self.companions, *tensor_files], self.max_files,
+                      self.states.max_crcs if self.states else 0)
 
     @property
     def paths(self) -> Iterator[str]:

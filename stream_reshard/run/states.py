@@ -22,6 +22,12 @@ class States:
     plan: Plan
     files: SharedFiles
 
+    @property
+    def max_crcs(self) -> int:
+        """Upper limit on the number of tensors in all parts of files."""
+        target = self.plan.target
+        return target.model.firsts[-1] * target.most_files
+
     def finish(self, staging: Staging, stop: Stop, buffer: memoryview | None) -> Iterator[FileDone]:
         """Write what stands between the states of each file, once they are all durable. `buffer`: for the digests of
         whole files, which the manifest then gets."""

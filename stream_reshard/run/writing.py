@@ -37,6 +37,7 @@ from stream_reshard.storage.identity import Identity, changed, identity_of
 from stream_reshard.storage.small_files import open_regular
 from stream_reshard.storage.source_file import digest_of
 from stream_reshard.storage.target_file import Transport
+from stream_reshard.storage.torch_bytes import damage_in
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,29 @@ def run(output: Output, options: RunOptions) -> Done:
 
 
 def _confirm(output: Output, options: RunOptions, manifest: Manifest) -> None:
-    """Raises DestinationError where a file of the finished destination does not have its digest any more."""
+    """Raises DestinationError where a file of the finished destination does not have its digest any more, or one of
+    states without a digest its checksums."""
     buffer = memoryview(bytearray(options.block_nbytes))
+    shared = set(output.states.plan.target.paths) if output.states else set()
     for path, file in manifest.files.items():
-        if file.xxh3_128 and digest_of(output.destination, path, buffer, options.stop) != file.xxh3_128:
-            raise DestinationError(f"{quoted(output.destination / path)} does not have the digest in {MANIFEST_NAME}: "
-                                   f"the conversion was complete and was damaged since; --overwrite makes it anew")
+        if file.xxh3_128:
+            is_whole = digest_of(output.destination, path, buffer, options.stop) == file.xxh3_128
+        else:
+            is_whole = path not in shared or _is_whole(output.destination, path, buffer, options.stop)
+        if not is_whole:
+            raise DestinationError(f"{quoted(output.destination / path)} does not have the digest in {MANIFEST_NAME}, "
+                                   f"or the checksums in itself: the conversion was complete and was damaged since; "
+                                   f"--overwrite makes it anew")
     if options.check:
         options.check(output.destination)
+
+
+def _is_whole(folder: Path, path: str, buffer: memoryview, stop: Stop) -> bool:
+    """True for a file of states that has the checksums in it."""
+    try:
+        return damage_in(folder, path, buffer, stop) is None
+    except SourceError:
+        return False
 
 
 def _write(output: Output, options: RunOptions, lock: Lock) -> Done:

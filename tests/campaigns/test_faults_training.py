@@ -115,6 +115,17 @@ def change_sums(path):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+@pytest.mark.parametrize("flags", [(), ("--digests", "all")], ids=["checksums", "digests"])
+def test_a_training_that_was_damaged_is_not_called_finished(tmp_path, capsys, flags):
+    case = make(tmp_path)
+    if flags:
+        assert call(case.source, case.destination, *FLAGS, *flags, "--overwrite") == 0
+    assert call(case.source, case.destination, *FLAGS, *flags) == 0
+    flip(next(case.destination.glob("optimizer/*.pt")))
+    assert call(case.source, case.destination, *FLAGS, *flags) == 4
+    assert "was damaged since; --overwrite makes it anew" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage, names", [
     (flip, "optimizer/*.pt"), (lengthen, "optimizer/*.pt"), (shorten, "optimizer/*.pt"),
     (change_sums, "stream_reshard.journal")])

@@ -45,6 +45,7 @@ def test_a_plan_is_picklable_and_counts_the_bytes_of_whole_files(tmp_path):
     moved = plan_conversion(Options(source, tmp_path / "moved", to="nanotron", tp=2, max_memory=2**32))
     plan = pickle.loads(pickle.dumps(moved.states.plan))
     assert list(plan.jobs) == list(moved.states.plan.jobs)
+    assert 0 < sum(len(part.tensors) for job in plan.jobs for part in job.files) <= moved.states.max_crcs
     assert call(source, tmp_path / "moved", "--quiet", "--to", "nanotron", "--tp", 2, "--zero", 1) == 0
     assert plan.nbytes == sum(path.stat().st_size for path in (tmp_path / "moved/optimizer").glob("*.pt"))
     masters = plan_conversion(Options(source, tmp_path / "hf", to="hf", from_masters=True, vocab_size=12, max_memory=2**32))

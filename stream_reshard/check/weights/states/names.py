@@ -1,5 +1,4 @@
-"""Names of the files of a training state (`optimizer_filename` and `lr_scheduler_filename`, nanotron/serialize/
-optimizer.py; nanotron/serialize/random.py). Experts are never split over ranks here, so `exp` is always 0 of 1."""
+"""Names of the files of a training state that a folder holds, and words for messages about them."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,16 +6,12 @@ from pathlib import Path
 
 from stream_reshard.errors import quoted
 from stream_reshard.formats.nanotron.names import is_of_training
+from stream_reshard.formats.nanotron.training.files import OPTIMIZER_FOLDER, random_path, state_ranks
 from stream_reshard.model.topology import Topology
 from stream_reshard.storage.small_files import files_below
 
-OPTIMIZER, SCHEDULE, RANDOM = "optimizer", "lr_scheduler", "random"
+OPTIMIZER, SCHEDULE, RANDOM = OPTIMIZER_FOLDER, "lr_scheduler", "random"
 """Folders of a training state."""
-
-OPTIMIZER_CONFIG = "optimizer/optimizer_config.json"
-
-SINGLE_SCHEDULE = "lr_scheduler/lr_scheduler.pt"
-"""The one file of the schedule in format 1.2, which describes the first stage."""
 
 
 def word(key: object) -> str:
@@ -30,20 +25,7 @@ def state_paths(root: Path) -> list[str]:
     return list(filter(is_of_training, paths))
 
 
-def optimizer_path(topology: Topology, zero: bool, pp: int, dp: int, tp: int) -> str:
-    """Path of the optimizer's file of one rank; without ZeRO data-parallel ranks share one."""
-    replica = f"_dp-{dp}-of-{topology.dp}" if zero else ""
-    return f"optimizer/optimizer_pp-{pp}-of-{topology.pp}{replica}_tp-{tp}-of-{topology.tp}_exp-0-of-1.pt"
-
-
-def schedule_path(topology: Topology, pp: int, tp: int) -> str:
-    """Path of the schedule of one rank. Data-parallel ranks share one, also with ZeRO-1."""
-    return f"lr_scheduler/lr_scheduler_pp-{pp}-of-{topology.pp}_tp-{tp}-of-{topology.tp}_exp-0-of-1.pt"
-
-
 def random_paths(topology: Topology) -> Iterator[str]:
     """Paths of the states of the random generators, one per process."""
-    for tp in range(topology.tp):
-        for dp in range(topology.dp):
-            for pp in range(topology.pp):
-                yield f"random/tp-{tp}-of-{topology.tp}_dp-{dp}-of-{topology.dp}_pp-{pp}-of-{topology.pp}.pt"
+    for rank in state_ranks(topology, 1):
+        yield random_path(rank.tp, rank.dp or 0, rank.pp, topology)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from stream_reshard.check.weights.states.cut import stretch_of
-from stream_reshard.check.weights.states.names import OPTIMIZER_CONFIG, word
+from stream_reshard.check.weights.states.names import word
 from stream_reshard.check.weights.states.rank_file import PREFIX
 from stream_reshard.errors import SourceError, quoted
+from stream_reshard.formats.nanotron.training.files import OPTIMIZER_CONFIG_NAME
 from stream_reshard.model.topology import Topology
 from stream_reshard.storage.small_files import read_json
 
@@ -47,7 +48,8 @@ class OptimizerConfig:
         shards. Nanotron's first process writes the document, so it lists no others."""
         fitting = _ZERO if self.is_zero else "OptimizerFromGradientAccumulator" if has_masters else "NamedOptimizer"
         if self.optimizer != fitting:
-            yield SourceError(f"{OPTIMIZER_CONFIG}: type is {quoted(self.optimizer)}, the files are those of {fitting}")
+            yield SourceError(f"{OPTIMIZER_CONFIG_NAME}: type is {quoted(self.optimizer)}, the files are those of "
+                              f"{fitting}")
         wanted: dict[str, Any] = {}
         if self.is_zero:
             wanted = {"param_name_to_dp_rank_offsets": {PREFIX + name: _offsets(shape, self.topology.dp)
@@ -56,27 +58,27 @@ class OptimizerConfig:
         found = self.configs if isinstance(self.configs, dict) else {"configs": self.configs}
         for key in sorted({*wanted, *found}):
             if found.get(key) != wanted.get(key):
-                yield SourceError(f"{OPTIMIZER_CONFIG}: {word(key)} does not describe the parameters of the first "
+                yield SourceError(f"{OPTIMIZER_CONFIG_NAME}: {word(key)} does not describe the parameters of the first "
                                   f"stage, as they are cut for DP={self.topology.dp}")
 
 
 def read_config(root: Path, max_nbytes: int, of_weights: Topology | None) -> OptimizerConfig:
     """The document in a checkpoint whose weights have the topology `of_weights`. Raises SourceError."""
-    config = read_json(root, OPTIMIZER_CONFIG, max_nbytes)
+    config = read_json(root, OPTIMIZER_CONFIG_NAME, max_nbytes)
     if config.keys() != _KEYS or not isinstance(config["parallelism"], dict):
-        raise SourceError(f"{OPTIMIZER_CONFIG}: it has {quoted(sorted(config))}, where Nanotron writes "
+        raise SourceError(f"{OPTIMIZER_CONFIG_NAME}: it has {quoted(sorted(config))}, where Nanotron writes "
                           f"{', '.join(sorted(_KEYS))}")
     sizes = config["parallelism"]
     texts = {axis: sizes.get(key) for axis, key in _SIZES.items()}
     if not all(map(_is_size, texts.values())):
-        raise SourceError(f"{OPTIMIZER_CONFIG}: parallelism is {quoted(sizes)}, not tp_size, pp_size and dp_size")
+        raise SourceError(f"{OPTIMIZER_CONFIG_NAME}: parallelism is {quoted(sizes)}, not tp_size, pp_size and dp_size")
     topology = Topology(**{axis: int(str(text)) for axis, text in texts.items()})
     if of_weights is not None and (topology.tp, topology.pp) != (of_weights.tp, of_weights.pp):
-        raise SourceError(f"{OPTIMIZER_CONFIG} is of TP={topology.tp} PP={topology.pp}, the weights beside it are of "
-                          f"TP={of_weights.tp} PP={of_weights.pp}")
+        raise SourceError(f"{OPTIMIZER_CONFIG_NAME} is of TP={topology.tp} PP={topology.pp}, the weights beside it are "
+                          f"of TP={of_weights.tp} PP={of_weights.pp}")
     if sizes.get("expert_parallel_size") != "1" or len(sizes) > len(texts) + 1:
-        raise SourceError(f"{OPTIMIZER_CONFIG}: expert_parallel_size is {quoted(sizes.get('expert_parallel_size'))}, "
-                          f"not '1', or it has other sizes")
+        raise SourceError(f"{OPTIMIZER_CONFIG_NAME}: expert_parallel_size is "
+                          f"{quoted(sizes.get('expert_parallel_size'))}, not '1', or it has other sizes")
     return OptimizerConfig(str(config["type"]), topology, config["configs"])
 
 

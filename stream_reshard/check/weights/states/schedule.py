@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stream_reshard.check.weights.states.names import SINGLE_SCHEDULE, schedule_path, word
+from stream_reshard.check.weights.states.names import word
 from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.formats.nanotron.training.files import SINGLE_SCHEDULER_NAME, scheduler_path
 from stream_reshard.model.topology import Topology
 from stream_reshard.storage.torch_file import read_torch_file
 
@@ -32,8 +33,8 @@ class Schedule:
 def schedule_paths(topology: Topology, is_single: bool) -> dict[str, int]:
     """The stage that each file of the schedule describes."""
     if is_single:
-        return {SINGLE_SCHEDULE: 0}
-    return {schedule_path(topology, pp, tp): pp for pp in range(topology.pp) for tp in range(topology.tp)}
+        return {SINGLE_SCHEDULER_NAME: 0}
+    return {scheduler_path(pp, tp, topology): pp for pp in range(topology.pp) for tp in range(topology.tp)}
 
 
 def read_schedule(root: Path, paths: Mapping[str, int], num_groups: Sequence[int], max_nbytes: int,

@@ -11,13 +11,14 @@ from typing import Any
 from stream_reshard.check.weights.checkpoint import Checkpoint
 from stream_reshard.check.weights.states.cut import stretch_of
 from stream_reshard.check.weights.states.metadata import read_metas
-from stream_reshard.check.weights.states.names import (
-    OPTIMIZER, OPTIMIZER_CONFIG, RANDOM, SCHEDULE, SINGLE_SCHEDULE, optimizer_path, random_paths, state_paths)
+from stream_reshard.check.weights.states.names import OPTIMIZER, RANDOM, SCHEDULE, random_paths, state_paths
 from stream_reshard.check.weights.states.optimizer_config import OptimizerConfig, read_config
 from stream_reshard.check.weights.states.order import stages_in_order
 from stream_reshard.check.weights.states.rank_file import MASTERS, Held, RankFile, read_rank_file
 from stream_reshard.check.weights.states.schedule import Schedule, read_schedule, schedule_paths
 from stream_reshard.errors import Problems, SourceError, quoted
+from stream_reshard.formats.nanotron.training.files import (
+    OPTIMIZER_CONFIG_NAME, SINGLE_SCHEDULER_NAME, StateRank, optimizer_path)
 from stream_reshard.formats.nanotron.weight_files import parse_path
 from stream_reshard.model.topology import Topology
 
@@ -156,18 +157,18 @@ class _Opening:
         topology = config.topology
         has_randoms = any(path.startswith(f"{RANDOM}/") for path in found)
         if (config.is_zero or has_randoms) and topology.world_size > len(found) + _MAX_MISSING:
-            raise SourceError(f"{OPTIMIZER_CONFIG} is of {topology}: there are {len(found)} files for "
+            raise SourceError(f"{OPTIMIZER_CONFIG_NAME} is of {topology}: there are {len(found)} files for "
                               f"{topology.world_size} ranks")
         stages = stages_in_order(checkpoint.model, checkpoint.config_class or "", topology.pp)
-        ranks = {(pp, dp, tp): optimizer_path(topology, config.is_zero, pp, dp, tp) for pp in range(topology.pp)
-                 for dp in range(config.num_stretches) for tp in range(topology.tp)}
+        ranks = {(pp, dp, tp): optimizer_path(StateRank(pp, tp, dp if config.is_zero else None), topology)
+                 for pp in range(topology.pp) for dp in range(config.num_stretches) for tp in range(topology.tp)}
         document, _ = read_metas(root, self.max_nbytes)
         if document.get("dp", topology.dp) != topology.dp:
-            raise SourceError(f"checkpoint_metadata.json has dp {quoted(document['dp'])}, {OPTIMIZER_CONFIG} has "
+            raise SourceError(f"checkpoint_metadata.json has dp {quoted(document['dp'])}, {OPTIMIZER_CONFIG_NAME} has "
                               f"{topology.dp}")
         of_schedule = schedule_paths(topology, _is_single(checkpoint.version, found))
         randoms = list(random_paths(topology)) if has_randoms else []
-        expected = [OPTIMIZER_CONFIG, *ranks.values(), *of_schedule, *randoms]
+        expected = [OPTIMIZER_CONFIG_NAME, *ranks.values(), *of_schedule, *randoms]
         self.problems.extend(_set_faults(set(found), set(expected), topology))
         shapes = shapes_of(checkpoint)
         if self.problems or any(name not in shapes for names in stages for name in names):
@@ -199,7 +200,7 @@ class _Opening:
 
 def _is_single(version: str | None, found: Sequence[str]) -> bool:
     """True if one file holds the schedule, as in format 1.2; source trees between it and 1.5 have either."""
-    return version == "1.2" or (version != "1.5" and SINGLE_SCHEDULE in found)
+    return version == "1.2" or (version != "1.5" and SINGLE_SCHEDULER_NAME in found)
 
 
 def shapes_of(checkpoint: Checkpoint) -> Shapes:
@@ -230,10 +231,10 @@ def _held(name: str, shape: tuple[int, ...], dp: int, config: OptimizerConfig) -
 def _set_faults(found: set[str], expected: set[str], topology: Topology) -> Iterator[SourceError]:
     """Errors for files that are missing, and for those of another topology or of none."""
     for path in sorted(expected - found):
-        yield SourceError(f"{quoted(path)} is missing: {OPTIMIZER_CONFIG} is of {topology}",
+        yield SourceError(f"{quoted(path)} is missing: {OPTIMIZER_CONFIG_NAME} is of {topology}",
                           kind="files of the training state are missing")
     for path in sorted(found - expected):
-        yield SourceError(f"{quoted(path)} is extra: {OPTIMIZER_CONFIG} is of {topology}",
+        yield SourceError(f"{quoted(path)} is extra: {OPTIMIZER_CONFIG_NAME} is of {topology}",
                           kind="files beside the training state are extra")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from stream_reshard.errors import Problems, SourceError, UsageError, quoted
 from stream_reshard.formats.nanotron.layout import NanotronLayout
+from stream_reshard.formats.nanotron.training.documents import WITH_ZERO
 from stream_reshard.formats.nanotron.training.entries import (
     NOT_NANOTRONS, Entry, Shape, begins_of, check_values, dtypes_in, entries_of, has_one_group, kinds_of,
     names_in)
@@ -25,9 +26,6 @@ from stream_reshard.storage.small_files import files_below, is_litter, read_json
 from stream_reshard.storage.source_file import SourceFile
 from stream_reshard.storage.torch_file import TorchFile, read_torch_file
 from stream_reshard.storage.value_tree import tensors_in
-
-ZERO_TYPE = "ZeroDistributedOptimizer"
-"""Type of the optimizer with ZeRO in optimizer_config.json (nanotron/serialize/optimizer.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +102,7 @@ def _topology(root: Path, weights: Topology, max_nbytes: int) -> tuple[Topology,
     if (found["tp"], found["pp"]) != (weights.tp, weights.pp):
         raise SourceError(f"{where} is of TP={found['tp']} PP={found['pp']}, the weights beside it of TP={weights.tp} "
                           f"PP={weights.pp}: they are not of one checkpoint")
-    return Topology(found["tp"], found["pp"], found["dp"]), int(config.get("type") == ZERO_TYPE)
+    return Topology(found["tp"], found["pp"], found["dp"]), int(config.get("type") == WITH_ZERO)
 
 
 def _check_paths(root: Path, expected: Mapping[str, StateRank]) -> None:
