@@ -110,6 +110,7 @@ class Result(Reported):
         """The plan and its outcome, as JSON; sizes in bytes."""
         conversion, done, moved = self.conversion, self.done, self.done.moved
         outcome = {"seconds": round(self.seconds, 3), "peak_nbytes": self.peak_nbytes, "num_files_kept": done.num_kept,
+                   "num_parts_kept": done.num_parts_kept,
                    "leftovers": list(map(str, done.leftovers)), "num_digests": done.num_digests,
                    "nbytes_cloned": moved.cloned, "nbytes_copied": moved.copied, "nbytes_strided": moved.strided,
                    "num_overflowed": moved.num_overflowed, "io": dict(self.io), "verified": conversion.options.verify,
@@ -131,8 +132,9 @@ class Result(Reported):
                f"{human(memory.allowed)} allowed")
         yield from layers_lines(as_json(conversion))
         yield from (f"left     {shown(path)}: the old checkpoint could not be removed" for path in done.leftovers)
-        if done.num_kept:
-            yield f"resumed  {counted(done.num_kept, 'file')} kept from an earlier attempt, each with its digest"
+        if done.num_kept or done.num_parts_kept:
+            parts = f" and {done.num_parts_kept} parts of optimizer files" if done.num_parts_kept else ""
+            yield f"resumed  {counted(done.num_kept, 'file')}{parts} kept from an earlier attempt, each with its digest"
         yield f"moved    {human(moved.cloned)} cloned, {human(moved.copied)} copied, {human(moved.strided)} rearranged"
         num_without = conversion.plan.target.num_files - done.num_kept - done.num_digests
         if num_without > 0:

@@ -121,7 +121,7 @@ class Journal:
         self._add(asdict(file))
 
     def add_crcs(self, index: int, crcs: Sequence[int]) -> None:
-        """Add the parts of files that a job has made durable. Raises DestinationError or ResourceError."""
+        """Add the parts of files that a job has written. Raises DestinationError or ResourceError."""
         self.crcs[index] = array("I", crcs)
         self._add(_parts(index, self.crcs[index]))
 

@@ -134,7 +134,7 @@ def _finished(work: Work, job: Job, targets: Mapping[str, NewTensorFile], writin
                 crcs += target.crcs
             else:
                 files.append(FileDone(path, target.nbytes, digest))
-        sync_names(work.staging, targets)
+        sync_names(work.staging, [file.path for file in files])
     return JobDone(tuple(files), False, moved.corrected_by(targets.values()), job.index, tuple(crcs))
 
 

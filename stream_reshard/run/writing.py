@@ -79,9 +79,12 @@ class Done:
     """Tensor files that the manifest has a digest of."""
     was_finished: bool = False
     """The destination was finished before."""
+    num_parts_kept: int = 0
+    """Parts of optimizer files that an earlier attempt had written."""
 
     def __add__(self, other: Done) -> Done:
-        return replace(self, num_kept=self.num_kept + other.num_kept, moved=self.moved + other.moved,
+        return replace(self, num_kept=self.num_kept + other.num_kept,
+                       num_parts_kept=self.num_parts_kept + other.num_parts_kept, moved=self.moved + other.moved,
                        num_digests=self.num_digests + other.num_digests)
 
 
@@ -190,7 +193,8 @@ def _run_plan(work: Work, options: RunOptions, staging: Staging, lanes: Lanes) -
         for job, done in results:
             _note(staging, done)
             total += Done(len(done.files) * done.was_kept, moved=done.moved,
-                          num_digests=sum(file.xxh3_128 is not None for file in done.files))
+                          num_digests=sum(file.xxh3_128 is not None for file in done.files),
+                          num_parts_kept=len(job.files) * bool(done.was_kept and done.crcs))
             options.progress(job)
             options.stop.check()
             staging.confirm_at_times()

@@ -34,7 +34,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _sync_file_range = getattr(_libc, "sync_file_range", None)
 _renameat2 = getattr(_libc, "renameat2", None)
 _fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)
-_SYNC_FILE_RANGE_WRITE = 2
+_SYNC_FILE_RANGE_WRITE, _SYNC_FILE_RANGE_ALL = 2, 7  # The second also waits, before and after.
 _SYNC_FILE_RANGE_WRITE_AND_WAIT = 7
 
 _DIGESTED_NBYTES = 2**18
@@ -215,8 +215,7 @@ def fallocate(descriptor: int, nbytes: int) -> bool:
 
 
 def start_writeback(descriptor: int, offset: int, nbytes: int) -> None:
-    """Begin to write a stretch of a file to the disk, without waiting (sync_file_range). Errors are ignored: the fsync
-    that follows reports them."""
+    """Begin to write a stretch of a file (sync_file_range), without waiting. The fsync that follows reports errors."""
     if _sync_file_range is not None:
         _sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
 
@@ -225,6 +224,16 @@ def await_writeback(descriptor: int, offset: int, nbytes: int) -> None:
     """Wait until a stretch of a file is written to the disk (sync_file_range). Errors are ignored, as above."""
     if _sync_file_range is not None:
         _sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE_AND_WAIT)
+
+
+def finish_writeback(descriptor: int, offset: int, nbytes: int) -> None:
+    """Wait until a stretch of a file is written, which does not make it durable. Raises OSError, as an fsync does."""
+    if _sync_file_range is None:
+        os.fsync(descriptor)
+    elif _sync_file_range(descriptor, ctypes.c_int64(offset), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_ALL) != 0:
+        if (code := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS, errno.ESPIPE):
+            raise OSError(code, os.strerror(code))  # It is reported once: an fsync would not tell it again.
+        os.fsync(descriptor)
 
 
 def drop_from_cache(descriptor: int, offset: int = 0, nbytes: int = 0) -> None:

@@ -1,7 +1,9 @@
 """A file that several jobs write: each writes its own tensors, at their places, and later somebody the bytes between.
 
 The file has its final name from the first byte on, as it lies in a folder that is no checkpoint yet. What a job wrote
-is durable when the job is done, and is known by the CRC-32 of each tensor, which the file itself will hold.
+is known by the CRC-32 of each tensor, which the file itself will hold. It is durable once the file is complete: an
+fsync for each job would write the file system's own journal again and again, and who takes up a stopped run compares
+what is there with the CRCs.
 """
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 
 from stream_reshard.machine.stop import Stop
 from stream_reshard.storage.crc32 import Piece, crc_of_pieces
-from stream_reshard.storage.durable import drop_from_cache, sync_names, target_error
+from stream_reshard.storage.durable import drop_from_cache, finish_writeback, sync_names, target_error
 from stream_reshard.storage.folder import Folder
 from stream_reshard.storage.header import TensorFile
 from stream_reshard.storage.source_file import SourceFile
@@ -79,17 +81,24 @@ class SharedFile(NewTensorFile):
             own.append(Piece(begin, len(piece), zlib.crc32(piece)))
 
     def commit(self) -> None:
-        """Sync the file. Its name is durable only after `sync_names`."""
+        """Wait until the part is written. It is durable after `write_between`."""
         try:
             self.crcs = tuple(crc_of_pieces(pieces, tensor.nbytes)
                               for pieces, tensor in zip(self._pieces, self.file.tensors))
-            os.fsync(self._descriptor)
             for tensor in self.file.tensors:
+                finish_writeback(self._descriptor, tensor.begin, tensor.nbytes)
                 drop_from_cache(self._descriptor, tensor.begin, tensor.nbytes)
         except OSError as error:
             raise target_error(self.final, error) from error
         finally:
             self.abandon()
+
+    def sync(self) -> None:
+        """Make all that was written to the file durable, by whomever. Its name is durable after `sync_names`."""
+        try:
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise target_error(self.final, error) from error
 
     def abandon(self) -> None:
         """Close the file, which other jobs write too; it stays."""
@@ -100,10 +109,11 @@ class SharedFile(NewTensorFile):
 
 def write_between(folder: Folder, path: str, size: int, stretches: Iterable[tuple[int, bytes]]) -> None:
     """Write (offset, bytes) into a file that holds its tensors, durably with its name."""
-    with SharedFile(folder, FilePart(path, (), (), size)) as file:
+    file = SharedFile(folder, FilePart(path, (), (), size))
+    with file:
         for offset, content in stretches:
             file.write(offset, [content])
-        file.commit()
+        file.sync()
     sync_names(folder, [path])
 
 
