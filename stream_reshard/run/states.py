@@ -29,8 +29,8 @@ class States:
         return target.model.firsts[-1] * target.most_files
 
     def finish(self, staging: Staging, stop: Stop, buffer: memoryview | None) -> Iterator[FileDone]:
-        """Write what stands between the states of each file, once they are all there, and make the files durable. `buffer`: for the digests of
-        whole files, which the manifest then gets."""
+        """Write what stands between the states of each file, once they are all there, and make the files durable.
+        `buffer`: for the digests of whole files, which the manifest then gets."""
         found = self._crcs(staging)
         for path, size in self.files.sizes():
             stop.check()
