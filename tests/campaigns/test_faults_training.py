@@ -7,7 +7,7 @@ from faults import Case, campaign, kill
 from running import call
 from test_faults import CODES, failed, killed, killed_at_random, sample
 from test_faults_source import pool
-from test_power_cut import Disk, cut, remove_above
+from test_power_cut import Disk, cut, remove_above, unmount_all
 from training import make_training
 
 from stream_reshard.convert.conversion import Options, plan_conversion
@@ -70,7 +70,10 @@ def test_power_cuts(tmp_path, figures):
     (tmp_path / "count").mkdir()
     count = len(make(tmp_path / "count").operations)
     points = [None, *sample(range(1, count + 1), 60)]
-    figures("power cuts while a training moves, ext4", *campaign(tmp_path, on_disk, cut, points))
+    try:
+        figures("power cuts while a training moves, ext4", *campaign(tmp_path, on_disk, cut, points))
+    finally:
+        unmount_all(tmp_path)
 
 
 def test_what_a_stopped_run_wrote_is_kept(tmp_path, capsys):
