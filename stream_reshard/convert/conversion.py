@@ -22,14 +22,12 @@ from stream_reshard.destination.staging import lock_of
 from stream_reshard.errors import DestinationError, Problems, UsageError, quoted
 from stream_reshard.formats.base import Source, Target
 from stream_reshard.formats.nanotron.names import NAMING
-from stream_reshard.formats.nanotron.training.target import NewTrainingState
 from stream_reshard.machine import memory
 from stream_reshard.machine.kernel import NETWORK_FILE_SYSTEMS, file_system_of
 from stream_reshard.machine.stop import Stop
 from stream_reshard.model.truncation import WHOLE
 from stream_reshard.options import Options, VerifyOptions
 from stream_reshard.plan.plan import Job, Plan, make_plan
-from stream_reshard.plan.states import make_state_plan
 from stream_reshard.report import Progress, Reported
 from stream_reshard.run.output import Output
 from stream_reshard.run.states import States
@@ -40,6 +38,7 @@ from stream_reshard.storage.small_files import real_path
 from stream_reshard.storage.target_file import Transport
 
 if TYPE_CHECKING:
+    from stream_reshard.formats.nanotron.training.target import NewTrainingState
     from stream_reshard.convert.estimate import Estimate
 
 _ANYWHERE = Path("/anywhere")
@@ -187,7 +186,10 @@ def plan_conversion(options: Options, stop: Stop | None = None) -> Conversion:
 
 def _states(new: NewTrainingState | None) -> States | None:
     """The plan of a training state."""
-    return States(make_state_plan(new.source.layout, new.layout, new.digest), new) if new else None
+    if new is None:
+        return None
+    from stream_reshard.plan.states import make_state_plan
+    return States(make_state_plan(new.source.layout, new.layout, new.digest), new)
 
 
 def _with_fixed_paths(options: Options) -> Options:

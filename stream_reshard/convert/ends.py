@@ -12,9 +12,7 @@ from stream_reshard.formats.nanotron.names import NAMING
 from stream_reshard.formats.nanotron.source import NanotronSource
 from stream_reshard.formats.nanotron.target import ToNanotron
 from stream_reshard.formats.nanotron.template import LikeTemplate
-from stream_reshard.formats.nanotron.training.moved import WithTraining
-from stream_reshard.formats.nanotron.training.layout import MASTERS
-from stream_reshard.formats.nanotron.training.source import has_state, open_state
+from stream_reshard.formats.nanotron.training.files import has_state
 from stream_reshard.formats.registry import open_any
 from stream_reshard.formats.unsupported import unsupported_problems
 from stream_reshard.machine import memory
@@ -50,6 +48,8 @@ def open_ends(options: Options, problems: Problems) -> tuple[Source, Target[Any]
 def _from_masters(options: Options, source: Described, max_nbytes: int) -> Source | None:
     """The source with its fp32 masters in the place of its weights; None where these are refused. Raises UsageError,
     SourceError or Refused."""
+    from stream_reshard.formats.nanotron.training.layout import MASTERS
+    from stream_reshard.formats.nanotron.training.source import open_state
     if options.to != "hf" or source.config_class is None or not has_state(source.root):
         raise UsageError("--from-masters: it needs --to hf, and a Nanotron checkpoint with optimizer/")
     if not isinstance(source, NanotronSource):
@@ -67,7 +67,8 @@ def _chosen(options: Options, source: Described, max_nbytes: int, moves_state: b
     or Refused."""
     for flag in flags_of(options, ("zero", "schedule")) if not moves_state else ():
         raise UsageError(f"{flag}: no training state is moved; it needs --to nanotron, and a source with optimizer/")
-    if moves_state:
+    if moves_state:  # Most conversions do without the memory of these modules.
+        from stream_reshard.formats.nanotron.training.moved import WithTraining
         return WithTraining.moved(options, source, max_nbytes) if isinstance(source, NanotronSource) else None
     if options.template is not None:
         return LikeTemplate.chosen_like(options.template, options, source, max_nbytes)

@@ -10,7 +10,7 @@ from typing import Any
 from stream_reshard.destination.companions import CONFIG_NAME, Companion
 from stream_reshard.errors import quoted
 from stream_reshard.formats.base import Source, Target
-from stream_reshard.formats.nanotron.training.source import has_state
+from stream_reshard.formats.nanotron.training.files import has_state
 from stream_reshard.options import Options
 from stream_reshard.plan.plan import Plan
 from stream_reshard.storage.dtypes import TORCH_DTYPES

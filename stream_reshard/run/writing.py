@@ -37,7 +37,6 @@ from stream_reshard.storage.identity import Identity, changed, identity_of
 from stream_reshard.storage.small_files import open_regular
 from stream_reshard.storage.source_file import digest_of
 from stream_reshard.storage.target_file import Transport
-from stream_reshard.storage.torch_bytes import damage_in
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,7 @@ def _confirm(output: Output, options: RunOptions, manifest: Manifest) -> None:
 
 def _is_whole(folder: Path, path: str, buffer: memoryview, stop: Stop) -> bool:
     """True for a file of states that has the checksums in it."""
+    from stream_reshard.storage.torch_bytes import damage_in
     try:
         return damage_in(folder, path, buffer, stop) is None
     except SourceError:

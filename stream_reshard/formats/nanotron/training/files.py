@@ -2,7 +2,9 @@
 nanotron/serialize/optimizer.py, `save_random_states` in nanotron/serialize/random.py)."""
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from stream_reshard.model.topology import Topology
@@ -11,6 +13,11 @@ OPTIMIZER_FOLDER = "optimizer"
 OPTIMIZER_CONFIG_NAME = "optimizer/optimizer_config.json"
 SINGLE_SCHEDULER_NAME = "lr_scheduler/lr_scheduler.pt"
 """The only file of the schedule in format 1.2; it holds that of the first stage."""
+
+
+def has_state(root: Path) -> bool:
+    """True for a checkpoint with the state of an optimizer."""
+    return os.path.isdir(root / OPTIMIZER_FOLDER)
 
 
 class StateRank(NamedTuple):

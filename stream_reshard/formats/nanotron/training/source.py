@@ -66,11 +66,6 @@ class TrainingState:
         return self.layout.topology
 
 
-def has_state(root: Path) -> bool:
-    """True for a checkpoint with the state of an optimizer."""
-    return os.path.isdir(root / OPTIMIZER_FOLDER)
-
-
 def open_state(root: Path, weights: NanotronLayout, max_nbytes: int) -> TrainingState:
     """Read all values of the optimizer and the schedule, of at most `max_nbytes` a file. Raises SourceError, Refused,
     or ResourceError."""
