@@ -17,7 +17,7 @@ FLAGS = ("--to", "nanotron", "--tp", "2", "--dp", "2", "--zero", "1", "--quiet",
          "4GiB")
 
 FEW = pytest.param(6, id="sample")
-MANY = pytest.param(200, id="many", marks=pytest.mark.heavy)
+MANY = pytest.param(120, id="many", marks=pytest.mark.heavy)
 
 
 def make(root, **how):

@@ -43,7 +43,7 @@ def mutated(value, chooser):
     return value
 
 
-@pytest.mark.parametrize("number", [25, pytest.param(400, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("number", [25, pytest.param(250, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"dp": 2, "zero": 1}], ids=["ZeRO-0", "ZeRO-1"])
 def test_values_of_every_kind_at_every_place(tmp_path, verify, capsys, figures, number, sizes):
     source = make_training(tmp_path / "a", config={"num_hidden_layers": 1})
@@ -69,7 +69,7 @@ def test_values_of_every_kind_at_every_place(tmp_path, verify, capsys, figures, 
     figures("odd values in a training state", number, wrong)
 
 
-@pytest.mark.parametrize("number", [20, pytest.param(400, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize("number", [20, pytest.param(250, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"dp": 2, "zero": 1}], ids=["ZeRO-0", "ZeRO-1"])
 def test_moves_of_odd_values(tmp_path, capsys, figures, number, sizes):
     """A move is refused in words, or it is made: no values end it in a traceback, or leave a part of it."""
