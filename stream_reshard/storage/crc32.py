@@ -5,6 +5,7 @@ next ones are added (zlib, crc32.c: crc32_combine, x2nmodp). Polynomials are wri
 """
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,14 @@ class Piece:
     nbytes: int
     crc: int
     """Their CRC-32."""
+
+
+def crc_of(pieces: Iterable[memoryview]) -> int:
+    """The CRC-32 of pieces one behind the other."""
+    crc = 0
+    for piece in pieces:
+        crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def combined(first: int, second: int, second_nbytes: int) -> int:

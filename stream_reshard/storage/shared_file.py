@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from stream_reshard.machine.stop import Stop
-from stream_reshard.storage.crc32 import Piece, crc_of_pieces
+from stream_reshard.storage.crc32 import Piece, crc_of, crc_of_pieces
 from stream_reshard.storage.durable import drop_from_cache, finish_writeback, sync_names, target_error
 from stream_reshard.storage.folder import Folder
 from stream_reshard.storage.header import TensorFile
@@ -42,7 +42,7 @@ class SharedFile(NewTensorFile):
         super().__init__(folder, part, Transport(digests="none"))
         self.temp, self.nbytes = part.path, part.size
         self.crcs: tuple[int, ...] = ()
-        """The CRC-32 of each tensor, once the part is durable."""
+        """The CRC-32 of each tensor, once the part is written."""
         self._begins = [tensor.begin for tensor in part.tensors]
         self._pieces: list[list[Piece]] = [[] for _ in part.tensors]
 
@@ -123,15 +123,6 @@ def crcs_of(folder: Folder, part: FilePart, buffer: memoryview, stop: Stop) -> t
     path = folder.path / part.path
     if not path.is_file() or path.stat().st_size != part.size:
         return None
-    found = []
     with SourceFile(folder.path, part.path) as file:
         file.forget()
-        for tensor in part.tensors:
-            crc = 0
-            for begin in range(0, tensor.nbytes, len(buffer)):
-                stop.check()
-                view = buffer[:min(len(buffer), tensor.nbytes - begin)]
-                file.read_into(view, tensor.begin + begin)
-                crc = zlib.crc32(view, crc)
-            found.append(crc)
-    return tuple(found)
+        return tuple(crc_of(file.pieces(tensor.begin, tensor.nbytes, buffer, stop)) for tensor in part.tensors)

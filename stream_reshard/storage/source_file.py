@@ -9,7 +9,7 @@ import errno
 import mmap
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,20 @@ class SourceFile:
                 self.close()
                 self._descriptor = self._open()
 
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """So many bytes from `offset` on, for a few. Raises as `read_into` does."""
+        content = bytearray(nbytes)
+        self.read_into(memoryview(content), offset)
+        return bytes(content)
+
+    def pieces(self, offset: int, nbytes: int, buffer: memoryview, stop: Stop) -> Iterator[memoryview]:
+        """The bytes from `offset` on, a `buffer` at a time; before each a stop may end it."""
+        for begin in range(0, nbytes, len(buffer)):
+            stop.check()
+            view = buffer[:min(len(buffer), nbytes - begin)]
+            self.read_into(view, offset + begin)
+            yield view
+
     def forget(self) -> None:
         """Drop the clean pages of the file from the page cache, so that the next read comes from the disk."""
         drop_from_cache(self._descriptor)
@@ -183,9 +197,6 @@ def digest_of(root: Path, path: str, buffer: memoryview, stop: Stop,
     with SourceFile(root, path) as file:
         file.forget()
         nbytes = os.stat(root / path).st_size
-        for offset in range(0, nbytes, len(buffer)):
-            stop.check()
-            view = buffer[:min(len(buffer), nbytes - offset)]
-            file.read_into(view, offset)
+        for view in file.pieces(0, nbytes, buffer, stop):
             digest.update(view)
     return str(digest.hexdigest())

@@ -9,11 +9,11 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 
 from stream_reshard.errors import SourceError, quoted
 from stream_reshard.machine.stop import Stop
+from stream_reshard.storage.crc32 import crc_of
 from stream_reshard.storage.source_file import SourceFile
 from stream_reshard.storage.torch_file import MAX_PICKLE_NBYTES
 from stream_reshard.storage.torch_values import new_storage
@@ -31,15 +31,15 @@ def damage_in(root: Path, path: str, buffer: memoryview, stop: Stop) -> str | No
     """The first fault of `root / path`, with its place; None for a file that is whole. Read through `buffer`. Raises
     SourceError for a file that is no zip of torch, ResourceError where it cannot be read."""
     with SourceFile(root, path) as file:
-        members, read_at = _members(file, path), partial(_read_at, file)
+        members = _members(file, path)
         crcs: dict[str, int] = {}
         for name, member in members.items():
-            crcs[name] = _crc_of(file, member, buffer, stop)
+            crcs[name] = crc_of(file.pieces(member.begin, member.nbytes, buffer, stop))
             if member.crc and crcs[name] != member.crc:
                 return (f"{quoted(path)}: its record {quoted(name)} is damaged: the CRC-32 of {member.nbytes} bytes at "
                         f"byte {member.begin} is {crcs[name]:08x}, and should be {member.crc:08x}")
-        for begin, wanted in _frame(members, crcs, os.fstat(file.descriptor).st_size, read_at):
-            if (found := read_at(begin, len(wanted))) != wanted:
+        for begin, wanted in _frame(members, crcs, os.fstat(file.descriptor).st_size, file.read):
+            if (found := file.read(begin, len(wanted))) != wanted:
                 at = next(index for index, pair in enumerate(zip(found, wanted)) if pair[0] != pair[1])
                 return (f"{quoted(path)}: between its records, byte {begin + at} is {found[at]:#04x}, where torch.save "
                         f"writes {wanted[at]:#04x}")
@@ -55,27 +55,11 @@ def sums_in(root: Path, path: str) -> frozenset[tuple[str, int, int]]:
     return frozenset((name, member.nbytes, member.crc) for name, member in below if name != ID_NAME)
 
 
-def _read_at(file: SourceFile, offset: int, nbytes: int) -> bytes:
-    content = bytearray(nbytes)
-    file.read_into(memoryview(content), offset)
-    return bytes(content)
-
-
 def _members(file: SourceFile, path: str) -> dict[str, Member]:
     try:
-        return read_members(partial(_read_at, file), os.fstat(file.descriptor).st_size, MAX_PICKLE_NBYTES)
+        return read_members(file.read, os.fstat(file.descriptor).st_size, MAX_PICKLE_NBYTES)
     except (ValueError, NoRoom) as error:
         raise SourceError(f"{quoted(path)}: {error}") from error
-
-
-def _crc_of(file: SourceFile, member: Member, buffer: memoryview, stop: Stop) -> int:
-    crc = 0
-    for offset in range(0, member.nbytes, len(buffer)):
-        stop.check()
-        view = buffer[:min(len(buffer), member.nbytes - offset)]
-        file.read_into(view, member.begin + offset)
-        crc = zlib.crc32(view, crc)
-    return crc
 
 
 def _frame(members: Mapping[str, Member], crcs: Mapping[str, int], size: int,

@@ -176,9 +176,7 @@ def _number(opened: SourceFile, file: TorchFile, value: Any) -> float:
         return float(value)
     if not isinstance(value, TensorReference) or value.num_elements != 1 or value.dtype not in _NUMBERS:
         raise SourceError(f"{quoted(file.path)}: a step or setting is no number")
-    content = bytearray(value.itemsize)
-    opened.read_into(memoryview(content), file.begin_of(value))
-    return float(struct.unpack(_NUMBERS[value.dtype], content)[0])
+    return float(struct.unpack(_NUMBERS[value.dtype], opened.read(file.begin_of(value), value.itemsize))[0])
 
 
 class _Shared(dict[str, Any]):
