@@ -1,6 +1,7 @@
 """Verify: prove that two folders of any formats and topologies hold the same model, in bounded memory.
 
 - checkpoint:   a checkpoint as matrices that can be read in blocks
+- of_layout:    the parameters of a layout, for formats that read whole tensors
 - hugging_face: a Hugging Face folder as such a checkpoint
 - meta:         a folder of Meta's parts as such a checkpoint
 - groups:       the files of one Nanotron parameter, by Nanotron's own rules

@@ -1,11 +1,12 @@
 """A Hugging Face checkpoint, as `verify` reads it: every parameter is one stored matrix."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stream_reshard.check.weights.checkpoint import Checkpoint, Piece, Weight, Weights, matrix_of
+from stream_reshard.check.weights.checkpoint import Checkpoint, Piece, Weight, matrix_of
+from stream_reshard.check.weights.of_layout import WeightsOfLayout
 from stream_reshard.errors import Problems, SourceError
 from stream_reshard.formats.config_json_limits import quantization_settings, unsupported_settings
 from stream_reshard.formats.hugging_face.folder import open_folder
@@ -38,12 +39,12 @@ def _loaded_as(raw: Mapping[str, Any]) -> str | None:
     return None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
 
 
-class _Weights(Weights):
+class _Weights(WeightsOfLayout):
     """The parameters of a layout of shards, which keeps a few bytes per parameter."""
 
     def __init__(self, layout: HuggingFaceLayout):
+        super().__init__(layout)
         self._layout = layout
-        self._numbers = {parameter.name: layout.model.number_of(parameter.name) for parameter in layout.model.stored()}
 
     def __getitem__(self, name: str) -> Weight:
         number = self._numbers[name]
@@ -54,18 +55,6 @@ class _Weights(Weights):
         if self._layout.is_transposed(number):
             return Weight(parameter, whole.stop[0], (Piece(whole, tensor, Box.whole(tensor.shape), True),))
         return Weight(parameter, whole.stop[0], (Piece(whole, tensor, whole),))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._numbers)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._numbers
-
-    def dtype_of(self, name: str) -> str:
-        return self._layout.dtype_at(self._numbers[name])
 
     def paths_of(self, name: str) -> tuple[str]:
         return (self._layout.shards[self._layout.shard_numbers[self._numbers[name]]],)

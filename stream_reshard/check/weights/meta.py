@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from stream_reshard.check.weights.checkpoint import Checkpoint, Piece, Weight, Weights, matrix_of
+from stream_reshard.check.weights.checkpoint import Checkpoint, Piece, Weight, matrix_of
+from stream_reshard.check.weights.of_layout import WeightsOfLayout
 from stream_reshard.errors import Problems
 from stream_reshard.formats.config_json_limits import quantization_settings, unsupported_settings
 from stream_reshard.formats.meta.folder import open_folder
@@ -29,12 +30,12 @@ def open_meta(root: Path, max_header_nbytes: int, problems: Problems,
     return Checkpoint(root, layout.model, config.model.vocab_size, extras, layout.parts, _Weights(layout))
 
 
-class _Weights(Weights):
+class _Weights(WeightsOfLayout):
     """The parameters of a layout of parts, which keeps a few bytes per parameter and part."""
 
     def __init__(self, layout: MetaLayout):
+        super().__init__(layout)
         self._layout = layout
-        self._numbers = {parameter.name: layout.model.number_of(parameter.name) for parameter in layout.model.stored()}
 
     def __getitem__(self, name: str) -> Weight:
         number = self._numbers[name]
@@ -42,18 +43,6 @@ class _Weights(Weights):
         num_rows, num_columns = matrix_of(parameter.matrix_shape)
         pieces = tuple(_pieces(num_rows, num_columns, self._layout.tensors_of(number)))
         return Weight(parameter, num_rows, pieces, "half" in parameter.dims)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._numbers)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._numbers
-
-    def dtype_of(self, name: str) -> str:
-        return self._layout.dtype_at(self._numbers[name])
 
     def paths_of(self, name: str) -> list[str]:
         return [piece.tensor.file for piece in self[name].pieces]
