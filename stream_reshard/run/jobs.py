@@ -41,7 +41,7 @@ class Work:
 
 @dataclass(frozen=True)
 class JobDone:
-    """The files of a job, all durable, as are their names in their folders."""
+    """The files of a job, durable as are their names in their folders; or parts of files, which are written."""
 
     files: tuple[FileDone, ...]
     was_kept: bool

@@ -77,7 +77,7 @@ def check_values(file: TorchFile, shapes: Mapping[str, Shape]) -> None:
     names, held = names_in(file), [name for name, shape in shapes.items() if shape is not None]
     if not names and held:
         raise ValueError("it holds no state: it was saved before the first step, and Nanotron's loader refuses it; "
-                           "move the weights alone with --weights-only")
+                         "move the weights alone with --weights-only")
     if names != held:
         missing = [name for name in held if name not in names] or [name for name in names if name not in shapes]
         raise ValueError(f"it holds the states of {len(names)} parameters, its rank has {len(held)}" + (
@@ -85,9 +85,9 @@ def check_values(file: TorchFile, shapes: Mapping[str, Shape]) -> None:
     contents = file.contents
     if list(_dict_of(contents["state"], "state")) != list(range(len(names))):
         raise ValueError(f"it has {len(contents['state'])} states for {len(names)} names")
-    _check_groups(file, contents["param_groups"], shapes)
+    _check_groups(contents["param_groups"], shapes)
     for number, name in enumerate(names):
-        _check_states(file, name, dict(_tensors(file, number, name)), shapes[name] or ())
+        _check_states(name, dict(_tensors(file, number, name)), shapes[name] or ())
     masters = contents.get(MASTERS)
     if masters is not None and list(_dict_of(masters, MASTERS)) != names:
         raise ValueError(f"its {MASTERS} is not of the parameters that it names")
@@ -95,11 +95,11 @@ def check_values(file: TorchFile, shapes: Mapping[str, Shape]) -> None:
 
 def entries_of(file: TorchFile, read: Callable[[int, int], bytes]) -> Iterator[Entry]:
     """The entries of a file that holds a state of every parameter of its stage; `read` gives (offset, nbytes) of it."""
-    contents = file.contents
+    contents, is_single = file.contents, has_one_group(file)
     for number, name in enumerate(contents["names"].values()):
         state = contents["state"][number]
         dtypes = {kind: tensor.dtype for kind, tensor in _tensors(file, number, name)}
-        group = contents["param_groups"][0 if has_one_group(file) else number]
+        group = contents["param_groups"][0 if is_single else number]
         scalars = {place: read(file.begin_of(value), value.itemsize)
                    for place, value in scalars_in(group, state) if is_scalar(value)}
         yield Entry(name, group, state, scalars, dtypes)
@@ -152,7 +152,7 @@ def _tensors(file: TorchFile, number: int, name: str) -> Iterator[tuple[str, Ten
         yield MASTERS, master
 
 
-def _check_states(file: TorchFile, name: str, tensors: Mapping[str, TensorReference], shape: tuple[int, ...]) -> None:
+def _check_states(name: str, tensors: Mapping[str, TensorReference], shape: tuple[int, ...]) -> None:
     if not tensors:
         raise ValueError(f"it has no state of {quoted(name)}")
     for kind, tensor in tensors.items():
@@ -160,10 +160,10 @@ def _check_states(file: TorchFile, name: str, tensors: Mapping[str, TensorRefere
             raise ValueError(f"{kind} of {quoted(name)} has the shape {tensor.shape}, its rank has {shape}")
         if not tensor.is_contiguous:
             raise ValueError(f"{kind} of {quoted(name)} has the strides {tensor.strides}, which Nanotron does not "
-                               f"save")
+                             f"save")
 
 
-def _check_groups(file: TorchFile, groups: Any, shapes: Mapping[str, Shape]) -> None:
+def _check_groups(groups: Any, shapes: Mapping[str, Shape]) -> None:
     """Raises ValueError, in words, unless there is one group per parameter, with the next id or none, or one for all
     parameters."""
     for group in groups if isinstance(groups, list) else ():
@@ -176,13 +176,13 @@ def _check_groups(file: TorchFile, groups: Any, shapes: Mapping[str, Shape]) -> 
         return
     if not isinstance(groups, list) or len(groups) != len(shapes):
         raise ValueError(f"it has {len(groups) if isinstance(groups, list) else 'no list of'} groups, Nanotron makes "
-                           f"one for each of the {len(shapes)} parameters of a stage")
+                         f"one for each of the {len(shapes)} parameters of a stage")
     number = 0
     for group, (name, shape) in zip(groups, shapes.items()):
         params = _dict_of(group, "a group").get("params")
         if params != ([] if shape is None else [number]):
             raise ValueError(f"the group of {quoted(name)} has the parameters {quoted(params)}, its place gives it "
-                               f"{[] if shape is None else [number]}")
+                             f"{[] if shape is None else [number]}")
         number += shape is not None
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class WithTraining(ToNanotron):
     """Stage of ZeRO."""
     schedule: str
     """"saved" or "exact"."""
+    _made: list[NewTrainingState] = field(default_factory=list, repr=False, compare=False)
+    """The state to be written, once it was asked for."""
 
     @classmethod
     def moved(cls, options: Options, source: NanotronSource, max_nbytes: int) -> WithTraining:
@@ -82,7 +84,10 @@ class WithTraining(ToNanotron):
         return NanotronLayout(root, model, self.rules, dtypes)
 
     def state(self, layout: NanotronLayout) -> NewTrainingState:
-        return NewTrainingState(self.original, layout, self.rules.topology, self.zero)
+        """Made once: layouts of one model differ in the places of weights alone, on which no state depends."""
+        if not self._made or self._made[0].weights.model is not layout.model:
+            self._made[:] = [NewTrainingState(self.original, layout, self.rules.topology, self.zero)]
+        return self._made[0]
 
     def accepted_differences(self, layout: NanotronLayout) -> Iterator[str]:
         if self.rules.pad_row is not None:
@@ -140,11 +145,9 @@ class WithTraining(ToNanotron):
                    "not load them")
 
     def facts(self, layout: NanotronLayout) -> dict[str, Any]:
-        state = self.state(layout).layout
-        words = {kind: "masters" if kind == MASTERS else kind for kind in state.kinds}
-        nbytes = dict.fromkeys(words.values(), 0)
-        for tensor in (tensor for group in state.groups() for part in state.files_of(group) for tensor in part.tensors):
-            nbytes[words[tensor.key]] += tensor.nbytes
+        new = self.state(layout)
+        state, words = new.layout, {kind: "masters" if kind == MASTERS else kind for kind in new.layout.kinds}
+        nbytes = {words[kind]: nbytes for kind, nbytes in new.nbytes_by_kind.items()}
         dtypes = {words[kind]: sorted({TORCH_DTYPES.get(names[index], names[index]) for names in state.dtypes.values()})
                   for index, kind in enumerate(state.kinds)}
         return super().facts(layout) | {"training_state": {

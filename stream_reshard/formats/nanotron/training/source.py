@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +59,6 @@ class TrainingState:
     def zero(self) -> int:
         """Stage of ZeRO."""
         return self.layout.zero
-
-    @property
-    def topology(self) -> Topology:
-        """Sizes of the parallel axes."""
-        return self.layout.topology
 
 
 def open_state(root: Path, weights: NanotronLayout, max_nbytes: int) -> TrainingState:
@@ -145,11 +140,12 @@ class _Reader:
             raise SourceError(f"{quoted(path)}: {error}", kind=NOT_NANOTRONS) from error
 
     def _add(self, file: TorchFile, rank: StateRank) -> None:
-        if len(self.names) == rank.pp:
+        if is_first := len(self.names) == rank.pp:
             self.names.append(self._stage_names(file, rank.pp))
-            check_values(file, self._shapes(rank))
+        shapes = self._shapes(rank)
+        check_values(file, shapes)
+        if is_first:
             self._add_entries(file)
-        check_values(file, self._shapes(rank))
         if tuple(file.contents) != self.keys:
             raise ValueError(f"it has the keys {quoted(list(file.contents))}, other files of the optimizer have "
                              f"{quoted(list(self.keys))}")
@@ -157,7 +153,7 @@ class _Reader:
             if dtypes != self.entries[name].dtypes:
                 raise ValueError(f"the states of {quoted(name)} are {quoted(dtypes)}, in other files "
                                  f"{quoted(dict(self.entries[name].dtypes))}")
-        self._begins[rank] = array("Q", begins_of(file, self._shapes(rank), self._kinds))
+        self._begins[rank] = array("Q", begins_of(file, shapes, self._kinds))
         self._sizes[rank] = file.nbytes
 
     def _stage_names(self, file: TorchFile, stage: int) -> tuple[str, ...]:
@@ -181,12 +177,7 @@ class _Reader:
         self.keys = self.keys or tuple(file.contents)
         self.has_one_group = self.has_one_group or has_one_group(file)
         with SourceFile(self.root, file.path, self.identities.get(file.path)) as opened:
-            def read(offset: int, nbytes: int) -> bytes:
-                content = bytearray(nbytes)
-                opened.read_into(memoryview(content), offset)
-                return bytes(content)
-
-            for entry in entries_of(file, read):
+            for entry in entries_of(file, opened.read):
                 self.entries.setdefault(entry.name, entry)
                 self._kinds = self._kinds or kinds_of(entry)
                 if kinds_of(entry) != self._kinds:
@@ -225,11 +216,5 @@ def _schedules(root: Path, topology: Topology, max_nbytes: int) -> tuple[tuple[T
 
 def _random(root: Path, topology: Topology) -> dict[StateRank, str]:
     """Paths of the random states that are there."""
-    return dict(_random_paths(root, topology))
-
-
-def _random_paths(root: Path, topology: Topology) -> Iterator[tuple[StateRank, str]]:
-    for rank in state_ranks(topology, 1):
-        path = random_path(rank.tp, rank.dp or 0, rank.pp, topology)
-        if os.path.isfile(root / path):
-            yield rank, path
+    paths = {rank: random_path(rank.tp, rank.dp or 0, rank.pp, topology) for rank in state_ranks(topology, 1)}
+    return {rank: path for rank, path in paths.items() if os.path.isfile(root / path)}

@@ -112,6 +112,15 @@ class NewTrainingState(SharedFiles):
     def rest_of(self, path: str, crcs: Mapping[int, int]) -> Iterator[tuple[int, bytes]]:
         return self.made(self._ranks[path]).rest(crcs)
 
+    @cached_property
+    def nbytes_by_kind(self) -> dict[str, int]:
+        """Bytes of all states of each kind, with those that several ranks hold."""
+        found = dict.fromkeys(self.layout.kinds, 0)
+        for group in self.layout.groups():
+            for tensor in (tensor for part in self.layout.files_of(group) for tensor in part.tensors):
+                found[tensor.key] += tensor.nbytes
+        return found
+
     @property
     def digest(self) -> str:
         """sha256 of the values of all files, in hex."""
