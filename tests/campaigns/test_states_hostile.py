@@ -43,29 +43,35 @@ def mutated(value, chooser):
     return value
 
 
+def odd_files(root, number, chooser):
+    """The paths of files that hold an odd value meanwhile: states, schedules and documents of a training."""
+    files = {path: load(path) for path in every(root, ".pt") if "random" not in path.parts}
+    documents = {path: json.loads(path.read_text()) for path in (
+        root / "optimizer/optimizer_config.json", root / "checkpoint_metadata.json")}
+    for _ in range(number):
+        path = chooser.choice([*files, *documents])
+        shutil.copy(path, kept := root.with_name("kept"))
+        if path in files:
+            save(path, mutated(files[path], chooser))
+        else:
+            path.write_text(json.dumps(mutated(documents[path], chooser), default=str))
+        yield path
+        shutil.copy(kept, path)
+
+
 @pytest.mark.parametrize("number", [25, pytest.param(250, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"dp": 2, "zero": 1}], ids=["ZeRO-0", "ZeRO-1"])
 def test_values_of_every_kind_at_every_place(tmp_path, verify, capsys, figures, number, sizes):
     source = make_training(tmp_path / "a", config={"num_hidden_layers": 1})
     root = make_training(tmp_path / "b", config={"num_hidden_layers": 1}, **sizes)
-    files = {path: load(path) for path in every(root, ".pt") if "random" not in path.parts}
-    documents = {path: json.loads(path.read_text()) for path in (
-        root / "optimizer/optimizer_config.json", root / "checkpoint_metadata.json")}
     chooser, wrong = random.Random(0), []
-    for turn in range(number):
-        path = chooser.choice([*files, *documents])
-        shutil.copy(path, kept := tmp_path / "kept")
-        if path in files:
-            save(path, mutated(files[path], chooser))
-        else:
-            path.write_text(json.dumps(mutated(documents[path], chooser), default=str))
+    for turn, path in enumerate(odd_files(root, number, chooser)):
         code, _, problems = verify(source, root)
         other, _, more = verify(root, source)
         told = main(["inspect", str(root)])
         said(capsys)
         if code not in (0, 5) or other not in (0, 3, 5) or told != 0:
             wrong.append((turn, path.name, code, other, told, problems, more))
-        shutil.copy(kept, path)
     figures("odd values in a training state", number, wrong)
 
 
@@ -74,22 +80,12 @@ def test_values_of_every_kind_at_every_place(tmp_path, verify, capsys, figures, 
 def test_moves_of_odd_values(tmp_path, capsys, figures, number, sizes):
     """A move is refused in words, or it is made: no values end it in a traceback, or leave a part of it."""
     root, out = make_training(tmp_path / "b", config={"num_hidden_layers": 1}, **sizes), tmp_path / "out"
-    files = {path: load(path) for path in every(root, ".pt") if "random" not in path.parts}
-    documents = {path: json.loads(path.read_text()) for path in (
-        root / "optimizer/optimizer_config.json", root / "checkpoint_metadata.json")}
     chooser, wrong = random.Random(1), []
-    for turn in range(number):
-        path = chooser.choice([*files, *documents])
-        shutil.copy(path, kept := tmp_path / "kept")
-        if path in files:
-            save(path, mutated(files[path], chooser))
-        else:
-            path.write_text(json.dumps(mutated(documents[path], chooser), default=str))
+    for turn, path in enumerate(odd_files(root, number, chooser)):
         schedule = chooser.choice(["saved", "exact"])
         code = main([str(root), str(out), "--quiet", "--to", "nanotron", "--schedule", schedule, "--max-memory", "8GiB"])
         said(capsys)
         if code not in (0, 2, 3) or (code == 0) != out.exists() or [*tmp_path.glob("out.*")]:
             wrong.append((turn, path.name, code))
         shutil.rmtree(out, ignore_errors=True)
-        shutil.copy(kept, path)
     figures("moves of odd values in a training state", number, wrong)
